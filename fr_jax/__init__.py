@@ -1,0 +1,32 @@
+"""fr_jax: training neural networks without backward locking, in JAX.
+
+A network is cut into K stages (``partition``), each placed on its own device (``placement``), and trained by a method
+(``features_replay``, ``backprop``): an ``Algorithm`` of pure functions ``init``, ``step`` and ``predict``.
+"""
+
+from fr_jax import models
+from fr_jax.algorithms.backprop import backprop
+from fr_jax.algorithms.features_replay import features_replay
+from fr_jax.balance import balance, layer_costs
+from fr_jax.placement import placement
+from fr_jax.stages import chain, from_linen, partition
+from fr_jax.types import Algorithm, Batch, Info, Stage, State
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "Batch",
+    "Info",
+    "Stage",
+    "State",
+    "backprop",
+    "balance",
+    "chain",
+    "features_replay",
+    "from_linen",
+    "layer_costs",
+    "models",
+    "partition",
+    "placement",
+]

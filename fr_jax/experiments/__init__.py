@@ -1,0 +1,1 @@
+"""Experiment programs: ``python -m fr_jax.experiments.<name> --help``."""

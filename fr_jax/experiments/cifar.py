@@ -1,0 +1,190 @@
+"""Trains a network on CIFAR-10 as K decoupled modules: ``python -m fr_jax.experiments.cifar --K 4``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from fr_jax.experiments.console import Console, announce
+from fr_jax.experiments.session import Session, build, initial_state, request_devices
+from fr_jax.experiments.settings import METHODS, TrainSettings, as_json, check, default_workdir, differences, parse
+from fr_jax.training import data
+from fr_jax.training.checkpoint import CheckpointError, Checkpoints
+from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.loop import Outcome, Schedule, Totals, train
+from fr_jax.training.metrics import MetricsLog, read_rows, write_json
+from fr_jax.training.plots import plot_curves
+from fr_jax.training.workdir import RunFolder
+
+__all__ = ["main", "run"]
+
+FINISHED, FAILED, BAD_ARGUMENTS, DIVERGED = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
+    try:
+        return run(parse(sys.argv[1:] if arguments is None else arguments))
+    except ValueError as error:
+        return _fail(error, BAD_ARGUMENTS)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
+
+
+def run(settings: TrainSettings) -> int:
+    """Trains as ``settings`` say, and returns the exit code.
+
+    Raises:
+      ValueError: a setting cannot be used, data are missing, or the folder holds another run.
+    """
+    check(settings)
+    request_devices(settings)
+    if settings.workdir is not None:
+        RunFolder(settings.workdir).check_free(resume=settings.resume, overwrite=settings.overwrite)
+    dataset = data.load(settings.dataset, settings.data_dir)
+    folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
+    folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
+    saved = (folder.saved_config() if settings.resume else None) or {}
+    session = build(settings, dataset, saved.get("resolved_cuts") if settings.cuts is None else None)
+    config = make_config(session)
+    if settings.resume:
+        folder.check_same(config, differences)
+    try:
+        return _train(session, folder, config)
+    except (CheckpointError, OSError) as error:
+        return _fail(error, FAILED)
+
+
+def make_config(session: Session) -> dict[str, Any]:
+    """What ``config.json`` holds: the settings, and what they came to."""
+    packages = ("fr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return as_json(session.settings) | {
+        "data_source": session.dataset.source,
+        "resolved_cuts": list(session.cuts),
+        "steps_per_epoch": session.pipeline.steps_per_epoch,
+        "devices_used": [str(device) for sharding in session.placement for device in sharding.device_set],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _train(session: Session, folder: RunFolder, config: dict[str, Any]) -> int:
+    settings = session.settings
+    state, totals = initial_state(session), Totals()
+    with Checkpoints(folder.checkpoints) as checkpoints, StopRequest() as stop:
+        if settings.resume:
+            restored = checkpoints.restore(state)
+            if restored is None:
+                print(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
+            else:
+                state, totals = restored.state, Totals(**restored.metadata["totals"])
+                print(f"Resuming after step {state.step:,} of {settings.steps:,}.")
+        folder.claim(config, overwrite=settings.overwrite)
+        print(announce(session, state), flush=True)
+        events = folder.events if settings.tensorboard else None
+        resume_step = state.step if settings.resume else None
+        with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
+            console = Console(session, log, state.step)
+            try:
+                outcome = train(
+                    session.algorithm,
+                    state,
+                    session.pipeline,
+                    make_schedule(session, folder),
+                    report=console,
+                    checkpoints=checkpoints,
+                    metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
+                    totals=totals,
+                    stop=stop,
+                )
+            finally:
+                console.close()
+        return _close(session, folder, outcome, checkpoints, stop)
+
+
+def make_schedule(session: Session, folder: RunFolder) -> Schedule:
+    """The loop's intervals."""
+    s = session.settings
+    assert s.steps and s.batch_size and s.eval_every and s.checkpoint_every
+    return Schedule(
+        steps=s.steps,
+        batch_size=s.batch_size,
+        log_every=s.log_every,
+        eval_every=s.eval_every,
+        checkpoint_every=s.checkpoint_every,
+        ahead=2 * s.K,
+        profile=folder.profile if s.profile else None,
+    )
+
+
+def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints, stop: StopRequest) -> int:
+    """Draws the curves, writes the summary of a run that is over, and says what comes next."""
+    s = session.settings
+    title = f"{s.model} on {s.dataset}, {METHODS[s.method]}, K = {s.K}"
+    label = f"{s.method.upper()}, K = {s.K}"
+    plot_curves({label: read_rows(folder.metrics)}, folder.curves, title=title, data_source=session.dataset.source)
+    if not outcome.finished and outcome.divergence is None:
+        again = f"python -m fr_jax.experiments.cifar {' '.join(sys.argv[1:])}".replace(" --overwrite", "")
+        resume = again if "--resume" in again else f"{again} --resume"
+        print(f"Stopped after step {outcome.step:,} of {s.steps:,}; everything is saved. Continue with\n  {resume}")
+        return stop.exit_code
+    write_json(folder.summary, make_summary(session, outcome))
+    if outcome.divergence is not None:
+        where = outcome.divergence
+        good = checkpoints.steps()
+        last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
+        return _fail(
+            f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
+            f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
+            DIVERGED,
+        )
+    t = outcome.totals
+    print(
+        f"Done: test accuracy {t.test_accuracy:.2%} (best {t.best_test_accuracy:.2%}) on {session.dataset.name} "
+        f"after {outcome.step:,} steps in {t.seconds:.0f} s."
+    )
+    print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
+    return FINISHED
+
+
+def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
+    """What ``summary.json`` holds."""
+    s, t = session.settings, outcome.totals
+    devices = {device for sharding in session.placement for device in sharding.device_set}
+    return {
+        "dataset": session.dataset.name,
+        "data_source": session.dataset.source,
+        "model": s.model,
+        "method": s.method,
+        "K": s.K,
+        "cuts": list(session.cuts),
+        "seed": s.seed,
+        "steps": outcome.step,
+        "test_accuracy": t.test_accuracy,
+        "best_test_accuracy": t.best_test_accuracy,
+        "seconds": round(t.seconds, 3),
+        "step_seconds_median": outcome.step_seconds_median,
+        "device": f"{len(devices)} x {jax.devices()[0].device_kind}",
+        "diverged": outcome.divergence is not None,
+    }
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"fr_jax: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""From settings to something that can train: data, network, cuts, devices, method."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+import fr_jax as fr
+from fr_jax.experiments.settings import SettingsError, TrainSettings, default_batch_size, resolve
+from fr_jax.training.augment import InputPipeline, input_pipeline
+from fr_jax.training.classification import cross_entropy, training_metrics
+from fr_jax.training.data import Dataset
+from fr_jax.types import Algorithm, Batch, Stage
+
+__all__ = ["Session", "build", "request_devices"]
+
+# Work of a stage in units of a forward pass: play 1, replay 1, backward 2; the last module's play is its replay.
+WORK = {"fr": (4.0, 3.0), "bp": (3.0, 3.0)}
+FLOPS_OF_FORWARD_AND_VJP = 3.0
+
+
+class Session(NamedTuple):
+    """A training run before its first step.
+
+    Attributes:
+      settings: with every default filled in.
+      dataset: the images.
+      pipeline: makes mini-batches on the first stage's device.
+      layers: the network.
+      costs: forward and vector-Jacobian product of each layer, in FLOPs of a mini-batch.
+      cuts: where the layers are cut.
+      placement: one sharding a stage.
+      algorithm: the method.
+    """
+
+    settings: TrainSettings
+    dataset: Dataset
+    pipeline: InputPipeline
+    layers: list[Stage]
+    costs: list[float]
+    cuts: tuple[int, ...]
+    placement: tuple[Sharding, ...]
+    algorithm: Algorithm
+
+
+def request_devices(settings: TrainSettings) -> None:
+    """Asks JAX for enough CPU devices, where nothing has been asked of JAX yet; harmless where there are GPUs."""
+    wanted = settings.devices or settings.K * settings.data_parallel
+    with contextlib.suppress(RuntimeError, ValueError):  # the backend is up already: use what there is
+        if jax.config.jax_num_cpu_devices < wanted:
+            jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def choose_devices(settings: TrainSettings) -> list[jax.Device]:
+    """The devices of a run.
+
+    Raises:
+      SettingsError: more were asked for than there are.
+    """
+    available = jax.devices()
+    if settings.devices is not None and settings.devices > len(available):
+        raise SettingsError(
+            f"--devices {settings.devices} were asked for; JAX sees {len(available)} ({available[0].platform}). "
+            f"Use at most {len(available)}: stages share devices round robin."
+        )
+    return available[: settings.devices or settings.K * settings.data_parallel]
+
+
+def build(settings: TrainSettings, dataset: Dataset, saved_cuts: Sequence[int] | None = None) -> Session:
+    """Cuts the network, places it, and makes the method and the input pipeline.
+
+    Args:
+      settings: checked settings.
+      dataset: the data.
+      saved_cuts: of a run that is being resumed; they are kept, because measured times differ from day to day.
+
+    Raises:
+      ValueError: a setting does not fit the network, the devices or the data (``SettingsError`` among them).
+    """
+    devices = choose_devices(settings)
+    placement = fr.placement(settings.K, devices, settings.data_parallel)
+    batch_size = default_batch_size(settings, dataset.name)
+    pipeline = input_pipeline(dataset, batch_size, seed=settings.seed, sharding=placement[0])
+    settings = resolve(settings, dataset.name, batch_size, pipeline.steps_per_epoch)
+    layers = make_layers(settings, dataset.num_classes)
+    example = jax.ShapeDtypeStruct((batch_size, *dataset.train_images.shape[1:]), jnp.float32)
+    costs = fr.layer_costs(layers, example)
+    cuts = tuple(saved_cuts) if saved_cuts is not None else choose_cuts(settings, layers, costs, example)
+    algorithm = make_algorithm(settings, fr.partition(layers, cuts), placement, pipeline.steps_per_epoch)
+    return Session(settings, dataset, pipeline, layers, costs, cuts, placement, algorithm)
+
+
+def make_layers(settings: TrainSettings, num_classes: int) -> list[Stage]:
+    """The layers of the network.
+
+    Raises:
+      SettingsError: it has fewer than K.
+    """
+    layers = fr.models.MODELS[settings.model](num_classes=num_classes, dtype=jnp.dtype(settings.dtype))
+    if settings.K > len(layers):
+        raise SettingsError(
+            f"--K {settings.K} stages were asked of {settings.model}, which has {len(layers)} layers; K can be 1 to "
+            f"{len(layers)}. Use a smaller K or a deeper model."
+        )
+    return layers
+
+
+def choose_cuts(
+    settings: TrainSettings, layers: list[Stage], costs: list[float], example: jax.ShapeDtypeStruct
+) -> tuple[int, ...]:
+    """Explicit cuts, equal numbers of layers, or the cuts that minimise the slowest stage."""
+    if settings.cuts is not None:
+        return settings.cuts
+    if settings.balance == "uniform":
+        return tuple(round(len(layers) * k / settings.K) for k in range(1, settings.K))
+    if settings.balance == "time":
+        costs = fr.layer_costs(layers, example, measure="time")
+    inner, last = WORK[settings.method]
+    return fr.balance(costs, settings.K, last_stage_weight=last / inner)
+
+
+def stage_work(session: Session) -> list[float]:
+    """FLOPs that each stage does for one step of the method."""
+    inner, last = WORK[session.settings.method]
+    bounds = (0, *session.cuts, len(session.layers))
+    sums = [sum(session.costs[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+    units = [inner] * (len(sums) - 1) + [last]
+    return [cost * unit / FLOPS_OF_FORWARD_AND_VJP for cost, unit in zip(sums, units, strict=True)]
+
+
+def learning_rate_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:
+    """The initial rate, divided by 10 after each milestone (epochs)."""
+    assert settings.learning_rate is not None and settings.milestones is not None
+    boundaries = [math.ceil(epoch * steps_per_epoch) for epoch in settings.milestones]
+    return optax.piecewise_constant_schedule(settings.learning_rate, dict.fromkeys(boundaries, 0.1))
+
+
+def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum; weight decay is added to the gradient, as in the papers' PyTorch code."""
+    schedule = learning_rate_schedule(settings, steps_per_epoch)
+    sgd = optax.sgd(schedule, momentum=settings.momentum or None, nesterov=settings.nesterov)
+    if not settings.weight_decay:
+        return sgd
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), sgd)
+
+
+def make_algorithm(
+    settings: TrainSettings, stages: Sequence[Stage], placement: Sequence[Sharding], steps_per_epoch: int
+) -> Algorithm:
+    """The method, set up to train: buffers are reused, accuracy is reported."""
+    methods: dict[str, Callable[..., Algorithm]] = {"fr": fr.features_replay, "bp": fr.backprop}
+    own: dict[str, Any] = {"batch_stats": settings.batch_stats} if settings.method == "fr" else {}
+    return methods[settings.method](
+        stages,
+        cross_entropy,
+        make_optimizer(settings, steps_per_epoch),
+        placement=placement,
+        donate=True,
+        metrics_fn=training_metrics,
+        **own,
+    )
+
+
+def initial_state(session: Session) -> Any:
+    """The state before the first step."""
+    batch: Batch = session.pipeline.train_batch(0)
+    return session.algorithm.init(jax.random.key(session.settings.seed), batch)

@@ -1,0 +1,35 @@
+"""Networks as lists of layers, so that any cut between layers is possible."""
+
+from collections.abc import Callable
+
+from fr_jax.models.mlp import mlp
+from fr_jax.models.resnet import (
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnet164,
+    wrn28_10,
+)
+from fr_jax.types import Stage
+
+MODELS: dict[str, Callable[..., list[Stage]]] = {
+    "mlp": mlp,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet50": resnet50,
+    "resnet56": resnet56,
+    "resnet101": resnet101,
+    "resnet110": resnet110,
+    "resnet152": resnet152,
+    "resnet164": resnet164,
+    "wrn28_10": wrn28_10,
+}
+"""Name -> ``factory(num_classes=10, dtype=jnp.float32, ...) -> list[Stage]``, one stage a layer."""
+
+__all__ = ["MODELS", *MODELS]

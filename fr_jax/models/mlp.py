@@ -1,0 +1,73 @@
+"""Multilayer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fr_jax.stages import from_linen
+from fr_jax.types import Array, Stage
+
+__all__ = ["mlp"]
+
+
+class DenseLayer(nn.Module):
+    """Dense layer, then ReLU and dropout unless it is the output layer. ``(B, ...) -> (B, features)``."""
+
+    features: int
+    output: bool = False
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        init = nn.initializers.variance_scaling(1.0 if self.output else 2.0, "fan_in", "truncated_normal")
+        x = nn.Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)(x)
+        if self.output:
+            return x.astype(jnp.promote_types(self.param_dtype, jnp.float32))
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
+
+
+def mlp(
+    num_classes: int = 10,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    depth: int = 6,
+    width: int = 256,
+    hidden: Sequence[int] | None = None,
+    dropout_rate: float = 0.0,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> list[Stage]:
+    """A multilayer perceptron with ReLU; inputs of any shape are flattened.
+
+    Args:
+      num_classes: size of the output.
+      dtype: of the computation; weights have ``param_dtype``.
+      depth: number of dense layers, the output layer included.
+      width: units of each hidden layer.
+      hidden: the hidden widths one by one, instead of ``depth`` and ``width``.
+      dropout_rate: of every hidden layer, in [0, 1).
+      param_dtype: of the weights.
+
+    Returns:
+      One stage a layer; the outputs are logits ``(B, num_classes)``.
+
+    Raises:
+      ValueError: ``depth`` is less than 1.
+
+    Example:
+      >>> from fr_jax.models import mlp
+      >>> len(mlp(depth=6))
+      6
+    """
+    if hidden is None:
+        if depth < 1:
+            raise ValueError(f"mlp() was given depth = {depth}; a network has at least 1 layer.")
+        hidden = (width,) * (depth - 1)
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    layers = [DenseLayer(int(units), dropout_rate=dropout_rate, **options) for units in hidden]
+    return [from_linen(layer) for layer in (*layers, DenseLayer(num_classes, output=True, **options))]

@@ -1,0 +1,231 @@
+"""Residual networks for 32x32 images as lists of layers: a stem, the blocks, a head.
+
+The networks of He et al. 2016 and of the features replay paper, whose "ResNet164" is the 6n+2 network
+with n = 27 *basic* blocks (not the pre-activation network of that name), and the wide network of
+Zagoruyko and Komodakis 2016. Initialisation as in the paper's released code: convolutions
+N(0, sqrt(2 / (k k out))), batch-norm scale 1 and shift 0, Kaiming normal for the last layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fr_jax.stages import from_linen
+from fr_jax.types import Array, Stage
+
+__all__ = [
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet164",
+    "wrn28_10",
+]
+
+
+class Layer(nn.Module):
+    """What the layers have in common. Images are ``(B, height, width, channels)``."""
+
+    features: int
+    strides: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    def conv(self, x: Array, features: int, kernel: int, strides: int = 1) -> Array:
+        """Convolution without bias, zero-padded to ``kernel // 2`` on each side."""
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        return nn.Conv(
+            features,
+            (kernel, kernel),
+            (strides, strides),
+            padding=kernel // 2,
+            use_bias=False,
+            kernel_init=init,
+            dtype=self.dtype,
+        )(x)
+
+    def norm(self, x: Array, train: bool) -> Array:
+        """Batch normalisation; the running statistics move by a tenth each time."""
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)(x)
+
+
+class Stem(Layer):
+    """3x3 convolution, batch norm, ReLU."""
+
+    activate: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        x = self.conv(x, self.features, 3)
+        return nn.relu(self.norm(x, train)) if self.activate else x
+
+
+class BasicBlock(Layer):
+    """Two 3x3 convolutions. The shortcut is option A (subsample, pad channels with zeros), or a projection."""
+
+    project: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        y = nn.relu(self.norm(self.conv(x, self.features, 3, self.strides), train))
+        y = self.norm(self.conv(y, self.features, 3), train)
+        if x.shape != y.shape:
+            if self.project:
+                x = self.norm(self.conv(x, self.features, 1, self.strides), train)
+            else:
+                extra = self.features - x.shape[-1]
+                x = x[:, :: self.strides, :: self.strides]
+                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        return nn.relu(y + x.astype(y.dtype))
+
+
+class BottleneckBlock(Layer):
+    """1x1, 3x3 (with the stride), 1x1 convolutions, four times as many channels out; projection shortcut."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        y = nn.relu(self.norm(self.conv(x, self.features, 1), train))
+        y = nn.relu(self.norm(self.conv(y, self.features, 3, self.strides), train))
+        y = self.norm(self.conv(y, 4 * self.features, 1), train)
+        if x.shape != y.shape:
+            x = self.norm(self.conv(x, 4 * self.features, 1, self.strides), train)
+        return nn.relu(y + x.astype(y.dtype))
+
+
+class WideBlock(Layer):
+    """Pre-activation basic block with dropout between its convolutions (Zagoruyko and Komodakis 2016)."""
+
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        activated = nn.relu(self.norm(x, train))
+        y = nn.relu(self.norm(self.conv(activated, self.features, 3, self.strides), train))
+        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        y = self.conv(y, self.features, 3)
+        if x.shape != y.shape:
+            x = self.conv(activated, self.features, 1, self.strides)
+        return y + x.astype(y.dtype)
+
+
+class Head(Layer):
+    """Global average pooling and the classifier; ``features`` is the number of classes. Float32 logits."""
+
+    normalize: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        if self.normalize:
+            x = nn.relu(self.norm(x, train))
+        x = x.mean(axis=(1, 2))
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        return nn.Dense(self.features, kernel_init=init, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def _layers(
+    block: Callable[..., nn.Module], counts: Sequence[int], widths: Sequence[int], stem: nn.Module, head: nn.Module
+) -> list[Stage]:
+    """Stem, groups of blocks (the first of each later group halves the image), head."""
+    modules = [stem]
+    for group, (count, width) in enumerate(zip(counts, widths, strict=True)):
+        modules += [block(width, strides=2 if group > 0 and i == 0 else 1) for i in range(count)]
+    return [from_linen(module) for module in (*modules, head)]
+
+
+def _small(n: int, num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    block = functools.partial(BasicBlock, dtype=dtype)
+    widths = (width, 2 * width, 4 * width)
+    return _layers(block, (n, n, n), widths, Stem(width, dtype=dtype), Head(num_classes, dtype=dtype))
+
+
+def _large(
+    block: Callable[..., nn.Module],
+    counts: Sequence[int],
+    num_classes: int = 10,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    width: int = 64,
+) -> list[Stage]:
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    stem, head = Stem(width, dtype=dtype), Head(num_classes, dtype=dtype)
+    return _layers(functools.partial(block, dtype=dtype), counts, widths, stem, head)
+
+
+def resnet20(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """ResNet-20 for 32x32 images: 3 groups of 3 basic blocks, 11 layers, 0.27 M parameters.
+
+    Args:
+      num_classes: size of the output.
+      dtype: of the computation; parameters are float32 always, as are the logits.
+      width: channels of the first group; the paper's is 16.
+
+    Returns:
+      One stage a layer: stem, blocks, head. Inputs are ``(B, height, width, channels)``, outputs logits
+      ``(B, num_classes)``. The other networks of this module have the same arguments.
+
+    Example:
+      >>> from fr_jax.models import resnet20
+      >>> len(resnet20())
+      11
+    """
+    return _small(3, num_classes, dtype, width=width)
+
+
+def resnet32(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """ResNet-32: 3 groups of 5 basic blocks, 0.46 M parameters. See :func:`resnet20`."""
+    return _small(5, num_classes, dtype, width=width)
+
+
+def resnet56(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """ResNet-56: 3 groups of 9 basic blocks, 0.85 M parameters. See :func:`resnet20`."""
+    return _small(9, num_classes, dtype, width=width)
+
+
+def resnet110(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """ResNet-110: 3 groups of 18 basic blocks, 1.7 M parameters. See :func:`resnet20`."""
+    return _small(18, num_classes, dtype, width=width)
+
+
+def resnet164(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """The features replay paper's ResNet164: 3 groups of 27 basic blocks, 2.6 M parameters. See :func:`resnet20`."""
+    return _small(27, num_classes, dtype, width=width)
+
+
+def resnet18(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
+    """ResNet-18 with the stem for 32x32 images and projection shortcuts, 11.2 M parameters. See :func:`resnet20`."""
+    block = functools.partial(BasicBlock, project=True)
+    return _large(block, (2, 2, 2, 2), num_classes, dtype, width=width)
+
+
+def resnet50(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
+    """ResNet-50 with the stem for 32x32 images, 23.5 M parameters. See :func:`resnet20`."""
+    return _large(BottleneckBlock, (3, 4, 6, 3), num_classes, dtype, width=width)
+
+
+def resnet101(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
+    """ResNet-101 with the stem for 32x32 images, 42.5 M parameters. See :func:`resnet20`."""
+    return _large(BottleneckBlock, (3, 4, 23, 3), num_classes, dtype, width=width)
+
+
+def resnet152(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
+    """ResNet-152 with the stem for 32x32 images, 58.2 M parameters. See :func:`resnet20`."""
+    return _large(BottleneckBlock, (3, 8, 36, 3), num_classes, dtype, width=width)
+
+
+def wrn28_10(
+    num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 160, dropout_rate: float = 0.0
+) -> list[Stage]:
+    """WRN-28-10: 3 groups of 4 wide pre-activation blocks, 36.5 M parameters. See :func:`resnet20`.
+
+    ``width`` is that of the first group, 10 times 16; the stem keeps 16 channels.
+    """
+    block = functools.partial(WideBlock, dtype=dtype, dropout_rate=dropout_rate)
+    stem, head = Stem(16, dtype=dtype, activate=False), Head(num_classes, dtype=dtype, normalize=True)
+    return _layers(block, (4, 4, 4), (width, 2 * width, 4 * width), stem, head)

@@ -1,0 +1,185 @@
+"""Stages: wrap a Flax module, chain layers into a module, cut a list of layers into K modules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+
+from fr_jax.types import Array, PyTree, Stage
+
+if TYPE_CHECKING:
+    from flax import linen as nn
+
+__all__ = ["Chain", "chain", "from_linen", "partition", "traced_once"]
+
+
+class Chain(Stage):
+    """A stage made of layers that run one after another; made by :func:`chain`.
+
+    It is an ordinary :class:`Stage` that remembers its ``layers``. Its ``params`` and
+    ``state`` are tuples with one entry a layer.
+    """
+
+    layers: tuple[Stage, ...]
+
+    def __new__(cls, layers: Sequence[Stage]) -> Chain:
+        layers = tuple(layers)
+        self = super().__new__(cls, functools.partial(_init_chain, layers), functools.partial(_apply_chain, layers))
+        self.layers = layers
+        return self
+
+
+def chain(*stages: Stage) -> Chain:
+    """Composes stages: ``chain(a, b).apply`` runs ``a``, then ``b``.
+
+    Layer j is initialised with ``fold_in(key, j)`` and applied with ``fold_in(key, j)``.
+    Layers that are the same object are traced once for each input shape, so a network of
+    many equal blocks traces in the time of one.
+
+    Args:
+      *stages: at least one stage, first to last.
+
+    Returns:
+      A stage whose ``params`` and ``state`` are tuples, one entry a layer.
+
+    Raises:
+      ValueError: no stage was given.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import fr_jax as fr
+      >>> net = fr.chain(fr.from_linen(nn.Dense(8)), fr.from_linen(nn.Dense(2)))
+      >>> params, state = net.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> net.apply(params, state, jnp.ones((5, 4)))[0].shape
+      (5, 2)
+    """
+    if not stages:
+        raise ValueError("chain() was given no stage; a stage needs at least one layer. Pass one or more stages.")
+    return Chain(stages)
+
+
+def _init_chain(layers: tuple[Stage, ...], key: Array, x: Array) -> tuple[PyTree, PyTree]:
+    params, state = [], []
+    for j, layer in enumerate(layers):
+        layer_params, layer_state = layer.init(jax.random.fold_in(key, j), x)
+        # Layers that look at their input only for its shape leave this dead code to the compiler.
+        x, _ = traced_once(layer.apply)(layer_params, layer_state, x, key=key, train=True)
+        params.append(layer_params)
+        state.append(layer_state)
+    return tuple(params), tuple(state)
+
+
+def _apply_chain(
+    layers: tuple[Stage, ...], params: PyTree, state: PyTree, x: Array, *, key: Array | None = None, train: bool = True
+) -> tuple[Array, PyTree]:
+    new_state = []
+    for j, layer in enumerate(layers):
+        layer_key = None if key is None else jax.random.fold_in(key, j)
+        x, layer_state = traced_once(layer.apply)(params[j], state[j], x, key=layer_key, train=train)
+        new_state.append(layer_state)
+    return x, tuple(new_state)
+
+
+@functools.lru_cache(maxsize=1024)
+def traced_once(apply: Callable) -> Callable:
+    """``jit`` of a stage's ``apply``, so that equal layers share one trace; inside a jit XLA inlines the call."""
+    return jax.jit(apply, static_argnames="train")
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) -> Stage:
+    accepted = inspect.signature(type(module).__call__).parameters
+
+    def flags(train: bool) -> dict[str, object]:
+        modes = {"train": train, "deterministic": not train, "use_running_average": not train}
+        return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
+
+    def init(key: Array, x: Array) -> tuple[PyTree, PyTree]:
+        variables = module.lazy_init({"params": key}, jax.ShapeDtypeStruct(x.shape, x.dtype), **flags(False))
+        state = {name: collection for name, collection in variables.items() if name != "params"}
+        return variables.get("params", {}), state
+
+    def apply(
+        params: PyTree, state: PyTree, x: Array, *, key: Array | None = None, train: bool = True
+    ) -> tuple[Array, PyTree]:
+        variables = {"params": params, **state}
+        rngs = None if key is None else {"dropout": key}
+        if not (train and state):
+            return module.apply(variables, x, rngs=rngs, **flags(train)), state
+        return module.apply(variables, x, rngs=rngs, mutable=list(state), **flags(train))
+
+    return Stage(init, apply)
+
+
+def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
+    """Wraps a Flax Linen module as a stage.
+
+    The collection ``params`` is trained; every other collection (``batch_stats``, ...) is
+    the stage's state, updated in training mode. If ``module.__call__`` has an argument
+    ``train``, ``deterministic`` or ``use_running_average``, it is set from ``train`` of
+    :attr:`Stage.apply`. The stage's key is the module's ``dropout`` stream.
+
+    Args:
+      module: an unbound Linen module whose ``__call__`` takes one array ``(B, ...)``. Equal (hashable) modules
+        give the same stage, which then is traced once.
+      **call_kwargs: further arguments for ``module.__call__``; they win over the flags above.
+
+    Returns:
+      The stage.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import fr_jax as fr
+      >>> layer = fr.from_linen(nn.BatchNorm(momentum=0.9))
+      >>> params, state = layer.init(jax.random.key(0), jax.numpy.ones((2, 3)))
+      >>> sorted(state)
+      ['batch_stats']
+    """
+    arguments = (module, tuple(sorted(call_kwargs.items())))
+    try:
+        hash(arguments)
+    except TypeError:  # nn.Sequential([...]), for example, holds a list
+        return _wrap_linen.__wrapped__(*arguments)
+    return _wrap_linen(*arguments)
+
+
+def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Chain, ...]:
+    """Cuts a list of layers into ``len(cuts) + 1`` stages.
+
+    Args:
+      layers: the network, one stage a layer, first to last.
+      cuts: increasing positions in ``1 .. len(layers) - 1``; stage k is ``layers[cuts[k-1]:cuts[k]]``.
+        Empty for K = 1.
+
+    Returns:
+      K stages, each a chain of its layers. Initial weights depend on the layer's place in the
+      network, not on the cuts (see ``algorithms/setup.py``).
+
+    Raises:
+      ValueError: a stage would have no layers, or a cut lies outside the list.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import fr_jax as fr
+      >>> layers = [fr.from_linen(nn.Dense(width)) for width in (32, 16, 10)]
+      >>> [len(stage.layers) for stage in fr.partition(layers, (2,))]
+      [2, 1]
+    """
+    cuts = tuple(int(cut) for cut in cuts)
+    if len(cuts) + 1 > len(layers):
+        raise ValueError(
+            f"K = {len(cuts) + 1} stages were asked of a network of {len(layers)} layers; K can be 1 to {len(layers)}. "
+            "Use a smaller K or a deeper network."
+        )
+    bounds = (0, *cuts, len(layers))
+    for k, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+        if start >= stop:
+            raise ValueError(
+                f"cuts {cuts} leave stage {k} of {len(cuts) + 1} without layers; cuts must increase strictly within "
+                f"1 .. {len(layers) - 1}. Change the cuts, or let fr_jax.balance choose them."
+            )
+    return tuple(chain(*layers[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))

@@ -1,0 +1,1 @@
+"""Training around an ``Algorithm``: data, augmentation, checkpoints, metrics, the loop and its plots."""

@@ -1,0 +1,65 @@
+"""Files that are either whole or not there, and errors that say when a disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+
+
+def write_atomically(path: str | pathlib.Path, data: bytes) -> None:
+    """Writes ``data`` to a temporary file beside ``path``, then renames it: a reader sees the old file or the new one.
+
+    Raises:
+      OSError: the file cannot be written (the message says so when the disk is full); ``path`` is as before.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explained(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def explained(error: OSError, path: pathlib.Path) -> OSError:
+    """The same error, with a message for people where the disk is full."""
+    if not is_disk_full(error):
+        return error
+    return OSError(error.errno, f"disk full ({free_space(path.parent)}); {path.name} is as it was. Free some space")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether ``error`` or what caused it is a full disk or quota; tensorstore tells it in words only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_space(directory: pathlib.Path) -> str:
+    """How much room the disk of ``directory`` has, in words."""
+    try:
+        return f"free {shutil.disk_usage(directory).free / 1e6:.1f} MB on the disk of {directory}"
+    except OSError as error:
+        return f"the free space of {directory} is unknown: {error.strerror}"
+
+
+def rename_free(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Renames within the folder to ``name``, or ``name-2``, ``name-3``, ... where that is taken."""
+    target, number = path.with_name(name), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{name}-{number}")
+    return path.rename(target)

@@ -1,0 +1,48 @@
+"""Calls into orbax that neither print nor leave work behind when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+_DRAIN_SECONDS = 30
+
+
+class _DrainingLoop(asyncio.SelectorEventLoop):
+    """An event loop that finishes what was begun before it closes.
+
+    When one array fails, orbax closes its loop while tensorstore still works on the others: they would go on writing
+    into a folder that is being removed, and print a traceback each.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.wait(pending, timeout=_DRAIN_SECONDS))
+            for task in pending:
+                if task.done() and not task.cancelled():
+                    task.exception()  # or asyncio complains that nobody looked
+        super().close()
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences orbax's log, and the tracebacks of its threads: what they raise is raised again in the caller."""
+    logger, hook, new_event_loop = logging.getLogger("absl"), threading.excepthook, asyncio.new_event_loop
+    level = logger.level
+
+    def excepthook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("orbax"):
+            hook(args)
+
+    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = excepthook
+    asyncio.new_event_loop = _DrainingLoop
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        threading.excepthook = hook
+        asyncio.new_event_loop = new_event_loop

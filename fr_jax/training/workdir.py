@@ -1,0 +1,97 @@
+"""The folder of a run: what it holds, and whether a new run may use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fr_jax.training.metrics import write_json
+
+__all__ = ["RunFolder", "WorkdirError"]
+
+
+class WorkdirError(ValueError):
+    """The folder cannot be used for this run; the message says what to do."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+      path: the folder.
+      config, metrics, curves, summary, checkpoints, profile, events: its files and folders.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
+        self.events = self.path / "tensorboard"
+
+    def holds_run(self) -> bool:
+        """Whether a run, finished or not, has written here."""
+        return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that the folder holds, if any.
+
+        Raises:
+          WorkdirError: config.json is not readable.
+        """
+        if not self.config.exists():
+            return None
+        try:
+            return json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise WorkdirError(
+                f"{self.config} cannot be read ({error}). Restore it, choose another --workdir, or start again with "
+                "--overwrite."
+            ) from None
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuses to mix two runs.
+
+        Raises:
+          WorkdirError: the folder holds a run, and neither was asked for; or it is not a folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise WorkdirError(f"--workdir {self.path} is a file; give a folder.")
+        if self.holds_run() and not (resume or overwrite):
+            kind = "a finished run" if self.summary.exists() else "an unfinished run"
+            raise WorkdirError(
+                f"{self.path} holds {kind}, which is not overwritten. Continue it with --resume, choose another "
+                "--workdir, or delete it and start again with --overwrite."
+            )
+
+    def claim(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Makes the folder this run's: with ``overwrite`` the old run's files go first."""
+        if overwrite:
+            for path in (self.summary, self.curves, self.metrics, self.config):
+                path.unlink(missing_ok=True)
+            for path in (self.checkpoints, self.profile, self.events):
+                shutil.rmtree(path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config, config)
+
+    def check_same(self, config: Mapping[str, Any], differences: Callable[..., list[str]]) -> None:
+        """Refuses to resume under settings that change the mathematics.
+
+        Raises:
+          WorkdirError: naming the settings that differ.
+        """
+        saved = self.saved_config()
+        if saved is None:
+            return
+        different = differences(saved, config)
+        if different:
+            raise WorkdirError(
+                f"--resume cannot continue the run in {self.path} with other settings: {'; '.join(different)}. "
+                "Repeat the settings of the run (they stand in its config.json), or use another --workdir."
+            )

@@ -1,0 +1,40 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# The tests need no accelerator and must not occupy one. JAX_PLATFORMS=cuda,cpu in the environment still wins.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+# Before the first backend call: enough devices for K = 4 stages of two devices each.
+jax.config.update("jax_num_cpu_devices", 8)
+# Strict dtype promotion is not set beside it: optax.adam (decay ** count) and flax.linen.BatchNorm with
+# dtype=bfloat16 raise under it (optax 0.2.8, flax 0.12.8).
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Makes float64 the default float for one test; arrays made before it stay as they are."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def program_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment for tests that start a program: this checkout, the CPU, one compilation cache a session.
+
+    The cache makes the second start of the same program cheap. It is deliberately not used inside the test
+    process, where it would hide recompilations.
+    """
+    root = Path(__file__).parents[1]
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+    }
