@@ -19,13 +19,17 @@ __all__ = ["balance", "layer_costs"]
 
 
 def layer_costs(
-    layers: Sequence[Stage], example_inputs: Array, measure: Literal["flops", "time"] = "flops", *, repeats: int = 5
+    layers: Sequence[Stage],
+    example_inputs: Array | jax.ShapeDtypeStruct,
+    measure: Literal["flops", "time"] = "flops",
+    *,
+    repeats: int = 5,
 ) -> list[float]:
     """The cost of forward and vector-Jacobian product of every layer, for one mini-batch.
 
     Args:
       layers: the network, one stage a layer.
-      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct`` like one; only its shape and dtype matter.
+      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
       measure: ``"flops"``, counted by XLA without running anything; or ``"time"``, measured on the default device,
         the median of ``repeats`` runs. Equal layers with equal inputs are measured once.
       repeats: timed runs of each different layer, after one to warm up.

@@ -13,9 +13,7 @@ from fr_jax.types import Array, PyTree
 __all__ = ["check_placement", "data_parallel_size", "placement", "put", "replicated"]
 
 
-def placement(
-    K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1
-) -> tuple[Sharding, ...]:
+def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
     """Chooses the devices of K stages.
 
     The devices are taken in groups of ``data_parallel``; stage k gets group k, round robin

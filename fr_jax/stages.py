@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -94,7 +94,7 @@ def traced_once(apply: Callable) -> Callable:
 def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) -> Stage:
     accepted = inspect.signature(type(module).__call__).parameters
 
-    def flags(train: bool) -> dict[str, object]:
+    def flags(train: bool) -> dict[str, Any]:
         modes = {"train": train, "deterministic": not train, "use_running_average": not train}
         return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
 
@@ -108,9 +108,8 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) 
     ) -> tuple[Array, PyTree]:
         variables = {"params": params, **state}
         rngs = None if key is None else {"dropout": key}
-        if not (train and state):
-            return module.apply(variables, x, rngs=rngs, **flags(train)), state
-        return module.apply(variables, x, rngs=rngs, mutable=list(state), **flags(train))
+        run: Any = functools.partial(module.apply, variables, x, rngs=rngs, **flags(train))
+        return run(mutable=list(state)) if train and state else (run(), state)
 
     return Stage(init, apply)
 

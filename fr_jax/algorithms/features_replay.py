@@ -220,9 +220,7 @@ def features_replay(
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
     setup = check_setup(stages, optimizer, placement)
-    parts = make_parts(
-        setup, loss_fn, metrics_fn, batch_stats=batch_stats, return_grads=return_grads, donate=donate
-    )
+    parts = make_parts(setup, loss_fn, metrics_fn, batch_stats=batch_stats, return_grads=return_grads, donate=donate)
     return Algorithm(
         init=functools.partial(init, setup),
         step=functools.partial(step, parts, setup),

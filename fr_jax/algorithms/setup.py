@@ -140,7 +140,14 @@ def _zeros(spec: PyTree) -> PyTree:
 
 def zeros(spec: PyTree, sharding: Sharding | None) -> PyTree:
     """Zeros of the given shapes and dtypes, on a stage's devices."""
-    return jax.jit(lambda: _zeros(spec), out_shardings=sharding)()
+    leaves, treedef = jax.tree.flatten(spec)
+    return _jitted_zeros(treedef, tuple(leaves), sharding)()
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted_zeros(treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
+    """One compilation for all entries of a history."""
+    return jax.jit(lambda: _zeros(treedef.unflatten(leaves)), out_shardings=sharding)
 
 
 def _check_feature(h: PyTree, k: int) -> None:

@@ -101,8 +101,13 @@ def make_replay(
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
 
     here = replicated(sharding)
-    donated = ("params", "opt_state", *(("model_state",) if update_stats else ()), *(("h_in",) if input_gradient else ()))
-    out_shardings = Updated(here, here, here, sharding, here, here)
+    donated = (
+        "params",
+        "opt_state",
+        *(("model_state",) if update_stats else ()),
+        *(("h_in",) if input_gradient else ()),
+    )
+    out_shardings = Updated._make((here, here, here, sharding, here, here))
     return jax.jit(replay, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
 
@@ -123,7 +128,12 @@ def make_train(
     """
 
     def train(
-        params: tuple, model_state: tuple, opt_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: Array
+        params: tuple,
+        model_state: tuple,
+        opt_state: tuple,
+        streams: tuple[KeyStream, ...],
+        h_in: PyTree,
+        targets: Array,
     ) -> Trained:
         def loss_of(params: tuple, h: PyTree) -> tuple[Array, Any]:
             new_state = []
@@ -156,7 +166,7 @@ def make_train(
 
     here = replicated(sharding)
     donated = ("params", "model_state", "opt_state", *(("h_in",) if input_gradient else ()))
-    out_shardings = Trained(here, here, here, here, sharding, here, here, here, here)
+    out_shardings = Trained._make((here, here, here, here, sharding, here, here, here, here))
     return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import sys
@@ -12,7 +13,16 @@ import jax
 
 from fr_jax.experiments.console import Console, announce
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
-from fr_jax.experiments.settings import METHODS, TrainSettings, as_json, check, default_workdir, differences, parse
+from fr_jax.experiments.settings import (
+    METHODS,
+    TrainSettings,
+    as_json,
+    check,
+    command,
+    default_workdir,
+    differences,
+    parse,
+)
 from fr_jax.training import data
 from fr_jax.training.checkpoint import CheckpointError, Checkpoints
 from fr_jax.training.interrupt import StopRequest
@@ -50,12 +60,14 @@ def run(settings: TrainSettings) -> int:
     folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
     folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
     saved = (folder.saved_config() if settings.resume else None) or {}
-    session = build(settings, dataset, saved.get("resolved_cuts") if settings.cuts is None else None)
+    same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
+    session = build(settings, dataset, saved["resolved_cuts"] if same_network and settings.cuts is None else None)
     config = make_config(session)
     if settings.resume:
         folder.check_same(config, differences)
+    again = command(dataclasses.replace(settings, resume=True, overwrite=False))
     try:
-        return _train(session, folder, config)
+        return _train(session, folder, config, again=again)
     except (CheckpointError, OSError) as error:
         return _fail(error, FAILED)
 
@@ -80,7 +92,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _train(session: Session, folder: RunFolder, config: dict[str, Any]) -> int:
+def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str) -> int:
     settings = session.settings
     state, totals = initial_state(session), Totals()
     with Checkpoints(folder.checkpoints) as checkpoints, StopRequest() as stop:
@@ -111,7 +123,14 @@ def _train(session: Session, folder: RunFolder, config: dict[str, Any]) -> int:
                 )
             finally:
                 console.close()
-        return _close(session, folder, outcome, checkpoints, stop)
+        if stop.signal is not None and not outcome.finished and outcome.divergence is None:
+            draw(session, folder)
+            print(
+                f"Stopped after step {outcome.step:,} of {settings.steps:,}; everything is saved. Continue with\n"
+                f"  {again}"
+            )
+            return stop.exit_code
+        return _close(session, folder, outcome, checkpoints)
 
 
 def make_schedule(session: Session, folder: RunFolder) -> Schedule:
@@ -129,17 +148,17 @@ def make_schedule(session: Session, folder: RunFolder) -> Schedule:
     )
 
 
-def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints, stop: StopRequest) -> int:
-    """Draws the curves, writes the summary of a run that is over, and says what comes next."""
+def draw(session: Session, folder: RunFolder) -> None:
+    """Draws ``curves.png`` from the rows so far."""
     s = session.settings
     title = f"{s.model} on {s.dataset}, {METHODS[s.method]}, K = {s.K}"
     label = f"{s.method.upper()}, K = {s.K}"
     plot_curves({label: read_rows(folder.metrics)}, folder.curves, title=title, data_source=session.dataset.source)
-    if not outcome.finished and outcome.divergence is None:
-        again = f"python -m fr_jax.experiments.cifar {' '.join(sys.argv[1:])}".replace(" --overwrite", "")
-        resume = again if "--resume" in again else f"{again} --resume"
-        print(f"Stopped after step {outcome.step:,} of {s.steps:,}; everything is saved. Continue with\n  {resume}")
-        return stop.exit_code
+
+
+def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
+    """Draws the curves, writes the summary, and says how the run ended."""
+    draw(session, folder)
     write_json(folder.summary, make_summary(session, outcome))
     if outcome.divergence is not None:
         where = outcome.divergence

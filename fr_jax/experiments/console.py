@@ -63,8 +63,15 @@ class Console:
     def __init__(self, session: Session, log: MetricsLog, first_step: int) -> None:
         self._session, self._log = session, log
         self._per_epoch = session.pipeline.steps_per_epoch
+        seldom = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file is not a screen
         self._bar = tqdm(
-            total=session.settings.steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout, mininterval=0.5
+            total=session.settings.steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=seldom,
+            postfix="compiling",
         )
 
     def close(self) -> None:
@@ -81,13 +88,16 @@ class Console:
 
     def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None:
         """A training row is complete."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_s:.0f} images/s")
+        text = f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_s:.0f} images/s"
+        self._bar.set_postfix_str(text, refresh=False)
         self._write(step, train_loss=loss, train_accuracy=accuracy, images_per_s=images_per_s, seconds=seconds)
 
     def test(self, step: int, score: Score, seconds: float) -> None:
         """The network was evaluated."""
         epoch = step / self._per_epoch
-        self.say(f"epoch {epoch:6.2f}  test loss {score.loss:.4f}  test accuracy {score.accuracy:.2%}  ({seconds:.0f} s)")
+        self.say(
+            f"epoch {epoch:6.2f}  test loss {score.loss:.4f}  test accuracy {score.accuracy:.2%}  ({seconds:.0f} s)"
+        )
         self._write(step, test_loss=score.loss, test_accuracy=score.accuracy, seconds=seconds)
 
     def saved(self, step: int) -> None:

@@ -53,9 +53,10 @@ class Session(NamedTuple):
 def request_devices(settings: TrainSettings) -> None:
     """Asks JAX for enough CPU devices, where nothing has been asked of JAX yet; harmless where there are GPUs."""
     wanted = settings.devices or settings.K * settings.data_parallel
+    config: Any = jax.config
     with contextlib.suppress(RuntimeError, ValueError):  # the backend is up already: use what there is
-        if jax.config.jax_num_cpu_devices < wanted:
-            jax.config.update("jax_num_cpu_devices", wanted)
+        if config.jax_num_cpu_devices < wanted:
+            config.update("jax_num_cpu_devices", wanted)
 
 
 def choose_devices(settings: TrainSettings) -> list[jax.Device]:
@@ -104,7 +105,7 @@ def make_layers(settings: TrainSettings, num_classes: int) -> list[Stage]:
       SettingsError: it has fewer than K.
     """
     layers = fr.models.MODELS[settings.model](num_classes=num_classes, dtype=jnp.dtype(settings.dtype))
-    if settings.K > len(layers):
+    if len(layers) < settings.K:
         raise SettingsError(
             f"--K {settings.K} stages were asked of {settings.model}, which has {len(layers)} layers; K can be 1 to "
             f"{len(layers)}. Use a smaller K or a deeper model."
@@ -130,7 +131,7 @@ def stage_work(session: Session) -> list[float]:
     """FLOPs that each stage does for one step of the method."""
     inner, last = WORK[session.settings.method]
     bounds = (0, *session.cuts, len(session.layers))
-    sums = [sum(session.costs[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+    sums = [sum(session.costs[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
     units = [inner] * (len(sums) - 1) + [last]
     return [cost * unit / FLOPS_OF_FORWARD_AND_VJP for cost, unit in zip(sums, units, strict=True)]
 

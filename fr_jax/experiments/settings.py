@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,20 @@ from typing import Any
 from fr_jax.models import MODELS
 from fr_jax.training.data import DATASETS
 
-__all__ = ["METHODS", "PRESETS", "SettingsError", "TrainSettings", "check", "parse", "resolve"]
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "SettingsError",
+    "TrainSettings",
+    "as_json",
+    "check",
+    "command",
+    "default_batch_size",
+    "default_workdir",
+    "differences",
+    "parse",
+    "resolve",
+]
 
 METHODS = {"fr": "features replay", "bp": "back-propagation"}
 DTYPES = ("float32", "bfloat16")
@@ -84,7 +98,7 @@ class TrainSettings:
     log_every: int = 10
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = None
-    """paper: ResNet164 on CIFAR-10, 300 epochs, lr 0.01 divided by 10 at 150 and 225, batch 128. Other flags still win."""
+    """paper: ResNet164 on CIFAR-10, 300 epochs, lr 0.01, /10 at 150 and 225, batch 128. Other flags still win."""
     profile: bool = False
     """Write a jax.profiler trace of ten steps to the folder's profile/."""
     tensorboard: bool = False
@@ -105,8 +119,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 HOW_NOT_WHAT = frozenset(
-    "epochs steps data_dir devices workdir resume overwrite eval_every checkpoint_every log_every preset profile "
-    "tensorboard balance".split()
+    {
+        "balance",
+        "checkpoint_every",
+        "cuts",
+        "data_dir",
+        "devices",
+        "epochs",
+        "eval_every",
+        "log_every",
+        "overwrite",
+        "preset",
+        "profile",
+        "resume",
+        "steps",
+        "tensorboard",
+        "workdir",
+    }
 )
 """Settings that may differ when a run is resumed: they do not enter the mathematics of a step."""
 
@@ -176,7 +205,8 @@ def check(settings: TrainSettings) -> None:
         )
     if settings.cuts is not None and len(settings.cuts) != settings.K - 1:
         raise SettingsError(
-            f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; K stages need K-1 = {settings.K - 1} cuts."
+            f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; "
+            f"K stages need K-1 = {settings.K - 1} cuts."
         )
 
 
@@ -226,16 +256,32 @@ def as_json(settings: TrainSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
+def command(settings: TrainSettings) -> str:
+    """The command line that gives these settings."""
+    words = ["python -m fr_jax.experiments.cifar"]
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), _flag(field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag, *(shlex.quote(str(item)) for item in values)]
+    return " ".join(words)
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that enter the mathematics and differ between a saved run and this call, as readable text."""
     names = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in HOW_NOT_WHAT]
-    return [
-        f"--{name.replace('_', '-')} is {_text(now.get(name))} and was {_text(saved.get(name))}"
-        for name in names
-        if saved.get(name) != now.get(name)
-    ]
+    names.append("resolved_cuts")
+    different = [name for name in names if saved.get(name) != now.get(name)]
+    return [f"{_flag(name)} is {_text(now.get(name))} and was {_text(saved.get(name))}" for name in different]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removeprefix('resolved_').replace('_', '-')}"
 
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-

@@ -50,4 +50,6 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         # Not print(): a handler may interrupt another print.
-        os.write(2, b"\nStopping after this step; Ctrl-C again stops at once and loses the work since the checkpoint.\n")
+        os.write(
+            2, b"\nStopping after this step; Ctrl-C again stops at once and loses the work since the checkpoint.\n"
+        )

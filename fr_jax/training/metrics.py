@@ -85,7 +85,6 @@ class MetricsLog:
             for name, value in row.items():
                 if name not in ("step", "epoch") and isinstance(_plain(value), int | float):
                     self._events.add_scalar(_tag(name), _plain(value), row["step"])
-            self._events.flush()
 
     def close(self) -> None:
         """Closes the file and the TensorBoard events."""
@@ -145,7 +144,8 @@ def tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None = 
         raise ImportError(
             "TensorBoard events need the package tensorboardX: pip install 'fr_jax[tensorboard]', or run without them."
         ) from error
-    return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
 
 
 def _tag(name: str) -> str:

@@ -120,8 +120,8 @@ def _draw_run(axes: Axes, rows: Rows, quantity: str, against: str, scale: float,
     mean = smoothed(y)
     if mean is not y:
         axes.plot(train.x / scale, y, color=colour, linewidth=0.6, alpha=0.18, zorder=1)
-    lone = {"marker": "."} if len(mean) == 1 else {}
-    axes.plot(train.x / scale, mean, color=colour, linewidth=1.1, alpha=0.75, zorder=2, **lone)
+    lone = "." if len(mean) == 1 else None
+    axes.plot(train.x / scale, mean, color=colour, linewidth=1.1, alpha=0.75, zorder=2, marker=lone)
     every = max(1, math.ceil(len(test.x) / 25))
     style = {"linewidth": 2.1, "marker": "o", "markersize": 4.5, "markevery": every, "zorder": 3}
     axes.plot(test.x / scale, test.y * _percent(quantity), color=colour, **style)
@@ -172,7 +172,7 @@ def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
         handles.append(Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=5, label=text))
     handles.append(Line2D([], [], color="0.3", linewidth=1.1, label="training"))
     handles.append(Line2D([], [], color="0.3", linewidth=2.1, marker="o", markersize=4.5, label="test"))
-    widest = max(len(handle.get_label()) for handle in handles)
+    widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), _LEGEND_CHARACTERS // (widest + 9)))
     drawing.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.945), ncols=columns, frameon=False, borderaxespad=0

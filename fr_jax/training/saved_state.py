@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def _is_key(leaf: Any) -> bool:
 def _kind(name: str, leaf: Any) -> str:
     """What a leaf is, for people and for comparison: ``float32[3,4]``, ``key<threefry2x32>[]``, ``int``."""
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        dtype = f"key<{jax.random.key_impl(leaf)}>" if _is_key(leaf) else str(leaf.dtype)
+        dtype = f"key<{jax.random.key_impl(cast(jax.Array, leaf))}>" if _is_key(leaf) else str(leaf.dtype)
         return f"{dtype}[{','.join(map(str, leaf.shape))}]"
     if type(leaf) in (bool, int, float, str):
         return type(leaf).__name__

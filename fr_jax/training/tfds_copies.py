@@ -23,7 +23,7 @@ def folder() -> Path:
 
 def find(name: str, data_dir: Path) -> Path | None:
     """The newest prepared copy of ``name`` under the TFDS folder ``data_dir``, such as ``data_dir/cifar10/3.0.2``."""
-    copies = [info.parent for info in data_dir.glob(f"{name}/*/dataset_info.json")]
+    copies = [info.parent for info in data_dir.glob(f"{name}/[0-9]*/dataset_info.json")]
     return max(copies, key=lambda copy: [int(n) if n.isdigit() else -1 for n in copy.name.split(".")], default=None)
 
 
@@ -58,7 +58,7 @@ def prepare(name: str) -> None:
     import tensorflow_datasets as tfds
 
     _keep_tensorflow_off_the_accelerator()
-    tfds.builder(name, file_format="array_record").download_and_prepare()
+    tfds.builder(name, data_dir=folder(), file_format="array_record").download_and_prepare()
 
 
 def _examples(builder: Any, split: str) -> Iterable[dict[str, Any]]:

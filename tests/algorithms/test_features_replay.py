@@ -68,7 +68,7 @@ def test_every_module_may_have_its_own_optimizer(naive, check):
 @pytest.mark.usefixtures("x64")
 def test_replay_uses_the_dropout_mask_of_play(naive, check):
     noisy = (naive.dense(8), naive.dropout(0.5), naive.dense(8), naive.dropout(0.3))
-    check([(naive.dropout(0.2),), noisy, (naive.dropout(0.5),), (naive.dense(2), naive.dropout(0.1))], ["sgd"])
+    check([(naive.dropout(0.2),), noisy, (naive.dense(2), naive.dropout(0.1))], ["sgd"])
 
 
 @pytest.mark.usefixtures("x64")
@@ -79,7 +79,9 @@ def test_running_statistics_follow_the_policy(naive, check, batch_stats):
     K = len(modules)
     states, _ = check(modules, ["nesterov"], batch_stats)
     for k in range(1, K + 1):
-        moved = [not np.array_equal(*(s.model_state[k - 1][k < K]["mean"] for s in states[t : t + 2])) for t in range(K)]
+        moved = [
+            not np.array_equal(*(s.model_state[k - 1][k < K]["mean"] for s in states[t : t + 2])) for t in range(K)
+        ]
         first_replay = K - k if batch_stats == "replay" else 0
         assert moved == [t >= first_replay for t in range(K)]
 
@@ -97,7 +99,7 @@ def test_one_module_equals_backprop(naive, make_batches, run, optimizer):
 @pytest.mark.usefixtures("x64")
 def test_with_zero_step_size_gradients_are_those_of_backprop(naive, make_batches, run):
     K = 4
-    stages = [naive.stage((naive.dense(4), naive.dropout(0.3))) for _ in range(K - 1)] + [naive.dense(2).stage]
+    stages = [naive.stage((naive.dense(4), naive.dropout(0.3)))] + [naive.dense(4).stage] * 2 + [naive.dense(2).stage]
     batches = make_batches(STEPS)
     _, decoupled = run(fr.features_replay(stages, naive.squared_error, optax.sgd(0.0), return_grads=True), batches)
     _, plain = run(fr.backprop(stages, naive.squared_error, optax.sgd(0.0), return_grads=True), batches)

@@ -1,0 +1,245 @@
+"""What holds for the step of every method: devices, donation, immutability, no waiting, no recompilation."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fr_jax as fr
+
+METHODS = {
+    "bp": fr.backprop,
+    "fr": fr.features_replay,
+    "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
+    "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
+}
+K = 3
+# name -> a placement of K stages
+PLACEMENTS = {
+    "default": lambda: None,
+    "1": lambda: fr.placement(K, jax.devices()[:1]),
+    "2": lambda: fr.placement(K, jax.devices()[:2]),
+    "K": lambda: fr.placement(K, jax.devices()[:K]),
+    "split over 2": lambda: fr.placement(K, jax.devices()[:2], data_parallel=2),
+    "split over 2 each": lambda: fr.placement(K, jax.devices()[: 2 * K], data_parallel=2),
+}
+
+
+@pytest.fixture
+def make(naive):
+    """``(method, placement="default", ...) -> Algorithm`` of K stages with everything that a state can hold."""
+
+    def make(method, placement="default", optimizer=None, **kwargs):
+        modules = (
+            (naive.dense(4), naive.batch_norm(), naive.dropout(0.2)),
+            (naive.dense(3), naive.batch_norm()),
+            (naive.batch_norm(), naive.dense(2)),
+        )
+        stages = [naive.stage(module) for module in modules]
+        optimizer = optimizer or optax.adam(0.01)
+        return METHODS[method](stages, naive.squared_error, optimizer, placement=PLACEMENTS[placement](), **kwargs)
+
+    return make
+
+
+def numbers(state):
+    """Everything in a state, on the host."""
+    state = state._replace(streams=[jax.random.key_data(s.key) for s in state.streams])
+    return jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", ["bp", "fr"])
+def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
+    batches = make_batches(8)
+    by_placement, outputs = {}, {}
+    for name in PLACEMENTS:
+        algorithm = make(method, name)
+        states, _ = run(algorithm, batches)
+        by_placement[name] = [numbers(state) for state in states]
+        outputs[name] = np.asarray(algorithm.predict(states[-1], batches[0].inputs))
+    # Back-propagation is one fused function on one device, a chain of functions on several.
+    exact = [{"default", "1"}, {"2", "K"}] if method == "bp" else [{"default", "1", "2", "K"}]
+    for names in exact:
+        one, *others = (by_placement[name] for name in sorted(names))
+        for other in others:
+            chex.assert_trees_all_equal(one, other)
+    for name in PLACEMENTS:
+        chex.assert_trees_all_close(by_placement["default"], by_placement[name], rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["bp", "fr"])
+@pytest.mark.parametrize("placement", ["2", "split over 2 each"])
+def test_each_module_stays_on_its_devices(make, make_batches, run, method, placement):
+    states, _ = run(make(method, placement), make_batches(K + 1))
+    for state in (states[0], states[-1]):
+        for k, sharding in enumerate(PLACEMENTS[placement]()):
+            parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
+            if method == "fr" and k < K - 1:
+                parts += [state.history[k], state.deltas[k]]
+            assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
+
+
+@pytest.mark.parametrize("method", ["bp", "fr"])
+def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
+    algorithm = make(method, return_grads=True)
+    batches = make_batches(K + 1)
+    states, _ = run(algorithm, batches)
+    for state in (states[0], states[K]):
+        before = numbers(state)
+        first, second = (algorithm.step(state, batches[0]) for _ in range(2))
+        chex.assert_trees_all_equal(before, numbers(state))
+        chex.assert_trees_all_equal(numbers(first[0]), numbers(second[0]))
+        chex.assert_trees_all_equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "placement"),
+    [("bp", "1"), ("bp", "K"), ("fr", "default"), ("fr-replay", "K"), ("fr-both", "2"), ("fr", "split over 2")],
+)
+def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, method, placement):
+    kept, donated = make(method, placement), make(method, placement, donate=True)
+    batches = make_batches(8)
+    a, b = (algorithm.init(jax.random.key(1), batches[0]) for algorithm in (kept, donated))
+    for t, batch in enumerate(batches):
+        old = b
+        a, _ = kept.step(a, batch)
+        b, _ = donated.step(b, batch)
+        chex.assert_trees_all_equal(numbers(a), numbers(b))
+        updated = [k for k in range(K) if method == "bp" or t + (k + 1) - K >= 0]
+        gone = [leaf.is_deleted() for k in updated for leaf in jax.tree.leaves((old.params[k], old.opt_state[k]))]
+        assert all(gone)
+        if method != "bp" and t >= K:
+            assert all(entry.is_deleted() for entry in jax.tree.leaves(old.history[1].entries[0]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
+
+
+def test_a_useless_donation_would_be_seen():
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        jax.jit(lambda x: x[0], donate_argnums=0)(jnp.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda x: x + 1, donate_argnums=0)(jnp.ones(3))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
+    """Then features, history entries and the batch could share a buffer that is donated."""
+    same = fr.Stage(lambda key, x: ((), ()), lambda params, state, x, *, key=None, train=True: (x, state))
+    keeps = fr.Stage(  # what it is given is also what it carries along and what it is optimised with
+        lambda key, x: (x[0], x[0]), lambda params, state, x, *, key=None, train=True: (x + params[None], state)
+    )
+    copy = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, state))
+    algorithm = fr.features_replay(
+        [same, same, keeps, same, naive.dense(2).stage], naive.squared_error, copy, donate=donate
+    )
+    batches = make_batches(8)
+    states, infos = run(algorithm, batches)
+    assert np.isfinite([info.loss for info in infos]).all()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[-1]))
+
+
+@pytest.mark.parametrize("method", ["bp", "fr"])
+@pytest.mark.parametrize("placement", ["default", "1", "K", "split over 2 each"])
+@pytest.mark.usefixtures("no_waiting")
+def test_a_step_neither_waits_nor_copies_to_or_from_the_host(make, make_batches, method, placement):
+    algorithm = make(method, placement)
+    key, batches = jax.random.key(1), jax.device_put(make_batches(2 * K), jax.devices()[0])
+    state = algorithm.init(key, batches[0])
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, _ = algorithm.step(state, batch)
+
+
+def test_the_guard_would_see_a_copy_from_the_host():
+    double = jax.jit(lambda x: 2 * x)
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        double(np.ones(3))
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(
+    "look", [float, bool, np.asarray, jax.block_until_ready, jax.device_get, jnp.ndarray.item, str]
+)
+def test_the_spies_would_see_a_look(look):
+    with pytest.raises(pytest.fail.Exception, match="waited for a device"):
+        look(jnp.ones(()))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("method", "placement"),
+    [("bp", "default"), ("bp", "K"), ("fr", "default"), ("fr-both", "2"), ("fr-replay", "split over 2 each")],
+)
+def test_nothing_is_compiled_after_the_pipeline_is_full(make, make_batches, compilations, method, placement, donate):
+    algorithm = make(method, placement, donate=donate)
+    batches = make_batches(K + 11)
+    state = algorithm.init(jax.random.key(1), batches[0])
+    for batch in batches[: K + 1]:
+        state, _ = algorithm.step(state, batch)
+    assert compilations
+    compilations.clear()
+    for batch in batches[K + 1 :]:
+        state, _ = algorithm.step(state, batch)
+    assert compilations == []
+
+
+@pytest.mark.parametrize("placement", ["default", "K"])
+def test_a_loader_may_reuse_its_numpy_buffer(make, make_batches, run, placement):
+    """Features replay reads a batch K-1 steps later, and JAX may share the memory of an aligned NumPy array."""
+
+    def aligned(shape):
+        raw = np.empty(np.prod(shape) + 16, np.float32)
+        start = (-raw.ctypes.data // 4) % 16
+        return raw[start : start + np.prod(shape)].reshape(shape)
+
+    batches = make_batches(2 * K, examples=16)
+    expected, _ = run(make("fr", placement), batches)
+    buffer = fr.Batch(aligned((16, 3)), aligned((16, 2)))
+
+    def load():
+        for batch in batches:
+            jax.tree.map(np.copyto, buffer, jax.tree.map(np.asarray, batch))
+            yield buffer
+
+    algorithm = make("fr", placement)
+    state = algorithm.init(jax.random.key(1), buffer)
+    for batch in load():
+        state, _ = algorithm.step(state, batch)
+        jax.block_until_ready(state.params)
+    chex.assert_trees_all_equal(numbers(state), numbers(expected[-1]))
+
+
+@pytest.mark.parametrize("placement", ["default", "K", "split over 2 each"])
+def test_predict_is_the_network_in_inference_mode(make, make_batches, run, naive, placement):
+    batches = make_batches(4)
+    algorithm = make("fr", placement)
+    states, _ = run(algorithm, batches)
+    h = batches[0].inputs
+    params, model_state = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x)), (states[-1].params, states[-1].model_state)
+    )
+    for p, s, layers in zip(
+        params,
+        model_state,
+        [
+            (naive.dense(4), naive.batch_norm(), naive.dropout(0.2)),
+            (naive.dense(3), naive.batch_norm()),
+            (naive.batch_norm(), naive.dense(2)),
+        ],
+        strict=True,
+    ):
+        for layer, layer_params, layer_state in zip(layers, p, s, strict=True):
+            h, same = layer.stage.apply(layer_params, layer_state, h, train=False)
+            chex.assert_trees_all_equal(same, layer_state)
+    outputs = algorithm.predict(states[-1], batches[0].inputs)
+    np.testing.assert_allclose(outputs, h, rtol=1e-5, atol=1e-6)
+    assert outputs.devices() <= set(jax.devices()[:6])
+    few = algorithm.predict(states[-1], batches[0].inputs[:2])  # another batch size is welcome here
+    np.testing.assert_allclose(few, h[:2], rtol=1e-5, atol=1e-6)
