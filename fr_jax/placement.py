@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 from fr_jax.types import Array, PyTree
 
-__all__ = ["check_placement", "data_parallel_size", "placement", "put", "replicated"]
+__all__ = ["check_placement", "data_parallel_size", "place", "placement", "put", "replicated"]
 
 
 def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
@@ -94,6 +94,15 @@ def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Shard
                 f"Use fr_jax.placement({K}, devices) to make one from devices."
             )
     return tuple(shardings)
+
+
+def place(x: PyTree, sharding: Sharding | None) -> PyTree:
+    """Like :func:`put`, and also onto devices of another process, for what every process holds alike (a seed's key)."""
+    if sharding is None or sharding.is_fully_addressable:
+        return put(x, sharding)
+    # device_put refuses to leave the process. The jit is made afresh each time: calling one a second time with arrays
+    # of this process for a device of another ends in a segmentation fault (jax 0.10.2).
+    return jax.jit(lambda *leaves: leaves, out_shardings=sharding)(x)[0]
 
 
 def put(x: PyTree, sharding: Sharding | None) -> PyTree:

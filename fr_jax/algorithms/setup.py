@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax.placement import check_placement, data_parallel_size, put, replicated
+from fr_jax.placement import check_placement, data_parallel_size, place, replicated
 from fr_jax.stages import Chain, traced_once
 from fr_jax.types import Array, Batch, BatchSpec, PyTree, Stage
 
@@ -100,23 +100,25 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
     weights_key, dropout_key = jax.random.split(key)
     h = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch.inputs)
     params, model_state, opt_state, streams, features = [], [], [], [], []
-    place = 0
+    first = 0
     for k, (stage, optimizer, sharding) in enumerate(zip(*setup, strict=True)):
         here = replicated(sharding)
         features.append(h)
         layers = stage.layers if isinstance(stage, Chain) else (stage,)
+        layer_keys = [jax.random.fold_in(weights_key, i) for i in range(first, first + len(layers))]
+        stream = KeyStream(jax.random.fold_in(dropout_key, k), jnp.zeros((), jnp.int32))
+        layer_keys, stream = place((layer_keys, stream), here)
         weights, states = [], []
-        for i, layer in enumerate(layers, start=place):
-            layer_params, layer_state = _init_layer(layer, jax.random.fold_in(weights_key, i), h, here)
+        for layer, layer_key in zip(layers, layer_keys, strict=True):
+            layer_params, layer_state = _init_layer(layer, layer_key, h, here)
             h, _ = jax.eval_shape(traced_once(layer.apply), layer_params, layer_state, h, key=dropout_key)
             weights.append(layer_params)
             states.append(layer_state)
-        place += len(layers)
+        first += len(layers)
         params.append(tuple(weights) if isinstance(stage, Chain) else weights[0])
         model_state.append(tuple(states) if isinstance(stage, Chain) else states[0])
         opt_state.append(jax.jit(optimizer.init, out_shardings=here)(params[k]))
-        stream = KeyStream(jax.random.fold_in(dropout_key, k), jnp.zeros((), jnp.int32))
-        streams.append(put(stream, here))
+        streams.append(stream)
         if k < len(setup.stages) - 1:
             _check_feature(h, k + 1)
     spec = BatchSpec.of(batch)

@@ -38,7 +38,7 @@ def plain_loop(stages, loss_fn, optimizer, state, batches):
 )
 def test_trajectory_equals_grad_and_optax(naive, make_batches, run, K, devices, optimizer):
     first = (naive.dense(4), naive.batch_norm(), naive.dropout(0.5))
-    stages = [naive.stage(module) for module in (first, (naive.dense(5),), (naive.batch_norm(), naive.dense(2)))]
+    stages = [naive.stage(module) for module in (first, (naive.dense(5), naive.batch_norm()), (naive.dense(2),))]
     stages = stages if K == 3 else [fr.chain(*stages)]
     algorithm = fr.backprop(
         stages,

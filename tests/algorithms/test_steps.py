@@ -1,5 +1,6 @@
 """What holds for the step of every method: devices, donation, immutability, no waiting, no recompilation."""
 
+import functools
 import warnings
 
 import chex
@@ -30,18 +31,19 @@ PLACEMENTS = {
 
 
 @pytest.fixture
-def make(naive):
+def modules(naive):
+    """K modules with dropout and running statistics."""
+    return (naive.dense(4), naive.dropout(0.2)), (naive.dense(3), naive.batch_norm()), (naive.dense(2),)
+
+
+@pytest.fixture
+def make(naive, modules):
     """``(method, placement="default", ...) -> Algorithm`` of K stages with everything that a state can hold."""
 
-    def make(method, placement="default", optimizer=None, **kwargs):
-        modules = (
-            (naive.dense(4), naive.batch_norm(), naive.dropout(0.2)),
-            (naive.dense(3), naive.batch_norm()),
-            (naive.batch_norm(), naive.dense(2)),
-        )
+    def make(method, placement="default", **kwargs):
         stages = [naive.stage(module) for module in modules]
-        optimizer = optimizer or optax.adam(0.01)
-        return METHODS[method](stages, naive.squared_error, optimizer, placement=PLACEMENTS[placement](), **kwargs)
+        shardings = PLACEMENTS[placement]()
+        return METHODS[method](stages, naive.squared_error, optax.adam(0.01), placement=shardings, **kwargs)
 
     return make
 
@@ -52,37 +54,32 @@ def numbers(state):
     return jax.tree.map(np.asarray, state)
 
 
+def assert_each_module_is_on_its_devices(state, shardings):
+    for k, sharding in enumerate(shardings):
+        parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
+        if hasattr(state, "history") and k < K - 1:
+            parts += [state.history[k], state.deltas[k]]
+        assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", ["bp", "fr"])
 def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
     batches = make_batches(8)
-    by_placement, outputs = {}, {}
-    for name in PLACEMENTS:
+    runs, outputs = {}, {}
+    for name in ("default", "2", "K", "split over 2", "split over 2 each"):
         algorithm = make(method, name)
         states, _ = run(algorithm, batches)
-        by_placement[name] = [numbers(state) for state in states]
+        for state in (states[0], states[-1]) if name != "default" else ():
+            assert_each_module_is_on_its_devices(state, PLACEMENTS[name]())
+        runs[name] = [numbers(state) for state in states]
         outputs[name] = np.asarray(algorithm.predict(states[-1], batches[0].inputs))
-    # Back-propagation is one fused function on one device, a chain of functions on several.
-    exact = [{"default", "1"}, {"2", "K"}] if method == "bp" else [{"default", "1", "2", "K"}]
-    for names in exact:
-        one, *others = (by_placement[name] for name in sorted(names))
-        for other in others:
-            chex.assert_trees_all_equal(one, other)
-    for name in PLACEMENTS:
-        chex.assert_trees_all_close(by_placement["default"], by_placement[name], rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_equal(runs["2"], runs["K"])
+    if method != "bp":  # back-propagation is one fused function on one device, a chain of functions on several
+        chex.assert_trees_all_equal(runs["default"], runs["K"])
+    for name in runs:
+        chex.assert_trees_all_close(runs["default"], runs[name], rtol=1e-11, atol=1e-12)
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
-
-
-@pytest.mark.parametrize("method", ["bp", "fr"])
-@pytest.mark.parametrize("placement", ["2", "split over 2 each"])
-def test_each_module_stays_on_its_devices(make, make_batches, run, method, placement):
-    states, _ = run(make(method, placement), make_batches(K + 1))
-    for state in (states[0], states[-1]):
-        for k, sharding in enumerate(PLACEMENTS[placement]()):
-            parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
-            if method == "fr" and k < K - 1:
-                parts += [state.history[k], state.deltas[k]]
-            assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
 
 
 @pytest.mark.parametrize("method", ["bp", "fr"])
@@ -142,19 +139,35 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
     states, infos = run(algorithm, batches)
     assert np.isfinite([info.loss for info in infos]).all()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[-1]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[-1]._replace(step=())))
 
 
-@pytest.mark.parametrize("method", ["bp", "fr"])
-@pytest.mark.parametrize("placement", ["default", "1", "K", "split over 2 each"])
+@pytest.mark.parametrize(
+    ("method", "placement", "donate"),
+    [
+        ("bp", "default", False),
+        ("bp", "K", True),
+        ("bp", "split over 2 each", False),
+        ("fr", "default", False),
+        ("fr", "K", True),
+        ("fr-both", "2", True),
+        ("fr-replay", "split over 2 each", True),
+    ],
+)
 @pytest.mark.usefixtures("no_waiting")
-def test_a_step_neither_waits_nor_copies_to_or_from_the_host(make, make_batches, method, placement):
-    algorithm = make(method, placement)
-    key, batches = jax.random.key(1), jax.device_put(make_batches(2 * K), jax.devices()[0])
-    state = algorithm.init(key, batches[0])
+def test_a_step_only_issues_work(make, make_batches, compilations, method, placement, donate):
+    """No look at a value, no copy to or from the host, and nothing compiled once the pipeline is full."""
+    algorithm = make(method, placement, donate=donate)
+    batches = jax.device_put(make_batches(K + 11), jax.devices()[0])
+    state = algorithm.init(jax.random.key(1), batches[0])
     with jax.transfer_guard("disallow"):
-        for batch in batches:
+        for batch in batches[: K + 1]:
             state, _ = algorithm.step(state, batch)
+        assert compilations
+        compilations.clear()
+        for batch in batches[K + 1 :]:
+            state, _ = algorithm.step(state, batch)
+    assert compilations == []
 
 
 def test_the_guard_would_see_a_copy_from_the_host():
@@ -172,26 +185,8 @@ def test_the_spies_would_see_a_look(look):
         look(jnp.ones(()))
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize(
-    ("method", "placement"),
-    [("bp", "default"), ("bp", "K"), ("fr", "default"), ("fr-both", "2"), ("fr-replay", "split over 2 each")],
-)
-def test_nothing_is_compiled_after_the_pipeline_is_full(make, make_batches, compilations, method, placement, donate):
-    algorithm = make(method, placement, donate=donate)
-    batches = make_batches(K + 11)
-    state = algorithm.init(jax.random.key(1), batches[0])
-    for batch in batches[: K + 1]:
-        state, _ = algorithm.step(state, batch)
-    assert compilations
-    compilations.clear()
-    for batch in batches[K + 1 :]:
-        state, _ = algorithm.step(state, batch)
-    assert compilations == []
-
-
 @pytest.mark.parametrize("placement", ["default", "K"])
-def test_a_loader_may_reuse_its_numpy_buffer(make, make_batches, run, placement):
+def test_a_loader_may_reuse_its_numpy_buffer(naive, make_batches, run, placement):
     """Features replay reads a batch K-1 steps later, and JAX may share the memory of an aligned NumPy array."""
 
     def aligned(shape):
@@ -200,7 +195,9 @@ def test_a_loader_may_reuse_its_numpy_buffer(make, make_batches, run, placement)
         return raw[start : start + np.prod(shape)].reshape(shape)
 
     batches = make_batches(2 * K, examples=16)
-    expected, _ = run(make("fr", placement), batches)
+    stages = [naive.dense(2).stage] * K
+    algorithm = fr.features_replay(stages, naive.squared_error, optax.sgd(0.1), placement=PLACEMENTS[placement]())
+    expected, _ = run(algorithm, batches)
     buffer = fr.Batch(aligned((16, 3)), aligned((16, 2)))
 
     def load():
@@ -208,7 +205,6 @@ def test_a_loader_may_reuse_its_numpy_buffer(make, make_batches, run, placement)
             jax.tree.map(np.copyto, buffer, jax.tree.map(np.asarray, batch))
             yield buffer
 
-    algorithm = make("fr", placement)
     state = algorithm.init(jax.random.key(1), buffer)
     for batch in load():
         state, _ = algorithm.step(state, batch)
@@ -216,30 +212,19 @@ def test_a_loader_may_reuse_its_numpy_buffer(make, make_batches, run, placement)
     chex.assert_trees_all_equal(numbers(state), numbers(expected[-1]))
 
 
-@pytest.mark.parametrize("placement", ["default", "K", "split over 2 each"])
-def test_predict_is_the_network_in_inference_mode(make, make_batches, run, naive, placement):
+def test_predict_is_the_network_in_inference_mode(make, modules, make_batches, run):
+    """That it is the same on all devices is part of the test of devices."""
     batches = make_batches(4)
-    algorithm = make("fr", placement)
+    algorithm = make("fr", "K")
     states, _ = run(algorithm, batches)
+    params, model_state = jax.device_put((states[-1].params, states[-1].model_state), jax.devices()[0])
     h = batches[0].inputs
-    params, model_state = jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x)), (states[-1].params, states[-1].model_state)
-    )
-    for p, s, layers in zip(
-        params,
-        model_state,
-        [
-            (naive.dense(4), naive.batch_norm(), naive.dropout(0.2)),
-            (naive.dense(3), naive.batch_norm()),
-            (naive.batch_norm(), naive.dense(2)),
-        ],
-        strict=True,
-    ):
-        for layer, layer_params, layer_state in zip(layers, p, s, strict=True):
-            h, same = layer.stage.apply(layer_params, layer_state, h, train=False)
-            chex.assert_trees_all_equal(same, layer_state)
-    outputs = algorithm.predict(states[-1], batches[0].inputs)
-    np.testing.assert_allclose(outputs, h, rtol=1e-5, atol=1e-6)
-    assert outputs.devices() <= set(jax.devices()[:6])
+    for k, module in enumerate(modules):
+        for j, layer in enumerate(module):
+            place = (k, j) if len(module) > 1 else (k,)
+            p, s = (functools.reduce(lambda tree, i: tree[i], place, tree) for tree in (params, model_state))
+            h, same = layer.stage.apply(p, s, h, train=False)
+            chex.assert_trees_all_equal(same, s)
+    np.testing.assert_allclose(algorithm.predict(states[-1], batches[0].inputs), h, rtol=1e-5, atol=1e-6)
     few = algorithm.predict(states[-1], batches[0].inputs[:2])  # another batch size is welcome here
     np.testing.assert_allclose(few, h[:2], rtol=1e-5, atol=1e-6)
