@@ -136,6 +136,7 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
     grads: list[PyTree | None] = [None] * K
     norms: list[Array | None] = [None] * K
 
+    # Lines 3-8: play.
     h = put(batch.inputs, shardings[0])
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
@@ -143,11 +144,13 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
         h = put(h, shardings[k + 1])
         streams[k] = streams[k]._replace(count=count)
 
+    # Lines 6, 9 and 11-14 of module K, in one pass.
     top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
     params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
     streams[-1] = streams[-1]._replace(count=top.counts[0])
     grads[-1], norms[-1], delta = top.grads and top.grads[0], top.gradient_norms[0], top.delta
 
+    # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
         if delta is not None:
             deltas[k] = put(delta, shardings[k])
