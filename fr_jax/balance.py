@@ -52,7 +52,7 @@ def layer_costs(
     if not layers:
         raise ValueError("layer_costs() was given no layers; it needs at least one.")
     cost_of = _count_flops if measure == "flops" else functools.partial(_measure_seconds, repeats=repeats)
-    h: Any = jax.ShapeDtypeStruct(example_inputs.shape, example_inputs.dtype)
+    h: Any = jax.ShapeDtypeStruct(example_inputs.shape, jax.dtypes.canonicalize_dtype(example_inputs.dtype))
     known: dict[Any, float] = {}
     costs = []
     for layer in layers:

@@ -40,6 +40,8 @@ def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel
     devices = list(jax.devices() if devices is None else devices)
     if K < 1:
         raise ValueError(f"placement() was given K = {K}; K must be at least 1.")
+    if not devices:
+        raise ValueError("placement() was given no devices; pass at least one, or None for all of jax.devices().")
     if not 1 <= data_parallel <= len(devices):
         raise ValueError(
             f"data_parallel = {data_parallel} devices a stage were asked for; with {len(devices)} device(s) it can be "

@@ -169,6 +169,8 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Chain, ...]
       [2, 1]
     """
     cuts = tuple(int(cut) for cut in cuts)
+    if not layers:
+        raise ValueError("partition() was given no layers; a network has at least one.")
     if len(cuts) + 1 > len(layers):
         raise ValueError(
             f"K = {len(cuts) + 1} stages were asked of a network of {len(layers)} layers; K can be 1 to {len(layers)}. "

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # Modules that are not called as the package that installs them.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "dm_pix": "dm-pix"}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
 
 
 def canonical(name):

@@ -93,9 +93,11 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
     same key gives the same weights for every choice of cuts, so that methods and K start from the same point.
 
     Raises:
-      ValueError: the batch cannot be split over the devices of a stage, or a stage sends something on that
-        has no gradient.
+      ValueError: the key is none, the batch cannot be split over the devices of a stage, or a stage sends
+        something on that has no gradient.
     """
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
     check_divisible(batch, setup.shardings)
     weights_key, dropout_key = jax.random.split(key)
     h = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch.inputs)

@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 
+from fr_jax.experiments.command_line import command, parse
 from fr_jax.experiments.console import Console, announce
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
 from fr_jax.experiments.settings import (
     METHODS,
+    SettingsError,
     TrainSettings,
     as_json,
     check,
-    command,
     default_workdir,
     differences,
-    parse,
 )
 from fr_jax.training import data
 from fr_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -29,7 +29,7 @@ from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Schedule, Totals, train
 from fr_jax.training.metrics import MetricsLog, read_rows, write_json
 from fr_jax.training.plots import plot_curves
-from fr_jax.training.workdir import RunFolder
+from fr_jax.training.workdir import RunFolder, WorkdirError
 
 __all__ = ["main", "run"]
 
@@ -40,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
     try:
         return run(parse(sys.argv[1:] if arguments is None else arguments))
-    except ValueError as error:
+    except (SettingsError, data.DataError, WorkdirError) as error:
         return _fail(error, BAD_ARGUMENTS)
+    except (CheckpointError, OSError) as error:
+        return _fail(error, FAILED)
     except KeyboardInterrupt:
         return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
 
@@ -51,6 +53,7 @@ def run(settings: TrainSettings) -> int:
 
     Raises:
       ValueError: a setting cannot be used, data are missing, or the folder holds another run.
+      CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
     """
     check(settings)
     request_devices(settings)
@@ -59,17 +62,23 @@ def run(settings: TrainSettings) -> int:
     dataset = data.load(settings.dataset, settings.data_dir)
     folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
     folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
-    saved = (folder.saved_config() if settings.resume else None) or {}
-    same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
-    session = build(settings, dataset, saved["resolved_cuts"] if same_network and settings.cuts is None else None)
+    session = _build(settings, dataset, folder)
     config = make_config(session)
     if settings.resume:
         folder.check_same(config, differences)
-    again = command(dataclasses.replace(settings, resume=True, overwrite=False))
+    again = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
+    return _train(session, folder, config, again=command(again))
+
+
+def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
+    """The session; a run that is resumed keeps its cuts, unless others were given."""
+    saved = (folder.saved_config() if settings.resume else None) or {}
+    same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
+    cuts = saved.get("resolved_cuts") if same_network and settings.cuts is None else None
     try:
-        return _train(session, folder, config, again=again)
-    except (CheckpointError, OSError) as error:
-        return _fail(error, FAILED)
+        return build(settings, dataset, cuts)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
 
 
 def make_config(session: Session) -> dict[str, Any]:
@@ -102,6 +111,8 @@ def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: s
                 print(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
             else:
                 state, totals = restored.state, Totals(**restored.metadata["totals"])
+                if is_over(folder, state.step, settings):
+                    return FINISHED
                 print(f"Resuming after step {state.step:,} of {settings.steps:,}.")
         folder.claim(config, overwrite=settings.overwrite)
         print(announce(session, state), flush=True)
@@ -131,6 +142,28 @@ def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: s
             )
             return stop.exit_code
         return _close(session, folder, outcome, checkpoints)
+
+
+def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
+    """Whether a run that is to be resumed has nothing left to do; says so.
+
+    Raises:
+      WorkdirError: it is longer already than what is asked for.
+    """
+    assert settings.steps is not None and settings.milestones is not None
+    if step > settings.steps:
+        raise WorkdirError(
+            f"the run in {folder.path} has done {step:,} steps, more than the {settings.steps:,} asked for. "
+            "Ask for more with --steps or --epochs, or use another --workdir."
+        )
+    over = step == settings.steps and folder.summary.exists()
+    if over:
+        milestones = " ".join(map(str, settings.milestones))
+        print(
+            f"The run in {folder.path} is finished: {step:,} of {settings.steps:,} steps. Nothing was changed.\n"
+            f"To train for longer, ask for more --epochs or --steps, and add --milestones {milestones}"
+        )
+    return over
 
 
 def make_schedule(session: Session, folder: RunFolder) -> Schedule:

@@ -85,12 +85,12 @@ def build(settings: TrainSettings, dataset: Dataset, saved_cuts: Sequence[int] |
     Raises:
       ValueError: a setting does not fit the network, the devices or the data (``SettingsError`` among them).
     """
+    layers = make_layers(settings, dataset.num_classes)
     devices = choose_devices(settings)
     placement = fr.placement(settings.K, devices, settings.data_parallel)
     batch_size = default_batch_size(settings, dataset.name)
     pipeline = input_pipeline(dataset, batch_size, seed=settings.seed, sharding=placement[0])
     settings = resolve(settings, dataset.name, batch_size, pipeline.steps_per_epoch)
-    layers = make_layers(settings, dataset.num_classes)
     example = jax.ShapeDtypeStruct((batch_size, *dataset.train_images.shape[1:]), jnp.float32)
     costs = fr.layer_costs(layers, example)
     cuts = tuple(saved_cuts) if saved_cuts is not None else choose_cuts(settings, layers, costs, example)
@@ -139,8 +139,10 @@ def stage_work(session: Session) -> list[float]:
 def learning_rate_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:
     """The initial rate, divided by 10 after each milestone (epochs)."""
     assert settings.learning_rate is not None and settings.milestones is not None
-    boundaries = [math.ceil(epoch * steps_per_epoch) for epoch in settings.milestones]
-    return optax.piecewise_constant_schedule(settings.learning_rate, dict.fromkeys(boundaries, 0.1))
+    # The hundredth of a step keeps 0.7 x 10 = 7.000000000000001 from becoming 8.
+    boundaries = [math.ceil(epoch * steps_per_epoch - 0.01) for epoch in settings.milestones]
+    scales = {boundary: 0.1 ** boundaries.count(boundary) for boundary in boundaries}
+    return optax.piecewise_constant_schedule(settings.learning_rate, scales)
 
 
 def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> optax.GradientTransformation:

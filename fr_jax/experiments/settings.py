@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ __all__ = [
     "TrainSettings",
     "as_json",
     "check",
-    "command",
     "default_batch_size",
     "default_workdir",
     "differences",
-    "parse",
+    "flag",
     "resolve",
 ]
 
@@ -32,6 +31,7 @@ METHODS = {"fr": "features replay", "bp": "back-propagation"}
 DTYPES = ("float32", "bfloat16")
 BALANCES = ("flops", "time", "uniform")
 BATCH_STATS = ("play", "replay", "both")
+LARGEST_SEED = 2**32 - 1  # jax.random.key takes larger ones for others, without a word
 
 
 class SettingsError(ValueError):
@@ -140,41 +140,18 @@ HOW_NOT_WHAT = frozenset(
 """Settings that may differ when a run is resumed: they do not enter the mathematics of a step."""
 
 
-def parse(arguments: Sequence[str]) -> TrainSettings:
-    """Reads the command line; ``--help`` and malformed flags end the program (exit code 0 and 2).
-
-    Raises:
-      SettingsError: tyro is not installed, or the preset is unknown.
-    """
-    try:
-        import tyro
-    except ImportError:
-        raise SettingsError(
-            "the command line needs the package tyro, which is not installed here. Install it (pip install tyro), or "
-            "call fr_jax.experiments.cifar.run(TrainSettings(...)) from Python."
-        ) from None
-    import argparse
-
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    preset = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
-    if preset is not None:
-        _choice("preset", preset, tuple(PRESETS))
-    default = TrainSettings(preset=preset, **PRESETS.get(preset or "", {}))
-    return tyro.cli(TrainSettings, args=list(arguments), default=default, prog="python -m fr_jax.experiments.cifar")
-
-
-def _choice(name: str, value: str, valid: Sequence[str]) -> None:
+def _choice(settings: TrainSettings, name: str, valid: Iterable[str]) -> None:
+    value = getattr(settings, name)
     if value not in valid:
         close = difflib.get_close_matches(str(value), valid, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise SettingsError(f"--{name.replace('_', '-')} {value} is unknown; it can be {', '.join(valid)}.{hint}")
+        raise SettingsError(f"{flag(name)} {value} is unknown; it can be {', '.join(valid)}.{hint}")
 
 
 def _at_least(settings: TrainSettings, name: str, least: float) -> None:
     value = getattr(settings, name)
     if value is not None and not value >= least:
-        raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least {least}.")
+        raise SettingsError(f"{flag(name)} {value} is out of range; it must be at least {least}.")
 
 
 def check(settings: TrainSettings) -> None:
@@ -183,18 +160,25 @@ def check(settings: TrainSettings) -> None:
     Raises:
       SettingsError: for the first setting that cannot be used.
     """
-    _choice("method", settings.method, tuple(METHODS))
-    _choice("model", settings.model, tuple(MODELS))
-    _choice("dtype", settings.dtype, DTYPES)
-    _choice("balance", settings.balance, BALANCES)
-    _choice("batch_stats", settings.batch_stats, BATCH_STATS)
-    _choice("dataset", settings.dataset, DATASETS)
-    for name in ("K", "batch_size", "steps", "epochs", "data_parallel", "devices", "eval_every", "checkpoint_every"):
+    _choice(settings, "method", METHODS)
+    _choice(settings, "model", MODELS)
+    _choice(settings, "dtype", DTYPES)
+    _choice(settings, "balance", BALANCES)
+    _choice(settings, "batch_stats", BATCH_STATS)
+    _choice(settings, "dataset", DATASETS)
+    if settings.preset is not None:
+        _choice(settings, "preset", PRESETS)
+    for name in ("K", "batch_size", "steps", "epochs", "data_parallel", "devices"):
         _at_least(settings, name, 1)
-    _at_least(settings, "log_every", 1)
+    for name in ("eval_every", "checkpoint_every", "log_every"):
+        _at_least(settings, name, 1)
     for name in ("learning_rate", "weight_decay", "momentum", "seed"):
         _at_least(settings, name, 0)
-    if settings.steps is not None and settings.epochs is not None and settings.preset is None:
+    if settings.seed > LARGEST_SEED:
+        raise SettingsError(f"--seed {settings.seed} is out of range; it must be at most {LARGEST_SEED} (32 bits).")
+    if any(not milestone >= 0 for milestone in settings.milestones or ()):
+        raise SettingsError(f"--milestones {_text(list(settings.milestones or ()))} holds an epoch below 0; drop it.")
+    if settings.steps is not None and settings.epochs is not None:
         raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
     if settings.resume and settings.overwrite:
         raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
@@ -208,6 +192,8 @@ def check(settings: TrainSettings) -> None:
             f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; "
             f"K stages need K-1 = {settings.K - 1} cuts."
         )
+    if settings.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise SettingsError("--tensorboard needs tensorboardX: pip install 'fr_jax[tensorboard]', or drop the flag.")
 
 
 def resolve(settings: TrainSettings, dataset: str, batch_size: int, steps_per_epoch: int) -> TrainSettings:
@@ -219,7 +205,7 @@ def resolve(settings: TrainSettings, dataset: str, batch_size: int, steps_per_ep
     epochs = steps / steps_per_epoch
     milestones = settings.milestones
     if milestones is None:
-        milestones = (round(epochs / 2, 4), round(epochs * 3 / 4, 4))
+        milestones = (round(epochs / 2, 6), round(epochs * 3 / 4, 6))
     return dataclasses.replace(
         settings,
         dataset=dataset,
@@ -256,30 +242,19 @@ def as_json(settings: TrainSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
-def command(settings: TrainSettings) -> str:
-    """The command line that gives these settings."""
-    words = ["python -m fr_jax.experiments.cifar"]
-    for field in dataclasses.fields(settings):
-        value, flag = getattr(settings, field.name), _flag(field.name)
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [flag, *(shlex.quote(str(item)) for item in values)]
-    return " ".join(words)
-
-
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that enter the mathematics and differ between a saved run and this call, as readable text."""
     names = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in HOW_NOT_WHAT]
     names.append("resolved_cuts")
     different = [name for name in names if saved.get(name) != now.get(name)]
-    return [f"{_flag(name)} is {_text(now.get(name))} and was {_text(saved.get(name))}" for name in different]
+    texts = [f"{flag(name)} is {_text(now.get(name))} and was {_text(saved.get(name))}" for name in different]
+    if different == ["milestones"]:
+        texts[0] += f" (to train for longer, add --milestones {_text(saved['milestones'])})"
+    return texts
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """``data_dir`` -> ``--data-dir``."""
     return f"--{name.removeprefix('resolved_').replace('_', '-')}"
 
 

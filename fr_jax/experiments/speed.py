@@ -7,6 +7,7 @@ way to make one CPU device one core; without it all stages are devices of this p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -243,7 +244,8 @@ def run(settings: SpeedSettings) -> dict[str, Any]:
     if settings.process_id is not None:
         _join(settings)
     else:
-        jax.config.update("jax_num_cpu_devices", settings.K)
+        with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
+            jax.config.update("jax_num_cpu_devices", settings.K)
     result = measure(settings)
     if jax.process_index() == 0:
         print(table(result), flush=True)

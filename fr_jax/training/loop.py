@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import SequenceKey
 
 from fr_jax.training.augment import InputPipeline
 from fr_jax.training.checkpoint import Checkpoints
@@ -135,6 +138,16 @@ class MetricsReader:
         self._write_row()
         self._last_read = None
 
+    def restart_row(self) -> None:
+        """What came since the last row was not training; it does not count in the next row's images per second."""
+        self._row_start = self._watch.seconds()
+
+    def sound(self, step: int, state: Any) -> bool:
+        """Whether nothing has diverged, every number of ``state`` included: a finite loss may have made bad weights."""
+        if self.divergence is None:
+            self.divergence = _not_finite(step, state)
+        return self.divergence is None
+
     def _read(self) -> None:
         step, info = self._pending.popleft()
         loss, metrics = float(info.loss), {name: float(value) for name, value in info.metrics.items()}
@@ -169,6 +182,19 @@ class MetricsReader:
             if not math.isfinite(norm):
                 self.divergence = Divergence(step, k, f"gradient norm = {norm}")
                 return
+
+
+def _not_finite(step: int, state: Any) -> Divergence | None:
+    """The first leaf of ``state`` that holds a number that is not finite; tuples of a state are one entry a stage."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            values = np.asarray(leaf)
+            bad = values[~np.isfinite(values)]
+            if bad.size:
+                stage = path[1].idx + 1 if len(path) > 1 and isinstance(path[1], SequenceKey) else len(state.params)
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                return Divergence(step, stage, f"{name} = {bad.flat[0]}")
+    return None
 
 
 def train(
@@ -223,14 +249,15 @@ def train(
                 best = max(score.accuracy, totals.best_test_accuracy or 0.0)
                 totals = Totals(watch.seconds(), score.accuracy, best)
                 report.test(step, score, totals.seconds)
-            if saving and reader.divergence is None:
+            if saving and reader.sound(step, state):
                 totals = totals._replace(seconds=watch.seconds())
                 checkpoints.save(step, state, metadata(totals))
                 report.saved(step)
                 saved = step
+                reader.restart_row()
     reader.drain()
     totals = totals._replace(seconds=watch.seconds())
-    if saved < step and reader.divergence is None:
+    if saved < step and reader.sound(step, state):
         checkpoints.save(step, state, metadata(totals))
         report.saved(step)
     median = statistics.median(reader.step_seconds) if len(reader.step_seconds) >= 3 else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fr_jax.training.metrics import write_json
+from fr_jax.training.metrics import read_rows, write_json
 
 __all__ = ["RunFolder", "WorkdirError"]
 
@@ -48,7 +49,10 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            return json.loads(self.config.read_text())
+            config = json.loads(self.config.read_text())
+            if not isinstance(config, dict):
+                raise ValueError("not a JSON object")
+            return config
         except (OSError, ValueError) as error:
             raise WorkdirError(
                 f"{self.config} cannot be read ({error}). Restore it, choose another --workdir, or start again with "
@@ -61,8 +65,11 @@ class RunFolder:
         Raises:
           WorkdirError: the folder holds a run, and neither was asked for; or it is not a folder.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise WorkdirError(f"--workdir {self.path} is a file; give a folder.")
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise WorkdirError(f"--workdir {self.path} cannot be used: {there} is not a folder. Give another.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise WorkdirError(f"--workdir {self.path} cannot be written: no permission for {there}. Give another.")
         if self.holds_run() and not (resume or overwrite):
             kind = "a finished run" if self.summary.exists() else "an unfinished run"
             raise WorkdirError(
@@ -71,9 +78,10 @@ class RunFolder:
             )
 
     def claim(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Makes the folder this run's: with ``overwrite`` the old run's files go first."""
+        """Makes the folder this run's: with ``overwrite`` the old run's files go first, a summary in any case."""
+        self.summary.unlink(missing_ok=True)  # it says that a run is over
         if overwrite:
-            for path in (self.summary, self.curves, self.metrics, self.config):
+            for path in (self.curves, self.metrics, self.config):
                 path.unlink(missing_ok=True)
             for path in (self.checkpoints, self.profile, self.events):
                 shutil.rmtree(path, ignore_errors=True)
@@ -84,8 +92,13 @@ class RunFolder:
         """Refuses to resume under settings that change the mathematics.
 
         Raises:
-          WorkdirError: naming the settings that differ.
+          WorkdirError: naming the settings that differ, or a damaged row of metrics.jsonl.
         """
+        try:
+            if self.metrics.exists():
+                read_rows(self.metrics)
+        except ValueError as error:
+            raise WorkdirError(f"--resume cannot continue the metrics: {error}") from None
         saved = self.saved_config()
         if saved is None:
             return

@@ -73,5 +73,11 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("__array__", "__float__", "__int__", "__bool__", "__index__", "item", "tolist", "block_until_ready"):
         monkeypatch.setattr(array, name, fail)
     monkeypatch.setattr(array, "_value", property(fail))
+    for name in ("array", "asarray"):  # these read the buffer of an array on the CPU without asking the array
+        convert = getattr(np, name)
+        spy = lambda x, *args, convert=convert, **kwargs: (fail if isinstance(x, array) else convert)(
+            x, *args, **kwargs
+        )
+        monkeypatch.setattr(np, name, spy)
     monkeypatch.setattr(jax, "block_until_ready", fail)
     monkeypatch.setattr(jax, "device_get", fail)

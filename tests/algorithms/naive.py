@@ -1,6 +1,6 @@
-"""Oracles in NumPy: layers with hand-written gradients, hand-written optimizers, and the methods as their papers write them.
+"""Oracles in NumPy: layers with hand-written gradients, hand-written optimizers, and the loop of the paper.
 
-The loops keep every past input, weight and gradient in lists indexed by the iteration, and use nothing of
+The loop keeps every past input, weight and gradient in lists indexed by the iteration, and uses nothing of
 ``fr_jax.algorithms``. Each layer comes with its twin, an ``fr_jax.Stage``, which the library trains.
 """
 

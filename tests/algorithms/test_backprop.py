@@ -31,8 +31,7 @@ def plain_loop(stages, loss_fn, optimizer, state, batches):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(("K", "devices"), [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize(
     "optimizer", [optax.sgd(0.1, momentum=0.9, nesterov=True), optax.adam(0.01)], ids=["sgd", "adam"]
 )
@@ -49,7 +48,8 @@ def test_trajectory_equals_grad_and_optax(naive, make_batches, run, K, devices, 
     )
     batches = make_batches(STEPS)
     states, infos = run(algorithm, batches)
-    expected = plain_loop(stages, naive.squared_error, optimizer, states[0], batches)
+    start = jax.device_put(states[0]._replace(step=()), jax.devices()[0])
+    expected = plain_loop(stages, naive.squared_error, optimizer, start, batches)
     for state, info, (params, model_state, grads, loss) in zip(states[1:], infos, expected, strict=True):
         chex.assert_trees_all_close(state.params, params, **close)
         chex.assert_trees_all_close(state.model_state, model_state, **close)
@@ -61,7 +61,7 @@ def test_trajectory_equals_grad_and_optax(naive, make_batches, run, K, devices, 
 
 @pytest.mark.usefixtures("x64")
 def test_every_module_may_have_its_own_optimizer(naive, make_batches, run):
-    """The naive loop of features replay is that of back-propagation where K = 1, so compare module by module."""
+    """The gradients are right by the test above; here each meets its own optimizer."""
     names = ["adam", "nesterov", "decaying"]
     stages = [naive.dense(4).stage, naive.dense(3).stage, naive.dense(2).stage]
     optimizers = [naive.OPTIMIZERS[name][0]() for name in names]

@@ -82,7 +82,7 @@ def test_numpy_doubles_are_what_they_become_on_a_device(make, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_that_cannot_be_split_is_refused(make, method):
     algorithm = make(method, placement=fr.placement(2, data_parallel=4))
-    with pytest.raises(ValueError, match="6 examples cannot be split over data_parallel = 4 .*multiple of 4"):
+    with pytest.raises(ValueError, match=r"6 examples cannot be split over data_parallel = 4 .*multiple of 4"):
         algorithm.init(KEY, BATCH)
 
 

@@ -97,7 +97,7 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
 
 @pytest.mark.parametrize(
     ("method", "placement"),
-    [("bp", "1"), ("bp", "K"), ("fr", "default"), ("fr-replay", "K"), ("fr-both", "2"), ("fr", "split over 2")],
+    [("bp", "1"), ("bp", "K"), ("fr", "default"), ("fr-both", "2"), ("fr-replay", "split over 2")],
 )
 def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, method, placement):
     kept, donated = make(method, placement), make(method, placement, donate=True)
@@ -107,12 +107,13 @@ def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, met
         old = b
         a, _ = kept.step(a, batch)
         b, _ = donated.step(b, batch)
-        chex.assert_trees_all_equal(numbers(a), numbers(b))
+        # Looking at b here would hold on to its buffers, which then are copied and not donated (jax 0.11).
         updated = [k for k in range(K) if method == "bp" or t + (k + 1) - K >= 0]
         gone = [leaf.is_deleted() for k in updated for leaf in jax.tree.leaves((old.params[k], old.opt_state[k]))]
         assert all(gone)
         if method != "bp" and t >= K:
             assert all(entry.is_deleted() for entry in jax.tree.leaves(old.history[1].entries[0]))
+    chex.assert_trees_all_equal(numbers(a), numbers(b))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
 
 
@@ -147,10 +148,8 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
     [
         ("bp", "default", False),
         ("bp", "K", True),
-        ("bp", "split over 2 each", False),
         ("fr", "default", False),
-        ("fr", "K", True),
-        ("fr-both", "2", True),
+        ("fr-both", "K", True),
         ("fr-replay", "split over 2 each", True),
     ],
 )
@@ -178,7 +177,17 @@ def test_the_guard_would_see_a_copy_from_the_host():
 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize(
-    "look", [float, bool, np.asarray, jax.block_until_ready, jax.device_get, jnp.ndarray.item, str]
+    "look",
+    [
+        float,
+        bool,
+        str,
+        lambda x: x.item(),
+        lambda x: np.asarray(x),
+        lambda x: x.block_until_ready(),
+        lambda x: jax.block_until_ready(x),
+        lambda x: jax.device_get(x),
+    ],
 )
 def test_the_spies_would_see_a_look(look):
     with pytest.raises(pytest.fail.Exception, match="waited for a device"):

@@ -1,0 +1,266 @@
+import dataclasses
+import math
+import signal
+import time
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fr_jax.training.augment import InputPipeline
+from fr_jax.training.classification import Score
+from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.loop import Outcome, Schedule, Stopwatch, Totals, train
+from fr_jax.types import Algorithm, Batch, Info
+
+
+class FakeState(NamedTuple):
+    step: int
+    params: tuple[Any, ...]
+
+
+@dataclasses.dataclass
+class Number:
+    """A loss that tells when it is read."""
+
+    value: float
+    name: str
+    events: list[str]
+
+    def __float__(self) -> float:
+        self.events.append(f"read {self.name}")
+        return self.value
+
+
+class Fake:
+    """Algorithm, pipeline, checkpoints and reporter in one: writes down who is called when."""
+
+    def __init__(self, K=2, losses=None, norms=None, bad_weight=None, signals=None):
+        self.events: list[str] = []
+        self.rows: list[dict[str, float]] = []
+        self.saved_states: dict[int, Any] = {}
+        self._K, self._losses, self._norms = K, losses or {}, norms or {}
+        self._bad_weight, self._signals = bad_weight, signals or {}
+        self.algorithm = Algorithm(init=None, step=self._step, predict=self._predict)
+        self.pipeline = InputPipeline(5, self._train_batch, self._test_batches)
+
+    def state(self, step: int = 0) -> FakeState:
+        return FakeState(step, tuple(jnp.full(2, float(k)) for k in range(self._K)))
+
+    def _train_batch(self, step: int) -> int:
+        return step
+
+    def _step(self, state: FakeState, batch: int) -> tuple[FakeState, Info]:
+        assert batch == state.step
+        step = state.step + 1
+        self.events.append(f"step {step}")
+        if step in self._signals:
+            signal.raise_signal(self._signals[step])
+        loss = Number(self._losses.get(step, float(step)), str(step), self.events)
+        norms = {f"gradient_norm/{k}": jnp.float32(self._norms.get((step, k), 1.0)) for k in range(1, self._K + 1)}
+        params = state.params
+        if self._bad_weight and self._bad_weight[0] == step:
+            k = self._bad_weight[1]
+            params = params[: k - 1] + (jnp.array([0.0, jnp.inf]),) + params[k:]
+        return FakeState(step, params), Info(loss, None, {"accuracy": jnp.float32(0.5), **norms})
+
+    def _test_batches(self):
+        yield Batch(jnp.zeros((4, 1)), jnp.array([0, 1, 0, 1])), 3
+
+    def _predict(self, state: FakeState, inputs: Any) -> Any:
+        return jnp.array([[1.0, 0.0]] * 4)
+
+    def save(self, step: int, state: FakeState, metadata: dict[str, Any]) -> None:
+        self.events.append(f"save {step}")
+        self.saved_states[step] = (state, metadata)
+
+    def training(self, step, loss, accuracy, images_per_s, seconds):
+        self.events.append(f"row {step}")
+        row = {"step": step, "loss": loss, "accuracy": accuracy, "images_per_s": images_per_s, "seconds": seconds}
+        self.rows.append(row)
+
+    def test(self, step: int, score: Score, seconds: float) -> None:
+        assert score.accuracy == 2 / 3
+        self.events.append(f"test {step}")
+
+    def advanced(self, step: int) -> None:
+        self.events.append(f"advanced {step}")
+
+    def saved(self, step: int) -> None:
+        self.events.append(f"saved {step}")
+
+    def train(self, *, start: int = 0, totals: Totals | None = None, **schedule: Any) -> Outcome:
+        settings = {"steps": 10, "batch_size": 4, "log_every": 3, "eval_every": 100, "checkpoint_every": 100}
+        with StopRequest() as stop:
+            return train(
+                self.algorithm,
+                self.state(start),
+                self.pipeline,
+                Schedule(**(settings | {"ahead": 3} | schedule)),
+                report=self,
+                checkpoints=self,
+                metadata=lambda totals: {"totals": totals},
+                totals=totals or Totals(),
+                stop=stop,
+            )
+
+    def steps_of(self, what: str) -> list[int]:
+        return [int(event.split()[1]) for event in self.events if event.split()[0] == what]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 50])
+def test_metrics_are_read_late_and_the_run_ahead_is_bounded(ahead):
+    fake = Fake()
+    fake.train(ahead=ahead)
+    done = read = 0
+    for event in fake.events:
+        if event.startswith("step"):
+            done += 1
+            assert done - read <= ahead + 1
+        elif event.startswith("read"):
+            read += 1
+            assert event == f"read {read}"  # in order, each once
+            assert done - read == ahead or done == 10  # never the newest step, until the end
+    assert (done, read) == (10, 10)
+
+
+def test_rows_are_means_over_their_steps():
+    fake = Fake()
+    fake.train(log_every=4, eval_every=6)
+    assert [(row["step"], row["loss"]) for row in fake.rows] == [(4, 2.5), (6, 5.5), (8, 7.5), (10, 9.5)]
+    assert all(row["accuracy"] == 0.5 for row in fake.rows)
+    seconds = [row["seconds"] for row in fake.rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert all(row["images_per_s"] > 0 for row in fake.rows)
+
+
+def test_intervals_and_the_last_step():
+    fake = Fake()
+    outcome = fake.train(eval_every=4, checkpoint_every=3)
+    assert fake.steps_of("test") == [4, 8, 10]
+    assert fake.steps_of("save") == fake.steps_of("saved") == [3, 6, 9, 10]
+    assert all(fake.saved_states[step][0].step == step for step in fake.saved_states)
+    assert (outcome.finished, outcome.step, outcome.state.step) == (True, 10, 10)
+    assert outcome.totals.test_accuracy == outcome.totals.best_test_accuracy == 2 / 3
+    assert fake.saved_states[10][1]["totals"].test_accuracy == 2 / 3  # evaluated before it is saved
+
+
+def test_everything_is_read_before_a_checkpoint():
+    fake = Fake()
+    fake.train(checkpoint_every=5)
+    for step in (5, 10):
+        before = fake.events[: fake.events.index(f"save {step}")]
+        assert f"read {step}" in before and f"step {step + 1}" not in before
+
+
+def test_going_on_from_a_step_with_earlier_totals():
+    fake = Fake()
+    outcome = fake.train(start=6, totals=Totals(100.0, 0.9, 0.95), eval_every=4)
+    assert fake.steps_of("step") == [7, 8, 9, 10]
+    assert fake.steps_of("test") == [8, 10]
+    assert outcome.totals.best_test_accuracy == 0.95 and outcome.totals.test_accuracy == 2 / 3
+    assert all(row["seconds"] > 100 for row in fake.rows) and 100 < outcome.totals.seconds < 160
+
+
+def test_nothing_left_to_do():
+    fake = Fake()
+    outcome = fake.train(start=10, totals=Totals(100.0, 0.9, 0.95))
+    assert fake.events == [] and outcome.finished and outcome.step_seconds_median is None
+    assert outcome.totals.best_test_accuracy == 0.95
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_request_is_honoured_after_its_step(number):
+    fake = Fake(signals={5: number})
+    outcome = fake.train()
+    assert fake.steps_of("step") == [1, 2, 3, 4, 5] == fake.steps_of("read")
+    assert fake.steps_of("save") == [5] and fake.steps_of("test") == []
+    assert (outcome.finished, outcome.step, outcome.divergence) == (False, 5, None)
+
+
+def test_a_stop_request_at_a_checkpoint_saves_once():
+    fake = Fake(signals={4: signal.SIGTERM})
+    fake.train(checkpoint_every=4)
+    assert fake.steps_of("save") == [4]
+
+
+def test_a_stop_request_in_the_last_step_comes_too_late():
+    fake = Fake(signals={10: signal.SIGTERM})
+    assert fake.train().finished
+    assert fake.steps_of("save") == fake.steps_of("test") == [10]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_of_the_last_stage(value):
+    fake = Fake(K=3, losses={5: value, 6: math.nan})
+    outcome = fake.train(checkpoint_every=2)
+    assert outcome.divergence == (5, 3, f"loss = {value}")
+    assert not outcome.finished and outcome.step <= 5 + 3 + 1
+    assert fake.steps_of("save") == [2, 4]
+
+
+def test_a_gradient_that_is_not_finite_names_its_stage():
+    fake = Fake(K=3, norms={(5, 2): math.inf, (5, 3): math.nan})
+    outcome = fake.train(checkpoint_every=100)
+    assert outcome.divergence == (5, 2, "gradient norm = inf")
+    assert fake.steps_of("save") == [] == fake.steps_of("test")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_divergence_in_the_steps_before_the_end_is_still_seen(last):
+    fake = Fake(losses={10 if last else 8: math.nan})
+    outcome = fake.train(ahead=5)
+    assert outcome.divergence is not None and not outcome.finished
+    assert fake.steps_of("save") == [] == fake.steps_of("test")
+
+
+def test_divergence_before_a_stop_request_is_not_saved():
+    fake = Fake(losses={4: math.nan}, signals={5: signal.SIGTERM})
+    outcome = fake.train(ahead=5)
+    assert outcome.divergence is not None and fake.steps_of("save") == []
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(at_end):
+    fake = Fake(K=3, bad_weight=(4, 2), signals={4: signal.SIGTERM} if at_end else None)
+    outcome = fake.train(checkpoint_every=100 if at_end else 4)
+    assert outcome.divergence == (4, 2, "params/1 = inf")
+    assert fake.steps_of("save") == [] and not outcome.finished
+
+
+def test_median_time_of_a_step_leaves_out_evaluation(monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(fake, "test", lambda *arguments: time.sleep(0.2))
+    outcome = fake.train(eval_every=5, ahead=1)
+    assert outcome.step_seconds_median is not None and outcome.step_seconds_median < 0.1
+    assert fake.train(steps=2).step_seconds_median is None
+
+
+def test_saving_does_not_count_in_images_per_second(monkeypatch):
+    fake = Fake()
+    save = fake.save
+    monkeypatch.setattr(fake, "save", lambda *arguments: (time.sleep(0.5), save(*arguments)))
+    fake.train(checkpoint_every=5, log_every=5)
+    assert fake.rows[1]["images_per_s"] > 5 * 4 / 0.5
+    assert fake.rows[1]["seconds"] > 0.5
+
+
+def test_stopwatch_stands_still_while_paused():
+    watch = Stopwatch(10.0)
+    with watch.paused():
+        time.sleep(0.05)
+    np.testing.assert_allclose(watch.seconds(), 10.0, atol=0.04)
+    time.sleep(0.05)
+    assert watch.seconds() >= 10.05
+
+
+@pytest.mark.parametrize(("start", "traced"), [(0, range(6, 16)), (25, range(25, 30))])
+def test_the_profiler_traces_ten_steps(start, traced, tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: fake.events.append(f"start {folder}"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: fake.events.append("stop tracing"))
+    fake.train(start=start, steps=30, profile=tmp_path)
+    first, last = fake.events.index(f"start {tmp_path}"), fake.events.index("stop tracing")
+    inside = [event for event in fake.events[first:last] if event.startswith("step")]
+    assert inside == [f"step {step + 1}" for step in traced]
