@@ -144,20 +144,15 @@ def make_train(
             metrics = {} if metrics_fn is None else metrics_fn(h, targets)
             return loss_fn(h, targets), (tuple(new_state), metrics)
 
-        if input_gradient:
-            gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-            (loss, (new_state, metrics)), (grads, delta) = gradient(params, h_in)
-        else:
-            gradient = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (new_state, metrics)), grads = gradient(params, h_in)
-            delta = None
+        gradient = jax.value_and_grad(loss_of, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
+        (loss, (new_state, metrics)), (grads, *delta) = gradient(params, h_in)
         updated = [_optimize(o, g, s, p) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
         return Trained(
             tuple(p for p, _ in updated),
             new_state,
             tuple(s for _, s in updated),
             tuple(stream.count + 1 for stream in streams),
-            delta,
+            delta[0] if input_gradient else None,
             loss,
             grads if return_grads else None,
             tuple(optax.tree.norm(g) for g in grads),
