@@ -67,7 +67,8 @@ def run(settings: TrainSettings) -> int:
     if settings.resume:
         folder.check_same(config, differences)
     again = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
-    return _train(session, folder, config, again=command(again))
+    with folder.locked():
+        return _train(session, folder, config, again=command(again))
 
 
 def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:

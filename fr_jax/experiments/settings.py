@@ -94,7 +94,7 @@ class TrainSettings:
     eval_every: int | None = None
     """Steps between evaluations on the test set. Default: an epoch."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints. Default: an epoch."""
+    """Steps between checkpoints. Default: an epoch, but no more than 200."""
     log_every: int = 10
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = None
@@ -216,7 +216,7 @@ def resolve(settings: TrainSettings, dataset: str, batch_size: int, steps_per_ep
         learning_rate=default_learning_rate(settings),
         workdir=settings.workdir or default_workdir(settings, dataset),
         eval_every=settings.eval_every or steps_per_epoch,
-        checkpoint_every=settings.checkpoint_every or steps_per_epoch,
+        checkpoint_every=settings.checkpoint_every or min(steps_per_epoch, 200),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,33 @@ class RunFolder:
                 f"{self.path} holds {kind}, which is not overwritten. Continue it with --resume, choose another "
                 "--workdir, or delete it and start again with --overwrite."
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder against a second process, such as a ``--resume`` of a run that is still going.
+
+        The lock goes with the process, however that ends. Without ``flock`` (Windows) there is none.
+
+        Raises:
+          WorkdirError: another process holds the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        itself = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(itself, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkdirError(
+                    f"another process is training in {self.path}. Wait for it, stop it, or choose another --workdir."
+                ) from None
+            yield
+        finally:
+            os.close(itself)
 
     def claim(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
         """Makes the folder this run's: with ``overwrite`` the old run's files go first, a summary in any case."""

@@ -72,7 +72,7 @@ def test_defaults_by_data_set(dataset, steps_per_epoch, epochs, batch_size):
     assert (resolved.dataset, resolved.batch_size) == (dataset, batch_size)
     assert (resolved.steps, resolved.epochs) == (epochs * steps_per_epoch, None)
     assert resolved.milestones == (epochs / 2, epochs * 3 / 4)
-    assert (resolved.eval_every, resolved.checkpoint_every) == (steps_per_epoch, steps_per_epoch)
+    assert (resolved.eval_every, resolved.checkpoint_every) == (steps_per_epoch, min(steps_per_epoch, 200))
     assert resolved.workdir == pathlib.Path(f"runs/{dataset}-resnet20-fr-K4-seed0")
 
 

@@ -98,3 +98,12 @@ def test_resuming_with_damaged_metrics_is_refused(tmp_path):
     folder.metrics.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(WorkdirError, match=r"line 2 of .*metrics.jsonl is damaged"):
         folder.check_same({"K": 4}, lambda saved, now: [])
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    # flock belongs to the open file, so a second one in this process stands for another process.
+    with folder.locked(), pytest.raises(WorkdirError, match="another process is training in"), folder.locked():
+        pytest.fail("two processes hold the folder")
+    with folder.locked():
+        assert not list(folder.path.iterdir())
