@@ -6,6 +6,7 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 
 from fr_jax import models
 from fr_jax.algorithms.backprop import backprop
+from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.balance import balance, layer_costs
 from fr_jax.placement import placement
@@ -23,6 +24,7 @@ __all__ = [
     "backprop",
     "balance",
     "chain",
+    "ddg",
     "features_replay",
     "from_linen",
     "layer_costs",

@@ -196,15 +196,20 @@ def make_pull(sharding: Sharding | None, *, input_gradient: bool) -> Callable:
     return jax.jit(pull, out_shardings=(replicated(sharding), sharding))
 
 
-def make_update(optimizer: optax.GradientTransformation, sharding: Sharding | None, *, donate: bool) -> Callable:
-    """``(params, opt_state, grads) -> (params, opt_state, gradient_norm)``: one optimizer step, equation (2)."""
+def make_update(
+    optimizer: optax.GradientTransformation, sharding: Sharding | None, *, donate: bool, keep_params: bool = False
+) -> Callable:
+    """``(params, opt_state, grads) -> (params, opt_state, gradient_norm)``: one optimizer step, equation (2).
+
+    ``keep_params``: the old weights are not given back, because a stored VJP still reads them.
+    """
 
     def update(params: PyTree, opt_state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree, Array]:
         norm = optax.tree.norm(grads)
         return *_optimize(optimizer, grads, opt_state, params), norm
 
-    donated = ("params", "opt_state") if donate else ()
-    return jax.jit(update, donate_argnames=donated, out_shardings=replicated(sharding))
+    donated = ("opt_state",) if keep_params else ("params", "opt_state")
+    return jax.jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
 
 
 def make_predict(stages: Sequence[Stage], shardings: Sequence[Sharding | None]) -> Callable:

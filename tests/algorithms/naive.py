@@ -182,6 +182,38 @@ def features_replay(modules: Sequence[Module], updates: Sequence[Callable], star
     return run
 
 
+def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches) -> Run:
+    """DDG, with every past input, weight and statistic kept: the gradient at w^s of mini-batch s = t+k-K, at t."""
+    K = len(modules)
+    first = jax.tree.map(np.asarray, (start.params, start.model_state))
+    keys = [stream.key for stream in start.streams]
+    run = Run([[w] for w in first[0]], [[s] for s in first[1]], *([[] for _ in modules] for _ in range(2)), [], [])
+    run = run._replace(delta=[{} for _ in modules], grads=[[] for _ in modules])
+    for t, batch in enumerate(batches):
+        x = np.asarray(batch.inputs)
+        for k in range(1, K + 1):
+            run.h[k - 1].append(x)
+            key = jax.random.fold_in(keys[k - 1], t)
+            x, new_state, _ = forward(modules[k - 1], run.w[k - 1][t], run.state[k - 1][t], x, key)
+            run.state[k - 1].append(new_state)
+        targets = np.asarray(batch.targets)
+        run.loss.append(squared_error(x, targets))
+        for k in range(K, 0, -1):
+            s = t + k - K
+            if s < 0:
+                run.w[k - 1].append(run.w[k - 1][t])
+                run.grads[k - 1].append(None)
+                continue
+            key = jax.random.fold_in(keys[k - 1], s)
+            y, _, pull = forward(modules[k - 1], run.w[k - 1][s], run.state[k - 1][s], run.h[k - 1][s], key)
+            grads, dx = pull(2 * (y - targets) / len(y) if k == K else run.delta[k - 1][t])
+            if k > 1:
+                run.delta[k - 2][t + 1] = dx
+            run.grads[k - 1].append(grads)
+            run.w[k - 1].append(updates[k - 1](run.w[k - 1][t], grads))
+    return run
+
+
 def sgd(rate: float) -> Callable:
     """(w, g) -> w."""
     return lambda w, g: jax.tree.map(lambda w, g: w - rate * g, w, g)
