@@ -1,0 +1,258 @@
+"""Multiplications of the naive chain rule and of back-propagation: ``python -m fr_jax.experiments.chain_rule``.
+
+Both compute ∂ŷ/∂w for every weight of a network, one example, after the same forward pass; the counts are of what was
+carried out (``fr_jax.reference``). Three ways to grow: the lecture's one-dimensional chain in depth, a ReLU network in
+depth, and one in width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import io
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fr_jax.reference import backpropagation, chain_rule, network
+from fr_jax.reference.counting import Multiplications
+from fr_jax.training.files import write_atomically
+from fr_jax.training.metrics import write_json
+from fr_jax.training.plots import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["ChainRuleSettings", "figure", "main", "measure", "table"]
+
+METHODS: dict[str, Callable[[network.Params, network.Trace, Multiplications | None], network.Params]] = {
+    "naive": chain_rule.output_gradients,
+    "backpropagation": backpropagation.output_gradients,
+}
+STYLES = {
+    "naive": ("naive chain rule, weight by weight", COLOURS[1], "s"),
+    "backpropagation": ("back-propagation, matrix form", COLOURS[0], "o"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainRuleSettings:
+    """Count and time the naive chain rule and back-propagation over growing networks."""
+
+    chain: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of weights T of the lecture's chain a w_T ... w_1 x: one node a layer, no ReLU."""
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """Numbers of weight matrices of the ReLU network that grows in depth."""
+    width: int = 8
+    """Nodes a layer of the network that grows in depth."""
+    widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    """Nodes a layer of the ReLU network that grows in width."""
+    depth: int = 4
+    """Weight matrices of the network that grows in width."""
+    repeats: int = 3
+    """How often each computation is timed, in seconds of this process on the CPU; the fastest counts."""
+    seed: int = 0
+    """Seed of weights and inputs."""
+    output: Path | None = None
+    """A folder for counts.json and counts.png; without it only the table is printed."""
+
+
+def refusal(settings: ChainRuleSettings) -> str | None:
+    """What is wrong with the settings, or None."""
+    for name in ("chain", "depths", "widths"):
+        sizes = getattr(settings, name)
+        if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+            return f"--{name} {' '.join(map(str, sizes))}: give one or more increasing whole numbers, each 1 or more."
+    for name in ("width", "depth", "repeats"):
+        if getattr(settings, name) < 1:
+            return f"--{name} {getattr(settings, name)}: give 1 or more."
+    return None if settings.seed >= 0 else f"--seed {settings.seed}: give 0 or more."
+
+
+def measure(settings: ChainRuleSettings) -> dict[str, Any]:
+    """Multiplications and CPU seconds of both ways, for every size.
+
+    Returns:
+      Machine, date and versions, and under ``"growth"`` one entry a way to grow: ``title``, ``rows`` (``size``,
+      ``edges``, ``nodes``, ``forward``, and by method ``multiplications`` and ``seconds``), ``slopes`` of the logarithm
+      of either over the logarithm of E + V, fitted to the upper half of the sizes.
+    """
+    rng = np.random.default_rng(settings.seed)
+    repeats = settings.repeats
+    chains = [(T, network.chain(rng.uniform(0.9, 1.1, T), 1.0)) for T in settings.chain]
+    deep = [(n, network.init(rng, [settings.width] * (n + 1))) for n in settings.depths]
+    wide = [(n, network.init(rng, [n] * (settings.depth + 1))) for n in settings.widths]
+    growth = {
+        "chain": ("the lecture's chain, depth grows", "T", chains, network.IDENTITY),
+        "depth": (f"ReLU network, {settings.width} nodes a layer, depth grows", "matrices", deep, network.RELU),
+        "width": (f"ReLU network, {settings.depth} matrices, width grows", "nodes a layer", wide, network.RELU),
+    }
+    entries = {}
+    for name, (title, unit, networks, activation) in growth.items():
+        rows = [{"size": n, **_row(params, activation, rng, repeats)} for n, params in networks]
+        entries[name] = {"title": title, "size_is": unit, "rows": rows, "slopes": _slopes(rows)}
+    return {
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "output"},
+        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "date": datetime.date.today().isoformat(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "growth": entries,
+    }
+
+
+def _row(
+    params: network.Params, activation: network.Activation, rng: np.random.Generator, repeats: int
+) -> dict[str, Any]:
+    forward = Multiplications()
+    x = rng.standard_normal((*params.weights, params.alpha[None])[0].shape[1])
+    trace = network.forward(params, x, activation, forward)
+    edges, nodes = network.size(params)
+    row: dict[str, Any] = {"edges": edges, "nodes": nodes, "forward": forward.count}
+    for name, output_gradients in METHODS.items():
+        seconds = []
+        for _ in range(repeats):
+            counter, start = Multiplications(), time.process_time()
+            output_gradients(params, trace, counter)
+            seconds.append(time.process_time() - start)
+        row[name] = {"multiplications": counter.count, "seconds": min(seconds)}
+    return row
+
+
+def _slopes(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    upper = rows[-max(2, (len(rows) + 1) // 2) :]
+    sizes = [row["edges"] + row["nodes"] for row in upper]
+
+    def slope(name: str, quantity: str) -> float | None:
+        values = [row[name][quantity] for row in upper]
+        return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(upper) > 1 else None
+
+    return {name: {what: slope(name, what) for what in ("multiplications", "seconds")} for name in METHODS}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text.
+
+    Example:
+      >>> result = measure(ChainRuleSettings(chain=(1, 3), depths=(1,), widths=(1,), repeats=1))
+      >>> [line.split()[:6] for line in table(result).splitlines()[2:4]]
+      [['1', '2', '3', '2', '1', '1'], ['3', '4', '5', '4', '6', '5']]
+    """
+    lines = []
+    for entry in result["growth"].values():
+        lines.append(entry["title"])
+        lines.append(
+            f"{entry['size_is']:>13} {'E':>7} {'V':>5} {'forward':>8} {'naive':>13} {'back-prop.':>10} {'ratio':>8}"
+            f" {'naive s':>10} {'back-prop. s':>12}"
+        )
+        for row in entry["rows"]:
+            naive, matrix_form = (row[name] for name in METHODS)
+            counts = naive["multiplications"], matrix_form["multiplications"]
+            lines.append(
+                f"{row['size']:>13} {row['edges']:>7} {row['nodes']:>5} {row['forward']:>8} {counts[0]:>13,}"
+                f" {counts[1]:>10,} {counts[0] / counts[1]:>8.1f} {naive['seconds']:>10.6f}"
+                f" {matrix_form['seconds']:>12.6f}"
+            )
+        slopes = [entry["slopes"][name][what] for what in ("multiplications", "seconds") for name in METHODS]
+        texts = ["-" if slope is None else f"{slope:.2f}" for slope in slopes]
+        label = "slope over E+V, upper half of the sizes"
+        lines.append(f"{label:<36} {texts[0]:>10} {texts[1]:>10} {'':>8} {texts[2]:>10} {texts[3]:>12}\n")
+    return "\n".join(lines)
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Multiplications (above) and CPU seconds (below) over E + V, both axes logarithmic, one column a way to grow.
+
+    Args:
+      result: what :func:`measure` returned.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    drawing = Figure(figsize=(12.5, 7.4))
+    drawing.suptitle(
+        "Every ∂ŷ/∂w of a network: the chain rule afresh for each weight, and back-propagation",
+        y=0.975,
+        fontweight="bold",
+    )
+    axes = drawing.subplots(2, 3, sharex="col", sharey="row")
+    for column, entry in enumerate(result["growth"].values()):
+        axes[0, column].set_title(entry["title"], fontsize=10.5)
+        for panel, quantity in zip(axes[:, column], ("multiplications", "seconds"), strict=True):
+            _draw(panel, entry, quantity)
+        axes[1, column].set_xlabel("size of the graph: edges + nodes")
+    for panel, quantity in zip(axes[:, 0], ("multiplications", "seconds"), strict=True):
+        rows = [row for entry in result["growth"].values() for row in entry["rows"]]
+        values = [row[name][quantity] for row in rows for name in METHODS]
+        panel.set_ylim(min(values) / 2.5, max(values) * 12)
+        panel.set_ylabel(quantity if quantity == "multiplications" else "CPU seconds")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=2, label=label)
+        for label, colour, marker in STYLES.values()
+    ]
+    handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=1.2, label="slopes 2 and 1 exactly"))
+    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncols=3, frameon=False)
+    note = (
+        "One example, after the forward pass; slopes fitted to the upper half of the sizes. Seconds include what each "
+        f"call of NumPy costs. {result['machine']}, {result['date']}."
+    )
+    drawing.text(0.5, 0.012, note, ha="center", fontsize=8.5, color="0.35")
+    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.105, top=0.86, wspace=0.06, hspace=0.08)
+    return drawing
+
+
+def _draw(panel: Axes, entry: dict[str, Any], quantity: str) -> None:
+    sizes = np.array([row["edges"] + row["nodes"] for row in entry["rows"]], float)
+    for (name, (_, colour, marker)), power in zip(STYLES.items(), (2, 1), strict=True):
+        values = [row[name][quantity] for row in entry["rows"]]
+        panel.loglog(sizes, values, color=colour, marker=marker, markersize=5, linewidth=2)
+        guide = values[-1] * (sizes / sizes[-1]) ** power
+        panel.loglog(sizes, guide, color="0.45", linestyle="--", linewidth=1.2, zorder=1)
+        slope = entry["slopes"][name][quantity]
+        if slope is not None:
+            at, offset = (sizes[-1], values[-1]), (-8, 2) if power == 2 else (-2, 8)
+            style = {"ha": "right", "va": "bottom", "fontsize": 10, "color": colour, "textcoords": "offset points"}
+            panel.annotate(f"slope {slope:.2f}", at, offset, **style)
+    panel.grid(True, color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(0.06)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    import tyro
+
+    settings = tyro.cli(ChainRuleSettings, args=arguments, prog="python -m fr_jax.experiments.chain_rule")
+    if problem := refusal(settings):
+        print(f"fr_jax: {problem}", file=sys.stderr)
+        return 2
+    if settings.output is not None:
+        try:
+            settings.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"fr_jax: --output {settings.output} cannot be a folder: {error.strerror}.", file=sys.stderr)
+            return 2
+    result = measure(settings)
+    print(table(result), flush=True)
+    if settings.output is not None:
+        picture = io.BytesIO()
+        figure(result).savefig(picture, format="png", dpi=150)
+        try:
+            write_json(settings.output / "counts.json", result)
+            write_atomically(settings.output / "counts.png", picture.getvalue())
+        except OSError as error:
+            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""The reference: training as the lecture and the papers write it down, in NumPy, slow and literal.
+
+Nothing here uses JAX or the rest of the library. The tests hold the library against it, and a notebook explains it.
+
+- ``network``: the lecture's ReLU network, its forward pass and its loss.
+- ``chain_rule``: the derivative by every weight, each found afresh, in O((E+V)²).
+- ``backpropagation``: the same derivatives in matrix form, in O(E+V).
+- ``counting``: the counter of multiplications that the two share.
+- ``sgd``: mini-batch stochastic gradient descent.
+- ``decoupled``: back-propagation, features replay and DDG over modules, as loops that store everything.
+- ``modules``: ReLU modules, a loss and an update for these loops.
+"""
+
+from fr_jax.reference import backpropagation, chain_rule, counting, decoupled, modules, network, sgd
+
+__all__ = ["backpropagation", "chain_rule", "counting", "decoupled", "modules", "network", "sgd"]
