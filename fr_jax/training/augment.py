@@ -42,15 +42,15 @@ def input_pipeline(
     *,
     seed: int,
     sharding: Sharding | None = None,
-    augment: bool = True,
+    augment: bool | None = None,
     test_batch_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> InputPipeline:
     """Puts ``dataset`` on the first stage's device and makes its mini-batches there.
 
-    Each epoch shuffles anew. With ``augment``, a training image is padded with 4 black pixels on each side, cropped to
-    its own size at a random place, and, if ``dataset.flip``, mirrored with probability 1/2. All images are scaled to
-    [0, 1] and normalised by ``dataset.mean`` and ``dataset.std``.
+    Each epoch shuffles anew. To crop a training image is to pad it with 4 black pixels on each side and to cut out its
+    own size at a random place; to flip it, to mirror it with probability 1/2. All images are scaled to [0, 1] and
+    normalised by ``dataset.mean`` and ``dataset.std``.
 
     The images stay on the device as uint8 (CIFAR-10: 184 MB), on each device of a mesh.
 
@@ -60,7 +60,8 @@ def input_pipeline(
       seed: of the order and of the augmentation.
       sharding: the first stage's: a ``SingleDeviceSharding``, or a ``NamedSharding`` whose first axis splits the
         batch. ``None`` is the default device.
-      augment: whether to crop and to flip; the order is shuffled in any case.
+      augment: ``None``: crop if ``dataset.crop``, flip if ``dataset.flip``. ``True``: crop in any case, flip if
+        ``dataset.flip``. ``False``: neither. The order is shuffled in any case.
       test_batch_size: examples of a test batch; ``batch_size`` if ``None``.
       dtype: of the inputs.
 
@@ -83,10 +84,11 @@ def input_pipeline(
     _check_batch_size("batch_size", batch_size, rows, largest=len(dataset.train_labels))
     _check_batch_size("test_batch_size", test_batch_size, rows)
     steps_per_epoch = len(dataset.train_labels) // batch_size
+    crop, flip = (dataset.crop, dataset.flip) if augment is None else (augment, augment and dataset.flip)
     normalise = functools.partial(_normalise, mean=dataset.mean, std=dataset.std, dtype=dtype)
     return InputPipeline(
         steps_per_epoch,
-        _train_batches(dataset, batch_size, steps_per_epoch, seed, augment, normalise, whole, rows),
+        _train_batches(dataset, batch_size, steps_per_epoch, seed, crop, flip, normalise, whole, rows),
         _test_batches(dataset, test_batch_size, normalise, whole, rows),
     )
 
@@ -96,7 +98,8 @@ def _train_batches(
     batch_size: int,
     steps_per_epoch: int,
     seed: int,
-    augment: bool,
+    crop: bool,
+    flip: bool,
     normalise: Callable[[Array], Array],
     whole: Sharding,
     rows: Sharding,
@@ -118,10 +121,11 @@ def _train_batches(
         epoch, batch = place
         start = batch.astype(jnp.int32) * batch_size
         index = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (start,), (batch_size,)), rows)
-        if augment:
+        if crop or flip:
             shift_key, flip_key = jax.random.split(_fold(key, 1, epoch, batch))
-            shift = jax.random.randint(shift_key, (batch_size, 2), -PADDING, PADDING + 1)
-            mirrored = jax.random.bernoulli(flip_key, 0.5 if dataset.flip else 0.0, (batch_size,))
+            reach = PADDING if crop else 0
+            shift = jax.random.randint(shift_key, (batch_size, 2), -reach, reach + 1)
+            mirrored = jax.random.bernoulli(flip_key, 0.5 if flip else 0.0, (batch_size,))
             inputs = _cropped(images, index, shift, mirrored)
         else:
             inputs = images[index]

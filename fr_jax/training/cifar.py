@@ -6,6 +6,7 @@ the blue plane, row by row. Nothing is unpickled and nothing is written to disk.
 
 from __future__ import annotations
 
+import functools
 import math
 import tarfile
 import zlib
@@ -16,21 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fr_jax.training.fetch import Archive, DataError
+from fr_jax.training.official import Arrays, OfficialData
 
-__all__ = ["FORMATS", "IMAGE_SHAPE", "Arrays", "Format", "find", "read"]
+__all__ = ["FORMATS", "IMAGE_SHAPE", "Format", "find", "official", "read"]
 
 IMAGE_SHAPE = (32, 32, 3)
 PIXELS = math.prod(IMAGE_SHAPE)
 TORONTO = "https://www.cs.toronto.edu/~kriz/"
-
-
-class Arrays(NamedTuple):
-    """Images, uint8 ``(N, H, W, C)``, and labels, int32 ``(N,)``, of both splits."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
 
 
 class Format(NamedTuple):
@@ -80,6 +73,27 @@ FORMATS: dict[str, Format] = {
         archive=Archive(TORONTO + "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
     ),
 }
+
+
+def official(name: str) -> OfficialData:
+    """Describes ``name``, one of ``FORMATS``, for :mod:`fr_jax.training.data`."""
+    layout = FORMATS[name]
+    return OfficialData(
+        name=name,
+        title=layout.title,
+        image_shape=IMAGE_SHAPE,
+        train_size=sum(layout.train_files.values()),
+        test_size=sum(layout.test_files.values()),
+        num_classes=layout.num_classes,
+        crop=True,
+        flip=True,
+        kind_of_files="binary",
+        places=f"the folder with {', '.join(layout.files)}, its parent, {layout.archive.file_name} or the folder that "
+        "holds it",
+        archives=(layout.archive,),
+        find=functools.partial(find, layout),
+        read=functools.partial(read, layout),
+    )
 
 
 def find(layout: Format, place: Path) -> Path | None:

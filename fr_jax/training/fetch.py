@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ BLOCK = 1 << 16  # bytes; what a broken transfer may lose
 ATTEMPTS = 4  # continuations of a transfer that breaks off, each only if the one before brought something
 
 Log = Callable[[str], Any]
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -40,10 +41,12 @@ class Archive(NamedTuple):
     Attributes:
       url: where it is.
       md5: its checksum, as its publisher states it.
+      mirrors: other URLs of the same file, under the same name, tried in turn where ``url`` fails.
     """
 
     url: str
     md5: str
+    mirrors: tuple[str, ...] = ()
 
     @property
     def file_name(self) -> str:
@@ -69,7 +72,8 @@ def cached(archive: Archive) -> Path | None:
 def fetch(archive: Archive, *, log: Log = print) -> Path:
     """Downloads ``archive`` into the cache folder with a progress bar, unless it is there already.
 
-    What arrived of a broken transfer stays beside it as ``<name>.part`` and is continued by the next call.
+    What arrived of a broken transfer stays beside it as ``<name>.part`` and is continued by the next mirror, or by the
+    next call.
 
     Args:
       archive: what to fetch.
@@ -79,37 +83,50 @@ def fetch(archive: Archive, *, log: Log = print) -> Path:
       The path of the verified file.
 
     Raises:
-      FetchError: no network, a broken transfer, a wrong checksum, or a folder that cannot be written.
+      FetchError: no network, a broken transfer, a wrong checksum, or a folder that cannot be written; with a reason
+        for each mirror.
     """
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
     downloader = functools.partial(_download_or_continue, log=log)
-    try:
-        path = pooch.retrieve(
-            archive.url, f"md5:{archive.md5}", archive.file_name, cache_folder(), downloader=downloader
-        )
-    except OSError as error:
-        raise FetchError(f"{archive.url} could not be fetched: {_reason(error, archive)}") from error
-    except ValueError as error:
-        raise FetchError(
-            f"{archive.url} arrived damaged: its MD5 checksum is not {archive.md5}. It was deleted; "
-            "try again, and check that no proxy or login page stands between this machine and the server"
-        ) from error
-    return Path(path)
+
+    def retrieve(url: str) -> str:
+        return pooch.retrieve(url, f"md5:{archive.md5}", archive.file_name, cache_folder(), downloader=downloader)
+
+    return Path(_from_one_of(archive, retrieve))
 
 
 def check_reachable(archive: Archive) -> None:
-    """Asks the server for ``archive`` and hangs up: programs that wait much longer may be started then.
+    """Asks the servers for ``archive`` and hangs up: programs that wait much longer may be started then.
 
     Raises:
       FetchError: no network, or no such file.
     """
-    try:
-        with _open(archive.url, 0) as response:
+
+    def ask(url: str) -> None:
+        with _open(url, 0) as response:
             response.raise_for_status()
-    except OSError as error:
-        raise FetchError(f"{archive.url} could not be fetched: {_reason(error, archive)}") from error
+
+    _from_one_of(archive, ask)
+
+
+def _from_one_of(archive: Archive, work: Callable[[str], T]) -> T:
+    """The result of ``work`` for the first of the URLs where it succeeds."""
+    failures, cause = [], None
+    for url in (archive.url, *archive.mirrors):
+        try:
+            return work(url)
+        except OSError as error:
+            failures.append(f"{url} could not be fetched: {_reason(error, url)}")
+            cause = error
+        except ValueError as error:
+            failures.append(
+                f"{url} arrived damaged: its MD5 checksum is not {archive.md5}. It was deleted; "
+                "try again, and check that no proxy or login page stands between this machine and the server"
+            )
+            cause = error
+    raise FetchError("; ".join(failures) + _what_is_kept(archive)) from cause
 
 
 def _download_or_continue(url: str, output_file: str, pooch: object, *, log: Log) -> None:
@@ -194,19 +211,21 @@ def _part(folder: Path, url: str) -> Path:
     return folder / (url.rsplit("/", 1)[-1] + ".part")
 
 
-def _reason(error: OSError, archive: Archive) -> str:
+def _reason(error: OSError, url: str) -> str:
     """Why a download failed, in one line; requests' own messages are long and quote its internals."""
     import requests
 
-    host = urlsplit(archive.url).hostname
+    host = urlsplit(url).hostname
     if isinstance(error, requests.HTTPError):
-        reason = f"{host} answered {error.response.status_code} {error.response.reason}"
-    elif isinstance(error, requests.exceptions.ChunkedEncodingError):
-        reason = "the transfer broke off"
-    elif isinstance(error, requests.RequestException):
-        reason = f"no connection to {host}"
-    else:
-        reason = str(error)
+        return f"{host} answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the transfer broke off"
+    if isinstance(error, requests.RequestException):
+        return f"no connection to {host}"
+    return str(error)
+
+
+def _what_is_kept(archive: Archive) -> str:
     part = _part(cache_folder(), archive.url)
     kept = part.stat().st_size if part.is_file() else 0
-    return reason + (f" ({kept / 1e6:.1f} MB are kept in {part}; the next try continues there)" if kept else "")
+    return f" ({kept / 1e6:.1f} MB are kept in {part}; the next try continues there)" if kept else ""

@@ -1,4 +1,4 @@
-"""CIFAR as TensorFlow Datasets keeps it: reading a prepared copy, without TensorFlow where possible; preparing one."""
+"""Copies that TensorFlow Datasets keeps: reading one, without TensorFlow where possible; preparing one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fr_jax.training.cifar import IMAGE_SHAPE, Arrays, Format
 from fr_jax.training.fetch import DataError
+from fr_jax.training.official import Arrays, OfficialData
 
 __all__ = ["can_prepare", "find", "folder", "prepare", "read"]
 
@@ -32,7 +32,7 @@ def can_prepare() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
 
-def read(copy: Path, layout: Format) -> Arrays:
+def read(copy: Path, official: OfficialData) -> Arrays:
     """Reads a prepared copy: ``array_record`` files without TensorFlow, ``tfrecord`` files with it.
 
     Raises:
@@ -42,8 +42,8 @@ def read(copy: Path, layout: Format) -> Arrays:
 
     try:
         builder = tfds.builder_from_directory(copy)
-        train = _stack(_examples(builder, "train"), sum(layout.train_files.values()), layout.num_classes)
-        test = _stack(_examples(builder, "test"), sum(layout.test_files.values()), layout.num_classes)
+        train = _stack(_examples(builder, "train"), official.train_size, official)
+        test = _stack(_examples(builder, "test"), official.test_size, official)
     except DataError as error:
         raise DataError(f"{copy} {error}") from None
     except Exception as error:  # TFDS and array_record raise many kinds, RuntimeError and plain Exception among them
@@ -77,14 +77,15 @@ def _examples(builder: Any, split: str) -> Iterable[dict[str, Any]]:
     return tfds.as_numpy(builder.as_dataset(split=split))
 
 
-def _stack(examples: Iterable[dict[str, Any]], count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _stack(examples: Iterable[dict[str, Any]], count: int, official: OfficialData) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(example["image"], int(example["label"])) for example in examples]
     shapes = {image.shape for image, _ in pairs}
-    wrong = {label for _, label in pairs if not 0 <= label < num_classes}
-    if len(pairs) != count or shapes != {IMAGE_SHAPE} or wrong:
+    wrong = {label for _, label in pairs if not 0 <= label < official.num_classes}
+    if len(pairs) != count or shapes != {official.image_shape} or wrong:
         raise DataError(
             f"is damaged: a split holds {len(pairs):,} images of shape {shapes} and labels {wrong or '{}'} outside "
-            f"0..{num_classes - 1}; it must hold {count:,} of shape {IMAGE_SHAPE} and no such label. Prepare it again"
+            f"0..{official.num_classes - 1}; it must hold {count:,} of shape {official.image_shape} and no such label. "
+            "Prepare it again"
         )
     return np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs], np.int32)
 

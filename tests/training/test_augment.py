@@ -13,7 +13,7 @@ MEAN = np.array([0.4, 0.5, 0.6], np.float32)
 STD = np.array([0.2, 0.25, 0.3], np.float32)
 
 
-def make_dataset(train=50, test=23, shape=(12, 10, 3), flip=True, seed=0):
+def make_dataset(train=50, test=23, shape=(12, 10, 3), crop=True, flip=True, seed=0):
     rng = np.random.default_rng(seed)
 
     def split(count):
@@ -21,7 +21,8 @@ def make_dataset(train=50, test=23, shape=(12, 10, 3), flip=True, seed=0):
         return images, rng.integers(0, 10, count, dtype=np.int32)
 
     channels = shape[-1]
-    return Dataset("random", *split(train), *split(test), 10, MEAN[:channels], STD[:channels], flip, "random numbers")
+    mean, std = MEAN[:channels], STD[:channels]
+    return Dataset("random", *split(train), *split(test), 10, mean, std, flip, "random numbers", crop)
 
 
 @functools.cache
@@ -138,6 +139,31 @@ def test_without_flip_nothing_is_mirrored():
         assert not mirrored
 
 
+def windows_used(dataset, augment):
+    """Each example's window of its padded image, ``(row, column, mirrored)``, in a batch of the whole training set."""
+    batch = input_pipeline(dataset, len(dataset.train_labels), seed=0, augment=augment).train_batch(0)
+    used = []
+    for i, crop in zip(np.asarray(batch.index), pixels(dataset, batch.inputs), strict=True):
+        used += find_window(dataset.train_images[i], crop)
+    assert len(used) == len(dataset.train_labels)
+    return used
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("augment", [None, False, True])
+def test_what_augment_means(augment, crop, flip):
+    used = windows_used(make_dataset(train=40, crop=crop, flip=flip), augment)
+    cropped = {window[:2] for window in used} != {(PADDING, PADDING)}
+    mirrored = any(window[2] for window in used)
+    assert (cropped, mirrored) == {None: (crop, flip), False: (False, False), True: (True, flip)}[augment]
+
+
+def test_mirrored_alike_with_and_without_crops():
+    cropped, whole = (windows_used(make_dataset(train=40, crop=crop), None) for crop in (True, False))
+    assert [window[2] for window in cropped] == [window[2] for window in whole]
+
+
 def test_augmentation_changes_from_epoch_to_epoch():
     dataset = make_dataset(train=16)
     pipeline = input_pipeline(dataset, 16, seed=0)
@@ -150,9 +176,13 @@ def test_augmentation_changes_from_epoch_to_epoch():
 
 
 def test_grey_images_of_another_size():
-    dataset = make_dataset(shape=(28, 28, 1))
-    batch = input_pipeline(dataset, 4, seed=0).train_batch(0)
+    dataset = make_dataset(shape=(28, 28, 1), crop=False, flip=False)
+    pipeline = input_pipeline(dataset, 4, seed=0)
+    batch = pipeline.train_batch(0)
     assert batch.inputs.shape == (4, 28, 28, 1)
+    np.testing.assert_array_equal(pixels(dataset, batch.inputs), dataset.train_images[np.asarray(batch.index)])
+    images = np.concatenate([pixels(dataset, batch.inputs)[:valid] for batch, valid in pipeline.test_batches()])
+    np.testing.assert_array_equal(images, dataset.test_images)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

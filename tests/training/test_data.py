@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fr_jax.training import cifar, data, fetch, tfds_copies
+from fr_jax.training import cifar, data, fetch, mnist, tfds_copies
 from fr_jax.training.data import DataError, load
 
 NAMES = ("cifar10", "cifar100")
@@ -31,6 +31,10 @@ def bare_machine(tmp_path, monkeypatch):
             archive=layout.archive._replace(url=UNREACHABLE + layout.archive.file_name),
         )
         monkeypatch.setitem(cifar.FORMATS, name, small)
+    for name, file in list(mnist.FILES.items()):
+        archive = file.archive._replace(url=UNREACHABLE + file.archive.file_name, mirrors=())
+        shape = (150 if name.startswith("train") else 20, *file.shape[1:])
+        monkeypatch.setitem(mnist.FILES, name, mnist.IdxFile(shape, archive))
 
 
 def make_files(name):
@@ -112,6 +116,11 @@ def test_unknown_name():
     assert all(name in message for name in data.DATASETS)
 
 
+def test_auto_prefers_official_data_only():
+    message = fail("auto", preferred="digits")
+    assert "auto cannot prefer 'digits'. Valid names: cifar10, cifar100, mnist." in message
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["folder", "parent", "archive", "archive's folder"])
 def test_official_files(kind, name, tmp_path):
@@ -126,7 +135,8 @@ def test_official_files(kind, name, tmp_path):
     np.testing.assert_array_equal(dataset.test_images, decode_slowly(name, contents[test_file])[0])
     np.testing.assert_array_equal(dataset.test_labels, decode_slowly(name, contents[test_file])[1])
     assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
-    assert (dataset.name, dataset.num_classes, dataset.flip) == (name, cifar.FORMATS[name].num_classes, True)
+    assert (dataset.name, dataset.num_classes) == (name, cifar.FORMATS[name].num_classes)
+    assert dataset.crop and dataset.flip
     assert str(tmp_path) in dataset.source and cifar.FORMATS[name].title in dataset.source
 
 
@@ -216,7 +226,18 @@ def test_auto_without_network_is_digits_and_says_so():
     assert "NO CIFAR-10" in lines[0] and "no connection to 127.0.0.1" in lines[0] and "digits" in lines[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("preferred", "title"), [("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"), ("mnist", "MNIST")]
+)
+def test_auto_names_the_data_that_were_preferred(preferred, title):
+    lines = []
+    assert load("auto", preferred=preferred, log=lines.append).name == "digits"
+    (line,) = lines
+    assert f"NO {title}: none" in line and f"nothing about {title}." in line and f"ask for {preferred} by name" in line
+    assert ("it is not MNIST" in line) == (preferred == "mnist")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mnist"])
 def test_by_name_without_network_is_an_error_that_helps(name):
     message = fail(name)
     assert "no connection to 127.0.0.1" in message
@@ -237,7 +258,8 @@ def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
 def test_digits():
     dataset, again = load("digits"), load("digits")
     assert dataset.train_images.shape == (1433, 32, 32, 3) and dataset.test_images.shape == (364, 32, 32, 3)
-    assert dataset.train_images.max() == 255 and not dataset.flip
+    assert dataset.train_images.max() == 255
+    assert dataset.crop and not dataset.flip
     for a, b in zip(dataset[1:5], again[1:5], strict=True):
         np.testing.assert_array_equal(a, b)
     share = np.bincount(dataset.test_labels) / (np.bincount(dataset.train_labels) + np.bincount(dataset.test_labels))
@@ -392,48 +414,50 @@ def test_two_downloads_at_once(serve):
         assert "another process is downloading" in fail("cifar10")
 
 
-def write_tfds_copy(data_dir, *, file_format="array_record", labels_from=0, train=150, test=20):
-    """A prepared copy as TFDS 4.9 with TensorFlow writes it (compared with one of those)."""
+def write_tfds_copy(data_dir, name="cifar10", *, file_format="array_record", labels_from=0, train=150, test=20):
+    """A prepared copy as TFDS 4.9 with TensorFlow writes it (compared with one of those, of CIFAR-10)."""
     import PIL.Image
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    folder = data_dir / "cifar10" / "3.0.2"
+    folder, shape = data_dir / name / "3.0.2", (28, 28, 1) if name == "mnist" else (32, 32, 3)
     folder.mkdir(parents=True)
     rng, splits, images = np.random.default_rng(3), [], []
     for split, count in (("train", train), ("test", test)):
-        images.append(rng.integers(0, 256, (count, 32, 32, 3), np.uint8))
-        writer = ArrayRecordWriter(str(folder / f"cifar10-{split}.array_record-00000-of-00001"), "group_size:1")
+        images.append(rng.integers(0, 256, (count, *shape), np.uint8))
+        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
         for i, image in enumerate(images[-1]):
             png, example = io.BytesIO(), tf_example_pb2.Example()
-            PIL.Image.fromarray(image).save(png, "png")
+            PIL.Image.fromarray(image.squeeze()).save(png, "png")
             example.features.feature["image"].bytes_list.value.append(png.getvalue())
             example.features.feature["label"].int64_list.value.append(labels_from + i % 10)
-            example.features.feature["id"].bytes_list.value.append(b"name")
+            if name != "mnist":
+                example.features.feature["id"].bytes_list.value.append(b"name")
             writer.write(example.SerializeToString())
         writer.close()
         template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         splits.append({"name": split, "numBytes": "1", "shardLengths": [str(count)], "filepathTemplate": template})
-    info = {"name": "cifar10", "version": "3.0.2", "fileFormat": file_format, "splits": splits}
+    info = {"name": name, "version": "3.0.2", "fileFormat": file_format, "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    module, shape = "tensorflow_datasets.core.features.", {"dimensions": ["32", "32", "3"]}
-    image = {"pythonClassName": module + "image_feature.Image", "image": {"dtype": "uint8", "shape": shape}}
+    module, dimensions = "tensorflow_datasets.core.features.", {"dimensions": [str(length) for length in shape]}
+    image = {"pythonClassName": module + "image_feature.Image", "image": {"dtype": "uint8", "shape": dimensions}}
     label = {"pythonClassName": module + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "10"}}
     text = {"pythonClassName": module + "text_feature.Text", "text": {}}
-    features = {"featuresDict": {"features": {"id": text, "image": image, "label": label}}}
-    features["pythonClassName"] = module + "features_dict.FeaturesDict"
+    parts = {"image": image, "label": label} | ({} if name == "mnist" else {"id": text})
+    features = {"pythonClassName": module + "features_dict.FeaturesDict", "featuresDict": {"features": parts}}
     (folder / "features.json").write_text(json.dumps(features))
     return images
 
 
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
 @pytest.mark.parametrize("given", [True, False])
-def test_a_tfds_copy_is_read_without_tensorflow(given, tmp_path):
-    train_images, test_images = write_tfds_copy(tmp_path / "tfds")
-    dataset = load("cifar10", tmp_path / "tfds" if given else None)
+def test_a_tfds_copy_is_read_without_tensorflow(given, name, tmp_path):
+    train_images, test_images = write_tfds_copy(tmp_path / "tfds", name)
+    dataset = load(name, tmp_path / "tfds" if given else None)
     np.testing.assert_array_equal(dataset.train_images, train_images)
     np.testing.assert_array_equal(dataset.test_images, test_images)
     np.testing.assert_array_equal(dataset.train_labels, np.arange(150) % 10)
-    assert "TFDS" in dataset.source and "3.0.2" in dataset.source
+    assert dataset.name == name and "TFDS" in dataset.source and "3.0.2" in dataset.source
 
 
 @pytest.mark.parametrize(
