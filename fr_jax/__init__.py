@@ -5,8 +5,10 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 """
 
 from fr_jax import models
+from fr_jax.algorithms import staleness
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.ddg import ddg
+from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.balance import balance, layer_costs
 from fr_jax.placement import placement
@@ -25,10 +27,12 @@ __all__ = [
     "balance",
     "chain",
     "ddg",
+    "dni",
     "features_replay",
     "from_linen",
     "layer_costs",
     "models",
     "partition",
     "placement",
+    "staleness",
 ]

@@ -7,9 +7,11 @@ At iteration t, for modules k = 1..K with weights w_k and inputs h_{k-1} (h_0 = 
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t
     send      delta_{k-1}^{t+1} = (dh_k^s / dh_{k-1}^s) . delta_k^t  to module k-1
 
-Module K's delta is the gradient of the loss itself. delta_k^t was sent at t-1 and belongs to mini-batch s too, so g_k^t is
-the gradient of back-propagation for mini-batch s at the weights w^s, K-k iterations late. While s < 0, module k has
+Module K's delta is the gradient of the loss itself. delta_k^t was sent at t-1 and belongs to mini-batch s too, so g_k^t
+is the gradient of back-propagation for mini-batch s at the weights w^s, K-k iterations late. While s < 0, module k has
 nothing to apply and does not update. In code modules count from 0, so the staleness of module k is K-1-k.
+
+With weight prediction, the forward pass and its VJP use ŵ_k^t instead, a prediction of w_k^{t+K-k}.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import NamedTuple
 from jax.sharding import Sharding
 
 from fr_jax import history as fifo
-from fr_jax.algorithms import steps
+from fr_jax.algorithms import staleness, steps
 from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
 from fr_jax.history import History
 from fr_jax.placement import put
@@ -79,8 +81,9 @@ def init(parts: Parts, setup: Setup, key: Array, batch: Batch) -> DDGState:
 
 
 class Parts(NamedTuple):
-    """The jitted functions of the modules: K-1 of each of three, and the last module's one pass."""
+    """The jitted functions of the modules: K-1 of each of four, and the last module's one pass."""
 
+    ahead: tuple[Callable, ...]
     forwards: tuple[Callable, ...]
     pulls: tuple[Callable, ...]
     updates: tuple[Callable, ...]
@@ -88,9 +91,18 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    setup: Setup, loss_fn: steps.LossFn, metrics_fn: steps.MetricsFn | None, *, return_grads: bool, donate: bool
+    setup: Setup,
+    loss_fn: steps.LossFn,
+    metrics_fn: steps.MetricsFn | None,
+    *,
+    weight_prediction: float,
+    return_grads: bool,
+    donate: bool,
 ) -> Parts:
-    """Forward, backward and update for each module k < K, and the last module. Kept VJPs read the old weights."""
+    """Prediction, forward, backward and update for each module k < K, and the last module.
+
+    Kept VJPs read the old weights, so these are not donated.
+    """
     stages, optimizers, shardings = setup
     below = range(len(stages) - 1)
     last = steps.make_train(
@@ -104,6 +116,7 @@ def make_parts(
         donate=donate,
     )
     return Parts(
+        ahead=staleness.make_ahead(shardings, weight_prediction),
         forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
         pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
         updates=tuple(steps.make_update(optimizers[k], shardings[k], donate=donate, keep_params=True) for k in below),
@@ -123,7 +136,8 @@ def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDG
     # Forward; the VJP is kept.
     h = put(batch.inputs, shardings[0])
     for k in range(K - 1):
-        h, vjp, model_state[k], count = parts.forwards[k](params[k], model_state[k], streams[k], h)
+        w_hat = parts.ahead[k](params[k], opt_state[k])
+        h, vjp, model_state[k], count = parts.forwards[k](w_hat, model_state[k], streams[k], h)
         history[k] = fifo.push(history[k], vjp)
         h = put(h, shardings[k + 1])
         streams[k] = streams[k]._replace(count=count)
@@ -163,6 +177,7 @@ def ddg(
     loss_fn: steps.LossFn,
     optimizer: Optimizers,
     *,
+    weight_prediction: float = 0.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
@@ -176,6 +191,10 @@ def ddg(
       optimizer: one optax transformation for all modules, or a sequence of K. The paper's are SGD, its Algorithm 1, and
         Adam, its Algorithm 2. A learning-rate schedule counts a module's own updates, so module k follows it K-k
         iterations late: by mini-batch, as back-propagation would.
+      weight_prediction: a. Module k < K runs forward with its weights moved on by a (K-k) times its last update, which
+        is SpecTrain's prediction of the weights that the gradient will meet for a = 1
+        (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise module k keeps its last update in
+        ``opt_state[k]``, a copy of its weights.
       placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each module's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``. Weights of modules k < K are
@@ -186,8 +205,8 @@ def ddg(
       The algorithm. K = 1 is plain back-propagation.
 
     Raises:
-      ValueError: on a wrong number of stages, optimizers or shardings; from ``init`` and ``step`` on a batch that
-        does not fit.
+      ValueError: on a wrong number of stages, optimizers or shardings, a negative ``weight_prediction``; from ``init``
+        and ``step`` on a batch that does not fit.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -201,8 +220,15 @@ def ddg(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = check_setup(stages, optimizer, placement)
-    parts = make_parts(setup, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
+    setup = staleness.with_prediction(check_setup(stages, optimizer, placement), weight_prediction)
+    parts = make_parts(
+        setup,
+        loss_fn,
+        metrics_fn,
+        weight_prediction=weight_prediction,
+        return_grads=return_grads,
+        donate=donate,
+    )
     return Algorithm(
         init=functools.partial(init, parts, setup),
         step=functools.partial(step, parts, setup),

@@ -11,6 +11,8 @@ At iteration t, for modules k = 1..K with weights w_k and inputs h_{k-1} (h_0 = 
 Module K's delta is the gradient of the loss itself, and its play is its replay. Modules do not wait for
 each other inside an iteration: delta_k^t was sent at t-1. While t+k-K < 0, module k has nothing to replay
 and does not update. In code modules count from 0, so the staleness of module k is K-1-k.
+
+With weight prediction, lines 4-8 play with ŵ_k^t instead, a prediction of w_k^{t+K-k}, the weights of the replay.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Literal, NamedTuple
 from jax.sharding import Sharding
 
 from fr_jax import history as fifo
-from fr_jax.algorithms import steps
+from fr_jax.algorithms import staleness, steps
 from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
 from fr_jax.history import History
 from fr_jax.placement import put
@@ -80,8 +82,9 @@ def init(setup: Setup, key: Array, batch: Batch) -> FeaturesReplayState:
 
 
 class Parts(NamedTuple):
-    """The jitted functions of the modules: K-1 plays, K-1 replays with update, and the last module's one pass."""
+    """The jitted functions of the modules: K-1 predictions, plays and replays, and the last module's one pass."""
 
+    ahead: tuple[Callable, ...]
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
     last: Callable
@@ -93,10 +96,11 @@ def make_parts(
     metrics_fn: steps.MetricsFn | None,
     *,
     batch_stats: str,
+    weight_prediction: float,
     return_grads: bool,
     donate: bool,
 ) -> Parts:
-    """One play and one replay for each module k < K, and the last module."""
+    """One prediction, play and replay for each module k < K, and the last module."""
     stages, optimizers, shardings = setup
     K = len(stages)
     plays, replays = [], []
@@ -124,7 +128,7 @@ def make_parts(
         return_grads=return_grads,
         donate=donate,
     )
-    return Parts(tuple(plays), tuple(replays), last)
+    return Parts(staleness.make_ahead(shardings, weight_prediction), tuple(plays), tuple(replays), last)
 
 
 def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -> tuple[FeaturesReplayState, Info]:
@@ -140,7 +144,8 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
     h = put(batch.inputs, shardings[0])
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
-        h, model_state[k], count = parts.plays[k](params[k], model_state[k], streams[k], h)
+        w_hat = parts.ahead[k](params[k], opt_state[k])
+        h, model_state[k], count = parts.plays[k](w_hat, model_state[k], streams[k], h)
         h = put(h, shardings[k + 1])
         streams[k] = streams[k]._replace(count=count)
 
@@ -181,6 +186,7 @@ def features_replay(
     optimizer: Optimizers,
     *,
     batch_stats: Literal["play", "replay", "both"] = "play",
+    weight_prediction: float = 0.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
@@ -196,6 +202,10 @@ def features_replay(
       batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once a mini-batch;
         ``"replay"``, once a replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
         with the statistics of the batch in every case. Module K has one pass only.
+      weight_prediction: a. Module k < K plays with its weights moved on by a (K-k) times its last update, which is
+        SpecTrain's prediction of the weights of the replay for a = 1 (:func:`fr_jax.staleness.predicted`); replay and
+        update act on today's weights. 0 is plain features replay. Otherwise module k keeps its last update in
+        ``opt_state[k]``, a copy of its weights, and makes one more copy for its play.
       placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each module's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
@@ -205,8 +215,8 @@ def features_replay(
       The algorithm. K = 1 is plain back-propagation.
 
     Raises:
-      ValueError: on a wrong number of stages, optimizers or shardings, an unknown ``batch_stats``; from ``init``
-        and ``step`` on a batch that does not fit.
+      ValueError: on a wrong number of stages, optimizers or shardings, an unknown ``batch_stats``, a negative
+        ``weight_prediction``; from ``init`` and ``step`` on a batch that does not fit.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -222,8 +232,16 @@ def features_replay(
     """
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
-    setup = check_setup(stages, optimizer, placement)
-    parts = make_parts(setup, loss_fn, metrics_fn, batch_stats=batch_stats, return_grads=return_grads, donate=donate)
+    setup = staleness.with_prediction(check_setup(stages, optimizer, placement), weight_prediction)
+    parts = make_parts(
+        setup,
+        loss_fn,
+        metrics_fn,
+        batch_stats=batch_stats,
+        weight_prediction=weight_prediction,
+        return_grads=return_grads,
+        donate=donate,
+    )
     return Algorithm(
         init=functools.partial(init, setup),
         step=functools.partial(step, parts, setup),

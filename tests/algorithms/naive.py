@@ -182,9 +182,17 @@ def features_replay(modules: Sequence[Module], updates: Sequence[Callable], star
     return run
 
 
-def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches) -> Run:
-    """DDG, with every past input, weight and statistic kept: the gradient at w^s of mini-batch s = t+k-K, at t."""
+def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, weight_prediction=0.0) -> Run:
+    """DDG, with every past input, weight and statistic kept: the gradient at w^s of mini-batch s = t+k-K, at t.
+
+    With weight prediction the forward pass, and its gradient, are those at w^s + a (K-k) (w^s - w^{s-1}).
+    """
     K = len(modules)
+
+    def ahead(k, s):
+        past = run.w[k - 1]
+        return jax.tree.map(lambda w, old: w + weight_prediction * (K - k) * (w - old), past[s], past[max(s - 1, 0)])
+
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
     keys = [stream.key for stream in start.streams]
     run = Run([[w] for w in first[0]], [[s] for s in first[1]], *([[] for _ in modules] for _ in range(2)), [], [])
@@ -194,7 +202,7 @@ def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batc
         for k in range(1, K + 1):
             run.h[k - 1].append(x)
             key = jax.random.fold_in(keys[k - 1], t)
-            x, new_state, _ = forward(modules[k - 1], run.w[k - 1][t], run.state[k - 1][t], x, key)
+            x, new_state, _ = forward(modules[k - 1], ahead(k, t), run.state[k - 1][t], x, key)
             run.state[k - 1].append(new_state)
         targets = np.asarray(batch.targets)
         run.loss.append(squared_error(x, targets))
@@ -205,7 +213,7 @@ def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batc
                 run.grads[k - 1].append(None)
                 continue
             key = jax.random.fold_in(keys[k - 1], s)
-            y, _, pull = forward(modules[k - 1], run.w[k - 1][s], run.state[k - 1][s], run.h[k - 1][s], key)
+            y, _, pull = forward(modules[k - 1], ahead(k, s), run.state[k - 1][s], run.h[k - 1][s], key)
             grads, dx = pull(2 * (y - targets) / len(y) if k == K else run.delta[k - 1][t])
             if k > 1:
                 run.delta[k - 2][t + 1] = dx

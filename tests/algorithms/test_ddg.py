@@ -14,16 +14,16 @@ close = {"rtol": 1e-11, "atol": 1e-12}
 def check(naive, make_batches, run):
     """Runs DDG and the naive loop side by side, and compares everything but the residuals."""
 
-    def check(modules, optimizers):
+    def check(modules, optimizers, weight_prediction=0.0):
         K = len(modules)
         ours, theirs = zip(*(naive.OPTIMIZERS[name] for name in optimizers), strict=True)
         stages = [naive.stage(module) for module in modules]
         optimizer = [make() for make in ours] if len(ours) > 1 else ours[0]()
         batches = make_batches(STEPS)
-        states, infos = run(fr.ddg(stages, naive.squared_error, optimizer, return_grads=True), batches)
-        naive_run = naive.ddg(
-            modules, [make() for make in (theirs if len(theirs) > 1 else theirs * K)], states[0], batches
-        )
+        ddg = fr.ddg(stages, naive.squared_error, optimizer, weight_prediction=weight_prediction, return_grads=True)
+        states, infos = run(ddg, batches)
+        updates = [make() for make in (theirs if len(theirs) > 1 else theirs * K)]
+        naive_run = naive.ddg(modules, updates, states[0], batches, weight_prediction)
         for t, (state, info) in enumerate(zip(states[1:], infos, strict=True), start=1):
             chex.assert_trees_all_close(state.params, tuple(w[t] for w in naive_run.w), **close)
             chex.assert_trees_all_close(state.model_state, tuple(s[t] for s in naive_run.state), **close)
@@ -49,6 +49,12 @@ def test_trajectory_equals_the_equations(naive, check, K, optimizer):
 def test_every_module_may_have_its_own_optimizer(naive, check):
     modules = [(naive.dense(5),), (naive.dense(4), naive.dense(4)), (naive.dense(4),), (naive.dense(2),)]
     check(modules, ["adam", "decaying", "nesterov", "sgd"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_forward_may_use_predicted_weights(naive, check, strength):
+    check([(naive.dense(5), naive.batch_norm()), (naive.dense(4),), (naive.dense(2),)], ["nesterov"], strength)
 
 
 @pytest.mark.usefixtures("x64")
