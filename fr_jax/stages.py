@@ -99,7 +99,8 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) 
         return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
 
     def init(key: Array, x: Array) -> tuple[PyTree, PyTree]:
-        variables = module.lazy_init({"params": key}, jax.ShapeDtypeStruct(x.shape, x.dtype), **flags(False))
+        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+        variables = module.lazy_init({"params": key}, spec, **flags(False))
         state = {name: collection for name, collection in variables.items() if name != "params"}
         return variables.get("params", {}), state
 
@@ -123,8 +124,8 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     :attr:`Stage.apply`. The stage's key is the module's ``dropout`` stream.
 
     Args:
-      module: an unbound Linen module whose ``__call__`` takes one array ``(B, ...)``. Equal (hashable) modules
-        give the same stage, which then is traced once.
+      module: an unbound Linen module whose ``__call__`` takes one array ``(B, ...)``, or one pytree of arrays. Equal
+        (hashable) modules give the same stage, which then is traced once.
       **call_kwargs: further arguments for ``module.__call__``; they win over the flags above.
 
     Returns:

@@ -112,7 +112,7 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
         layer_keys, stream = place((layer_keys, stream), here)
         weights, states = [], []
         for layer, layer_key in zip(layers, layer_keys, strict=True):
-            layer_params, layer_state = _init_layer(layer, layer_key, h, here)
+            layer_params, layer_state = init_stage(layer, layer_key, h, here)
             h, _ = jax.eval_shape(traced_once(layer.apply), layer_params, layer_state, h, key=dropout_key)
             weights.append(layer_params)
             states.append(layer_state)
@@ -127,7 +127,8 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
     return Modules(tuple(params), tuple(model_state), tuple(opt_state), tuple(streams), tuple(features), spec)
 
 
-def _init_layer(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -> tuple[PyTree, PyTree]:
+def init_stage(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -> tuple[PyTree, PyTree]:
+    """Weights and state of a layer for an input like ``h`` (a spec), on its devices."""
     leaves, treedef = jax.tree.flatten(h)
     return _jitted_init(layer.init, treedef, tuple(leaves), sharding)(key)
 

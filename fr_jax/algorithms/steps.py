@@ -121,10 +121,12 @@ def make_train(
     input_gradient: bool,
     return_grads: bool,
     donate: bool,
+    keep_input: bool = False,
 ) -> Callable:
     """``(params, model_state, opt_state, streams, h_in, targets) -> Trained``: loss, gradients, updates in one pass.
 
     For the last module of a decoupled method (one stage), or for a whole network on one device (all stages).
+    ``keep_input``: ``h_in`` is not given back, because something else still reads it.
     """
 
     def train(
@@ -160,7 +162,7 @@ def make_train(
         )
 
     here = replicated(sharding)
-    donated = ("params", "model_state", "opt_state", *(("h_in",) if input_gradient else ()))
+    donated = ("params", "model_state", "opt_state", *(("h_in",) if input_gradient and not keep_input else ()))
     out_shardings = Trained._make((here, here, here, here, sharding, here, here, here, here))
     return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 

@@ -15,6 +15,7 @@ from fr_jax.models.resnet import (
     resnet164,
     wrn28_10,
 )
+from fr_jax.models.synthesizer import synthesizer
 from fr_jax.types import Stage
 
 MODELS: dict[str, Callable[..., list[Stage]]] = {
@@ -32,4 +33,4 @@ MODELS: dict[str, Callable[..., list[Stage]]] = {
 }
 """Name -> ``factory(num_classes=10, dtype=jnp.float32, ...) -> list[Stage]``, one stage a layer."""
 
-__all__ = ["MODELS", *MODELS]
+__all__ = ["MODELS", "synthesizer", *MODELS]

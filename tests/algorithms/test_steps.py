@@ -12,13 +12,22 @@ import pytest
 
 import fr_jax as fr
 
+
+def dni(stages, loss_fn, optimizer, **kwargs):
+    real = jnp.zeros(()).dtype
+    synthesizer = fr.models.synthesizer(dtype=real, param_dtype=real)
+    return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.adam(0.01), **kwargs)
+
+
 METHODS = {
     "bp": fr.backprop,
     "ddg": fr.ddg,
+    "dni": dni,
     "fr": fr.features_replay,
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
 }
+LOCKED = {"bp", "dni"}  # every module updates from the first iteration on
 K = 3
 # name -> a placement of K stages
 PLACEMENTS = {
@@ -52,6 +61,8 @@ def make(naive, modules):
 def numbers(state):
     """Everything in a state, on the host."""
     state = state._replace(streams=[jax.random.key_data(s.key) for s in state.streams])
+    if hasattr(state, "synthesizers"):
+        state = state._replace(synthesizers=[M[:-1] for M in state.synthesizers])
     if hasattr(state, "history"):  # a kept VJP is a tree that equals no other, but its leaves can be compared
         state = state._replace(history=jax.tree.leaves(state.history))
     return jax.tree.map(np.asarray, state)
@@ -60,13 +71,13 @@ def numbers(state):
 def assert_each_module_is_on_its_devices(state, shardings):
     for k, sharding in enumerate(shardings):
         parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
-        if hasattr(state, "history") and k < K - 1:
-            parts += [state.history[k], state.deltas[k]]
+        for name in ("history", "deltas", "synthesizers"):
+            parts += getattr(state, name, ())[k : k + 1]
         assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni"])
 def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
     batches = make_batches(8)
     runs, outputs = {}, {}
@@ -85,7 +96,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni"])
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method, return_grads=True)
     batches = make_batches(K + 1)
@@ -108,6 +119,8 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         ("fr-replay", "split over 2"),
         ("ddg", "default"),
         ("ddg", "split over 2 each"),
+        ("dni", "default"),
+        ("dni", "split over 2"),
     ],
 )
 def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, method, placement):
@@ -119,7 +132,7 @@ def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, met
         a, _ = kept.step(a, batch)
         b, _ = donated.step(b, batch)
         # Looking at b here would hold on to its buffers, which then are copied and not donated (jax 0.11).
-        updated = [k for k in range(K) if method == "bp" or t + (k + 1) - K >= 0]
+        updated = [k for k in range(K) if method in LOCKED or t + (k + 1) - K >= 0]
         replaced = [old.opt_state[k] for k in updated]
         replaced += [old.params[k] for k in updated if method != "ddg" or k == K - 1]  # kept VJPs hold DDG's
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(replaced))
@@ -165,6 +178,8 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         ("fr-replay", "split over 2 each", True),
         ("ddg", "K", False),
         ("ddg", "split over 2 each", True),
+        ("dni", "default", True),
+        ("dni", "K", True),
     ],
 )
 @pytest.mark.usefixtures("no_waiting")

@@ -1,0 +1,300 @@
+"""Decoupled neural interfaces (Jaderberg et al. 2016, arXiv:1608.05343): modules update by synthetic gradients.
+
+At iteration t, for modules k = 1..K with weights w_k, inputs h_{k-1} (h_0 = x) and synthesizers M_k, k < K:
+
+    forward      h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to module k+1
+    synthesize   d_k^t = M_k(h_k^t),  or M_k(h_k^t, y) where it is conditioned on the labels (cDNI)
+    gradient     g_k^t = (dh_k^t / dw_k) . d_k^t
+    update       w_k^{t+1} = w_k^t - gamma_t g_k^t
+    send         delta_{k-1}^t = (dh_k^t / dh_{k-1}) . d_k^t  to module k-1
+    learn        M_k takes a step of its own optimizer on  B ||d_k^t - delta_k^t||^2
+
+Module K's d is the gradient of the loss itself. Modules do not wait for what the module above sends; synthesizers do.
+Their squared error is summed over features, and its mean over the examples is taken, for the gradients B delta_k of the
+examples' own losses, so its size does not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from fr_jax.algorithms import steps
+from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, init_stage
+from fr_jax.placement import place, put, replicated
+from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+
+__all__ = ["DNIState", "dni"]
+
+
+class Synthesizer(NamedTuple):
+    """M_k on module k's device: its weights, running statistics, optimizer state and dropout keys."""
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    stream: KeyStream
+
+
+class DNIState(NamedTuple):
+    """Nothing is in flight between steps; tuples have one entry a module, on the module's device.
+
+    Attributes:
+      step: t, mini-batches seen so far.
+      params: w_k^t.
+      model_state: running statistics of batch normalisation and the like.
+      opt_state: the optimizers' states.
+      synthesizers: M_k for k < K.
+      streams: the modules' dropout keys and mini-batch counts.
+      batch_spec: the shapes that a batch must have.
+    """
+
+    step: int
+    params: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    opt_state: tuple[PyTree, ...]
+    synthesizers: tuple[Synthesizer, ...]
+    streams: tuple[KeyStream, ...]
+    batch_spec: BatchSpec
+
+
+class SynthesizerSetup(NamedTuple):
+    """The checked arguments for M_k, k < K: stages, their optimizer, and whether they see the labels."""
+
+    stages: tuple[Stage, ...]
+    optimizer: optax.GradientTransformation
+    label_conditioning: bool
+
+
+def init(setup: Setup, own: SynthesizerSetup, key: Array, batch: Batch) -> DNIState:
+    """Weights w^0, and those of the synthesizers."""
+    modules = init_modules(setup, key, batch)
+    synthesizer_key = jax.random.split(key, 3)[2]  # the first two are init_modules' own
+    targets = jax.ShapeDtypeStruct(batch.targets.shape, jax.dtypes.canonicalize_dtype(batch.targets.dtype))
+    synthesizers = []
+    for k, stage in enumerate(own.stages):
+        here, h = replicated(setup.shardings[k]), modules.features[k + 1]
+        seen = (h, targets) if own.label_conditioning else h
+        weights_key, dropout_key = jax.random.split(jax.random.fold_in(synthesizer_key, k))
+        weights_key, stream = place((weights_key, KeyStream(dropout_key, jnp.zeros((), jnp.int32))), here)
+        params, model_state = init_stage(stage, weights_key, seen, here)
+        predicted, _ = jax.eval_shape(stage.apply, params, model_state, seen, key=dropout_key)
+        _check_prediction(predicted, h, k + 1)
+        opt_state = jax.jit(own.optimizer.init, out_shardings=here)(params)
+        synthesizers.append(Synthesizer(params, model_state, opt_state, stream))
+    return DNIState(
+        step=0,
+        params=modules.params,
+        model_state=modules.model_state,
+        opt_state=modules.opt_state,
+        synthesizers=tuple(synthesizers),
+        streams=modules.streams,
+        batch_spec=modules.batch_spec,
+    )
+
+
+def _check_prediction(predicted: PyTree, h: PyTree, k: int) -> None:
+    if not jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), predicted, h)):
+        raise ValueError(
+            f"synthesizer {k} returns {predicted}; it predicts the gradient with respect to the output of stage {k}, "
+            f"so it must return {h}. Change its output layer."
+        )
+
+
+class Parts(NamedTuple):
+    """The jitted functions of the modules k < K, of their synthesizers, and the last module's one pass."""
+
+    forwards: tuple[Callable, ...]
+    pulls: tuple[Callable, ...]
+    updates: tuple[Callable, ...]
+    synthesizes: tuple[Callable, ...]
+    errors: tuple[Callable, ...]
+    learns: tuple[Callable, ...]
+    last: Callable
+
+
+def make_parts(
+    setup: Setup,
+    own: SynthesizerSetup,
+    loss_fn: steps.LossFn,
+    metrics_fn: steps.MetricsFn | None,
+    *,
+    return_grads: bool,
+    donate: bool,
+) -> Parts:
+    """Forward, backward and update for each module k < K and for its synthesizer, and the last module."""
+    stages, optimizers, shardings = setup
+    below = range(len(stages) - 1)
+    last = steps.make_train(
+        stages[-1:],
+        loss_fn,
+        optimizers[-1:],
+        shardings[-1],
+        metrics_fn=metrics_fn,
+        input_gradient=len(stages) > 1,
+        keep_input=True,  # M_{K-1} still reads it
+        return_grads=return_grads,
+        donate=donate,
+    )
+    return Parts(
+        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
+        pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
+        updates=tuple(steps.make_update(optimizers[k], shardings[k], donate=donate) for k in below),
+        synthesizes=tuple(steps.make_forward(stage, input_gradient=False) for stage in own.stages),
+        errors=tuple(make_error(shardings[k]) for k in below),
+        learns=tuple(steps.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
+        last=last,
+    )
+
+
+def make_error(sharding: Sharding | None) -> Callable:
+    """``(vjp, predicted, delta) -> (grads, error)``: gradient of the error B ||d - delta||^2 for a synthesizer."""
+
+    def error(vjp: Callable, predicted: PyTree, delta: PyTree) -> tuple[PyTree, Array]:
+        B = jax.tree.leaves(predicted)[0].shape[0]
+        difference = jax.tree.map(jnp.subtract, predicted, delta)
+        (grads,) = vjp(jax.tree.map(lambda leaf: 2 * B * leaf, difference))
+        return grads, B * optax.tree.norm(difference, squared=True)
+
+    return jax.jit(error, out_shardings=replicated(sharding))
+
+
+def step(parts: Parts, setup: Setup, own: SynthesizerSetup, state: DNIState, batch: Batch) -> tuple[DNIState, Info]:
+    """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
+    check_batch(state.batch_spec, batch)
+    K, shardings = len(setup.stages), setup.shardings
+    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
+    synthesizers, streams, lessons = list(state.synthesizers), list(state.streams), []
+    grads: list[PyTree | None] = [None] * K
+    norms: list[Array | None] = [None] * K
+    sent: list[PyTree] = [None] * K
+
+    # Modules k < K: forward, send; synthesize, gradient, update, send.
+    h = put(batch.inputs, shardings[0])
+    for k in range(K - 1):
+        h_out, vjp, model_state[k], count = parts.forwards[k](params[k], model_state[k], streams[k], h)
+        h = put(h_out, shardings[k + 1])
+        streams[k] = streams[k]._replace(count=count)
+        seen = (h_out, put(batch.targets, shardings[k])) if own.label_conditioning else h_out
+        M = synthesizers[k]
+        d, vjp_M, M_state, count = parts.synthesizes[k](M.params, M.model_state, M.stream, seen)
+        synthesizers[k] = M._replace(model_state=M_state, stream=M.stream._replace(count=count))
+        lessons.append((vjp_M, d))
+        grads[k], sent[k] = parts.pulls[k](vjp, d)
+        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], grads[k])
+
+    # Module K: forward, backward and update in one pass.
+    top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
+    params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
+    streams[-1] = streams[-1]._replace(count=top.counts[0])
+    grads[-1], norms[-1], sent[-1] = top.grads and top.grads[0], top.gradient_norms[0], top.delta
+
+    # Synthesizers learn from what the module above sent in this iteration.
+    errors = {}
+    for k, (vjp_M, d) in enumerate(lessons):
+        M_grads, errors[f"synthesizer_error/{k + 1}"] = parts.errors[k](vjp_M, d, put(sent[k + 1], shardings[k]))
+        M_params, M_opt_state, _ = parts.learns[k](synthesizers[k].params, synthesizers[k].opt_state, M_grads)
+        synthesizers[k] = synthesizers[k]._replace(params=M_params, opt_state=M_opt_state)
+
+    state = DNIState(
+        step=state.step + 1,
+        params=tuple(params),
+        model_state=tuple(model_state),
+        opt_state=tuple(opt_state),
+        synthesizers=tuple(synthesizers),
+        streams=tuple(streams),
+        batch_spec=state.batch_spec,
+    )
+    returned = None if top.grads is None else tuple(grads)
+    return state, Info(top.loss, returned, steps.named_norms(norms) | errors | top.metrics)
+
+
+def check_synthesizers(
+    synthesizers: Stage | Sequence[Stage], optimizer: optax.GradientTransformation, label_conditioning: bool, K: int
+) -> SynthesizerSetup:
+    """One synthesizer for all of the K-1 features, or a sequence of K-1.
+
+    Raises:
+      ValueError: another number of them, something that is not a Stage, or not an optax transformation.
+    """
+    given = (synthesizers,) * (K - 1) if isinstance(synthesizers, Stage) else tuple(synthesizers)
+    if len(given) != K - 1:
+        raise ValueError(
+            f"{len(given)} synthesizers were given for K = {K} stages; there is one for each of the K-1 = {K - 1} "
+            "features that cross a cut. Pass a sequence of that many, or a single Stage for all of them."
+        )
+    for k, stage in enumerate(given, start=1):
+        if not isinstance(stage, Stage):
+            raise ValueError(
+                f"synthesizer {k} is {stage!r}; each must be an fr_jax.Stage: fr_jax.models.synthesizer()."
+            )
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"synthesizer_optimizer {optimizer!r} is not an optax transformation. Pass one, such as optax.adam(1e-3)."
+        )
+    return SynthesizerSetup(given, optimizer, label_conditioning)
+
+
+def dni(
+    stages: Sequence[Stage],
+    loss_fn: steps.LossFn,
+    optimizer: Optimizers,
+    synthesizers: Stage | Sequence[Stage],
+    synthesizer_optimizer: optax.GradientTransformation,
+    *,
+    label_conditioning: bool = False,
+    placement: Sequence[Sharding] | None = None,
+    return_grads: bool = False,
+    donate: bool = False,
+    metrics_fn: steps.MetricsFn | None = None,
+) -> Algorithm:
+    """Decoupled neural interfaces, DNI (Jaderberg et al. 2016), as compared with in the features replay paper.
+
+    Args:
+      stages: the K modules.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      optimizer: one optax transformation for all modules, or a sequence of K.
+      synthesizers: M_k for the output h_k of each module k < K: K-1 stages, or one for all. Its input is h_k, or
+        ``(h_k, targets)`` with ``label_conditioning``; its output has the shape and dtype of h_k and stands for the
+        gradient of ``loss_fn`` (the mean over the batch) with respect to h_k. See :func:`fr_jax.models.synthesizer`.
+      synthesizer_optimizer: one optax transformation for all synthesizers.
+      label_conditioning: whether synthesizers see the targets (cDNI).
+      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device. M_k lives
+        where module k does.
+      return_grads: also return each module's gradient in ``Info.grads``.
+      donate: reuse the buffers of the old state; it is then invalid after ``step``.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
+
+    Returns:
+      The algorithm; its metrics hold ``synthesizer_error/k``, B ||d_k - delta_k||^2. K = 1 is plain back-propagation.
+
+    Raises:
+      ValueError: on a wrong number of stages, optimizers, synthesizers or shardings; from ``init`` and ``step`` on a
+        batch that does not fit, and from ``init`` on a synthesizer that returns another shape than it must.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> stages = [fr.from_linen(nn.Dense(8)), fr.from_linen(nn.Dense(1))]
+      >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
+      >>> fit = fr.dni(stages, loss_fn, optax.sgd(0.1), fr.models.synthesizer(), optax.adam(1e-3))
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 1)))
+      >>> state = fit.init(jax.random.key(0), batch)
+      >>> state, info = fit.step(state, batch)
+      >>> sorted(info.metrics)
+      ['gradient_norm/1', 'gradient_norm/2', 'synthesizer_error/1']
+    """
+    setup = check_setup(stages, optimizer, placement)
+    own = check_synthesizers(synthesizers, synthesizer_optimizer, label_conditioning, len(setup.stages))
+    parts = make_parts(setup, own, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
+    return Algorithm(
+        init=functools.partial(init, setup, own),
+        step=functools.partial(step, parts, setup, own),
+        predict=steps.make_predict(setup.stages, setup.shardings),
+    )
