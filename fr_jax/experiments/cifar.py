@@ -2,241 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import jax
+from fr_jax.experiments import program
+from fr_jax.experiments.command_line import Program
+from fr_jax.experiments.settings import TrainSettings
 
-from fr_jax.experiments.command_line import command, parse
-from fr_jax.experiments.console import Console, announce
-from fr_jax.experiments.session import Session, build, initial_state, request_devices
-from fr_jax.experiments.settings import (
-    METHODS,
-    SettingsError,
-    TrainSettings,
-    as_json,
-    check,
-    default_workdir,
-    differences,
-)
-from fr_jax.training import data
-from fr_jax.training.checkpoint import CheckpointError, Checkpoints
-from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.loop import Outcome, Schedule, Totals, train
-from fr_jax.training.metrics import MetricsLog, read_rows, write_json
-from fr_jax.training.plots import plot_curves
-from fr_jax.training.workdir import RunFolder, WorkdirError
+__all__ = ["CIFAR", "main", "run"]
 
-__all__ = ["main", "run"]
-
-FINISHED, FAILED, BAD_ARGUMENTS, DIVERGED = 0, 1, 2, 3
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
-    try:
-        return run(parse(sys.argv[1:] if arguments is None else arguments))
-    except (SettingsError, data.DataError, WorkdirError) as error:
-        return _fail(error, BAD_ARGUMENTS)
-    except (CheckpointError, OSError) as error:
-        return _fail(error, FAILED)
-    except KeyboardInterrupt:
-        return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
+CIFAR = Program("cifar", dataset="cifar10", defaults=TrainSettings())
 
 
 def run(settings: TrainSettings) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
     Raises:
-      ValueError: a setting cannot be used, data are missing, or the folder holds another run.
-      CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
+      ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments.program.run` does.
     """
-    check(settings)
-    request_devices(settings)
-    if settings.workdir is not None:
-        RunFolder(settings.workdir).check_free(resume=settings.resume, overwrite=settings.overwrite)
-    dataset = data.load(settings.dataset, settings.data_dir)
-    folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
-    folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
-    session = _build(settings, dataset, folder)
-    config = make_config(session)
-    if settings.resume:
-        folder.check_same(config, differences)
-    again = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
-    with folder.locked():
-        return _train(session, folder, config, again=command(again))
+    return program.run(CIFAR, settings)
 
 
-def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
-    """The session; a run that is resumed keeps its cuts, unless others were given."""
-    saved = (folder.saved_config() if settings.resume else None) or {}
-    same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
-    cuts = saved.get("resolved_cuts") if same_network and settings.cuts is None else None
-    try:
-        return build(settings, dataset, cuts)
-    except ValueError as error:  # of the library, whose messages fit the flags
-        raise SettingsError(str(error)) from error
-
-
-def make_config(session: Session) -> dict[str, Any]:
-    """What ``config.json`` holds: the settings, and what they came to."""
-    packages = ("fr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return as_json(session.settings) | {
-        "data_source": session.dataset.source,
-        "resolved_cuts": list(session.cuts),
-        "steps_per_epoch": session.pipeline.steps_per_epoch,
-        "devices_used": [str(device) for sharding in session.placement for device in sharding.device_set],
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str) -> int:
-    settings = session.settings
-    state, totals = initial_state(session), Totals()
-    with Checkpoints(folder.checkpoints) as checkpoints, StopRequest() as stop:
-        if settings.resume:
-            restored = checkpoints.restore(state)
-            if restored is None:
-                print(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
-            else:
-                state, totals = restored.state, Totals(**restored.metadata["totals"])
-                if is_over(folder, state.step, settings):
-                    return FINISHED
-                print(f"Resuming after step {state.step:,} of {settings.steps:,}.")
-        folder.claim(config, overwrite=settings.overwrite)
-        print(announce(session, state), flush=True)
-        events = folder.events if settings.tensorboard else None
-        resume_step = state.step if settings.resume else None
-        with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
-            console = Console(session, log, state.step)
-            try:
-                outcome = train(
-                    session.algorithm,
-                    state,
-                    session.pipeline,
-                    make_schedule(session, folder),
-                    report=console,
-                    checkpoints=checkpoints,
-                    metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
-                    totals=totals,
-                    stop=stop,
-                )
-            finally:
-                console.close()
-        if stop.signal is not None and not outcome.finished and outcome.divergence is None:
-            draw(session, folder)
-            print(
-                f"Stopped after step {outcome.step:,} of {settings.steps:,}; everything is saved. Continue with\n"
-                f"  {again}"
-            )
-            return stop.exit_code
-        return _close(session, folder, outcome, checkpoints)
-
-
-def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
-    """Whether a run that is to be resumed has nothing left to do; says so.
-
-    Raises:
-      WorkdirError: it is longer already than what is asked for.
-    """
-    assert settings.steps is not None and settings.milestones is not None
-    if step > settings.steps:
-        raise WorkdirError(
-            f"the run in {folder.path} has done {step:,} steps, more than the {settings.steps:,} asked for. "
-            "Ask for more with --steps or --epochs, or use another --workdir."
-        )
-    over = step == settings.steps and folder.summary.exists()
-    if over:
-        milestones = " ".join(map(str, settings.milestones))
-        print(
-            f"The run in {folder.path} is finished: {step:,} of {settings.steps:,} steps. Nothing was changed.\n"
-            f"To train for longer, ask for more --epochs or --steps, and add --milestones {milestones}"
-        )
-    return over
-
-
-def make_schedule(session: Session, folder: RunFolder) -> Schedule:
-    """The loop's intervals."""
-    s = session.settings
-    assert s.steps and s.batch_size and s.eval_every and s.checkpoint_every
-    return Schedule(
-        steps=s.steps,
-        batch_size=s.batch_size,
-        log_every=s.log_every,
-        eval_every=s.eval_every,
-        checkpoint_every=s.checkpoint_every,
-        ahead=2 * s.K,
-        profile=folder.profile if s.profile else None,
-    )
-
-
-def draw(session: Session, folder: RunFolder) -> None:
-    """Draws ``curves.png`` from the rows so far."""
-    s = session.settings
-    title = f"{s.model} on {s.dataset}, {METHODS[s.method]}, K = {s.K}"
-    label = f"{s.method.upper()}, K = {s.K}"
-    plot_curves({label: read_rows(folder.metrics)}, folder.curves, title=title, data_source=session.dataset.source)
-
-
-def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
-    """Draws the curves, writes the summary, and says how the run ended."""
-    draw(session, folder)
-    write_json(folder.summary, make_summary(session, outcome))
-    if outcome.divergence is not None:
-        where = outcome.divergence
-        good = checkpoints.steps()
-        last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
-        return _fail(
-            f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
-            f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
-            DIVERGED,
-        )
-    t = outcome.totals
-    print(
-        f"Done: test accuracy {t.test_accuracy:.2%} (best {t.best_test_accuracy:.2%}) on {session.dataset.name} "
-        f"after {outcome.step:,} steps in {t.seconds:.0f} s."
-    )
-    print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
-    return FINISHED
-
-
-def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
-    """What ``summary.json`` holds."""
-    s, t = session.settings, outcome.totals
-    devices = {device for sharding in session.placement for device in sharding.device_set}
-    return {
-        "dataset": session.dataset.name,
-        "data_source": session.dataset.source,
-        "model": s.model,
-        "method": s.method,
-        "K": s.K,
-        "cuts": list(session.cuts),
-        "seed": s.seed,
-        "steps": outcome.step,
-        "test_accuracy": t.test_accuracy,
-        "best_test_accuracy": t.best_test_accuracy,
-        "seconds": round(t.seconds, 3),
-        "step_seconds_median": outcome.step_seconds_median,
-        "device": f"{len(devices)} x {jax.devices()[0].device_kind}",
-        "diverged": outcome.divergence is not None,
-    }
-
-
-def _fail(message: object, code: int) -> int:
-    print(f"fr_jax: {message}", file=sys.stderr)
-    return code
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
+    return program.main(CIFAR, arguments)
 
 
 if __name__ == "__main__":

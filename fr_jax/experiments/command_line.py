@@ -6,16 +6,46 @@ import argparse
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from fr_jax.experiments.settings import PRESETS, SettingsError, TrainSettings, flag
+from fr_jax.experiments.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, flag
 
-__all__ = ["command", "parse"]
+__all__ = ["Program", "command", "parse"]
 
-PROGRAM = "python -m fr_jax.experiments.cifar"
+Settings = TypeVar("Settings", bound=SharedSettings)
 
 
-def parse(arguments: Sequence[str]) -> TrainSettings:
+class Program(NamedTuple):
+    """One of the training programs.
+
+    Attributes:
+      name: its module under ``fr_jax.experiments``.
+      dataset: what ``--dataset auto`` looks for.
+      defaults: its settings where no flag is given.
+    """
+
+    name: str
+    dataset: str
+    defaults: TrainSettings
+
+    @property
+    def call(self) -> str:
+        """How a shell starts it."""
+        return call(self.name)
+
+
+def call(name: str) -> str:
+    """How a shell starts the program in the module ``name``."""
+    return f"python -m fr_jax.experiments.{name}"
+
+
+def parse(name: str, defaults: Settings, arguments: Sequence[str]) -> Settings:
     """Reads the command line; ``--help`` and malformed flags end the program (exit code 0 and 2).
+
+    Args:
+      name: the program's module under ``fr_jax.experiments``.
+      defaults: the settings where no flag is given; their class has one field a flag.
+      arguments: the words after the program's name.
 
     Raises:
       SettingsError: tyro is not installed.
@@ -25,28 +55,33 @@ def parse(arguments: Sequence[str]) -> TrainSettings:
     except ImportError:
         raise SettingsError(
             "the command line needs the package tyro, which is not installed here. Install it (pip install tyro), or "
-            "call fr_jax.experiments.cifar.run(TrainSettings(...)) from Python."
+            f"call fr_jax.experiments.{name}.run({type(defaults).__name__}(...)) from Python."
         ) from None
-    return tyro.cli(TrainSettings, args=list(arguments), default=_defaults(arguments), prog=PROGRAM)
+    words = list(arguments)
+    return tyro.cli(type(defaults), args=words, default=_with_preset(defaults, words), prog=call(name))
 
 
-def _defaults(arguments: Sequence[str]) -> TrainSettings:
+def _with_preset(defaults: Settings, arguments: Sequence[str]) -> Settings:
     """What the flags that are not given stand for: the preset's values, if there is one that is known."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", nargs="?")
     early.add_argument("--steps", nargs="?")
     given, _ = early.parse_known_args(list(arguments))
-    defaults = TrainSettings(preset=given.preset, **PRESETS.get(given.preset, {}))
+    fields = {field.name: field.type for field in dataclasses.fields(defaults)}
+    preset: dict[str, Any] = {k: v for k, v in PRESETS.get(given.preset, {}).items() if k in fields}
+    if isinstance(getattr(defaults, "K", None), tuple):  # a comparison has lists of these
+        preset = {k: v for k, v in preset.items() if k not in ("K", "method")}
+    defaults = dataclasses.replace(defaults, preset=given.preset, **preset)
     # A run has one length, and a flag wins over the preset.
     return defaults if given.steps is None else dataclasses.replace(defaults, epochs=None)
 
 
-def command(settings: TrainSettings) -> str:
+def command(name: str, defaults: SharedSettings, settings: SharedSettings) -> str:
     """The command line that gives these settings; what a preset stands for is written out."""
-    words = [PROGRAM]
+    words = [call(name)]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value == field.default or field.name == "preset":
+        if value == getattr(defaults, field.name) or field.name == "preset":
             continue
         if isinstance(value, bool):
             words.append(flag(field.name) if value else f"--no-{flag(field.name)[2:]}")

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from tqdm import tqdm
 
+from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.session import Session, stage_work
-from fr_jax.experiments.settings import METHODS
 from fr_jax.training.classification import Score
 from fr_jax.training.metrics import MetricsLog
 
@@ -45,8 +45,8 @@ def announce(session: Session, state: Any) -> str:
     share = max(stage_work(session)) / sum(stage_work(session))
     return "\n".join(
         [
-            f"{s.model}, {METHODS[s.method]}, K = {s.K}; batch {s.batch_size}, learning rate {s.learning_rate:g}, "
-            f"{steps:,} steps ({steps / per_epoch:.4g} epochs of {per_epoch})",
+            f"{s.model}, {METHODS[s.method].title}, K = {s.K}; batch {s.batch_size}, "
+            f"learning rate {s.learning_rate:g}, {steps:,} steps ({steps / per_epoch:.4g} epochs of {per_epoch})",
             f"data: {data.source}",
             f"folder: {s.workdir}",
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,9 @@ import optax
 from jax.sharding import Sharding
 
 import fr_jax as fr
-from fr_jax.experiments.settings import SettingsError, TrainSettings, default_batch_size, resolve
+from fr_jax.experiments.checks import default_batch_size, resolve
+from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS, own_settings
+from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training.augment import InputPipeline, input_pipeline
 from fr_jax.training.classification import cross_entropy, training_metrics
 from fr_jax.training.data import Dataset
@@ -21,8 +23,6 @@ from fr_jax.types import Algorithm, Batch, Stage
 
 __all__ = ["Session", "build", "request_devices"]
 
-# Work of a stage in units of a forward pass: play 1, replay 1, backward 2; the last module's play is its replay.
-WORK = {"fr": (4.0, 3.0), "bp": (3.0, 3.0)}
 FLOPS_OF_FORWARD_AND_VJP = 3.0
 
 
@@ -50,9 +50,8 @@ class Session(NamedTuple):
     algorithm: Algorithm
 
 
-def request_devices(settings: TrainSettings) -> None:
-    """Asks JAX for enough CPU devices, where nothing has been asked of JAX yet; harmless where there are GPUs."""
-    wanted = settings.devices or settings.K * settings.data_parallel
+def request_devices(wanted: int) -> None:
+    """Asks JAX for that many CPU devices, where nothing has been asked of JAX yet; harmless where there are GPUs."""
     config: Any = jax.config
     with contextlib.suppress(RuntimeError, ValueError):  # the backend is up already: use what there is
         if config.jax_num_cpu_devices < wanted:
@@ -94,7 +93,7 @@ def build(settings: TrainSettings, dataset: Dataset, saved_cuts: Sequence[int] |
     example = jax.ShapeDtypeStruct((batch_size, *dataset.train_images.shape[1:]), jnp.float32)
     costs = fr.layer_costs(layers, example)
     cuts = tuple(saved_cuts) if saved_cuts is not None else choose_cuts(settings, layers, costs, example)
-    algorithm = make_algorithm(settings, fr.partition(layers, cuts), placement, pipeline.steps_per_epoch)
+    algorithm = make_algorithm(settings, fr.partition(layers, cuts), placement, pipeline.steps_per_epoch, dataset)
     return Session(settings, dataset, pipeline, layers, costs, cuts, placement, algorithm)
 
 
@@ -104,7 +103,8 @@ def make_layers(settings: TrainSettings, num_classes: int) -> list[Stage]:
     Raises:
       SettingsError: it has fewer than K.
     """
-    layers = fr.models.MODELS[settings.model](num_classes=num_classes, dtype=jnp.dtype(settings.dtype))
+    own = {name: own_settings(settings, settings.method)[name] for name in MODEL_SETTINGS.get(settings.model, ())}
+    layers = fr.models.MODELS[settings.model](num_classes=num_classes, dtype=jnp.dtype(settings.dtype), **own)
     if len(layers) < settings.K:
         raise SettingsError(
             f"--K {settings.K} stages were asked of {settings.model}, which has {len(layers)} layers; K can be 1 to "
@@ -123,13 +123,13 @@ def choose_cuts(
         return tuple(round(len(layers) * k / settings.K) for k in range(1, settings.K))
     if settings.balance == "time":
         costs = fr.layer_costs(layers, example, measure="time")
-    inner, last = WORK[settings.method]
+    inner, last = METHODS[settings.method].work(settings)
     return fr.balance(costs, settings.K, last_stage_weight=last / inner)
 
 
 def stage_work(session: Session) -> list[float]:
     """FLOPs that each stage does for one step of the method."""
-    inner, last = WORK[session.settings.method]
+    inner, last = METHODS[session.settings.method].work(session.settings)
     bounds = (0, *session.cuts, len(session.layers))
     sums = [sum(session.costs[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
     units = [inner] * (len(sums) - 1) + [last]
@@ -137,10 +137,11 @@ def stage_work(session: Session) -> list[float]:
 
 
 def learning_rate_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:
-    """The initial rate, divided by 10 after each milestone (epochs)."""
+    """The initial rate, divided by 10 after each milestone (epochs); it counts updates."""
     assert settings.learning_rate is not None and settings.milestones is not None
+    updates_per_epoch = steps_per_epoch / (settings.accumulate or 1)
     # The hundredth of a step keeps 0.7 x 10 = 7.000000000000001 from becoming 8.
-    boundaries = [math.ceil(epoch * steps_per_epoch - 0.01) for epoch in settings.milestones]
+    boundaries = [math.ceil(epoch * updates_per_epoch - 0.01) for epoch in settings.milestones]
     scales = {boundary: 0.1 ** boundaries.count(boundary) for boundary in boundaries}
     return optax.piecewise_constant_schedule(settings.learning_rate, scales)
 
@@ -155,19 +156,23 @@ def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> optax.Gradi
 
 
 def make_algorithm(
-    settings: TrainSettings, stages: Sequence[Stage], placement: Sequence[Sharding], steps_per_epoch: int
+    settings: TrainSettings,
+    stages: Sequence[Stage],
+    placement: Sequence[Sharding],
+    steps_per_epoch: int,
+    dataset: Dataset,
 ) -> Algorithm:
     """The method, set up to train: buffers are reused, accuracy is reported."""
-    methods: dict[str, Callable[..., Algorithm]] = {"fr": fr.features_replay, "bp": fr.backprop}
-    own: dict[str, Any] = {"batch_stats": settings.batch_stats} if settings.method == "fr" else {}
-    return methods[settings.method](
+    return METHODS[settings.method].make(
+        settings,
         stages,
         cross_entropy,
         make_optimizer(settings, steps_per_epoch),
+        len(dataset.train_labels),
+        dataset.num_classes,
         placement=placement,
         donate=True,
         metrics_fn=training_metrics,
-        **own,
     )
 
 

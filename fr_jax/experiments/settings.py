@@ -1,37 +1,14 @@
-"""The settings of a training run: flags, defaults, presets, and checks."""
+"""The settings of a training run: one field a flag."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fr_jax.models import MODELS
-from fr_jax.training.data import DATASETS
-
-__all__ = [
-    "METHODS",
-    "PRESETS",
-    "SettingsError",
-    "TrainSettings",
-    "as_json",
-    "check",
-    "default_batch_size",
-    "default_workdir",
-    "differences",
-    "flag",
-    "resolve",
-]
-
-METHODS = {"fr": "features replay", "bp": "back-propagation"}
-DTYPES = ("float32", "bfloat16")
-BALANCES = ("flops", "time", "uniform")
-BATCH_STATS = ("play", "replay", "both")
-LARGEST_SEED = 2**32 - 1  # jax.random.key takes larger ones for others, without a word
+__all__ = ["PRESETS", "RunSettings", "SettingsError", "SharedSettings", "TrainSettings", "as_json", "flag", "given"]
 
 
 class SettingsError(ValueError):
@@ -39,30 +16,49 @@ class SettingsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """Train an image classifier as K decoupled modules, one device each.
-
-    Results go to a folder of their own (--workdir): config.json, metrics.jsonl, curves.png, summary.json, checkpoints/.
-    """
+class RunSettings:
+    """Which run of a comparison."""
 
     K: int = 4
     """Number of modules (stages); 1 is plain back-propagation."""
     method: str = "fr"
-    """fr (features replay) or bp (back-propagation)."""
+    """fr (features replay), bp (back-propagation), ddg, dni, blockprop or gpipe."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, augmentation and dropout."""
+    cuts: tuple[int, ...] | None = None
+    """Where to cut, instead of --balance: K-1 increasing layer numbers, each the first layer (from 0) of a stage."""
+    workdir: Path | None = None
+    """Folder of the run. Default: runs/<data set>-<model>-<method>-K<K>-seed<seed>."""
+    resume: bool = False
+    """Continue the run in the folder from its newest checkpoint."""
+    overwrite: bool = False
+    """Delete the run that the folder holds, and start again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSettings:
+    """What all runs of a comparison have in common."""
+
     model: str = "resnet20"
     """resnet20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, or mlp."""
+    depth: int | None = None
+    """[mlp] Dense layers, the output layer included. Default: 6."""
+    width: int | None = None
+    """[mlp] Units of a hidden layer. Default: 256."""
+    dropout_rate: float | None = None
+    """[mlp] Of every hidden layer. Default: 0."""
     dataset: str = "auto"
-    """cifar10, cifar100, digits, synthetic, or auto: CIFAR-10 where it is found or can be fetched, else digits."""
+    """cifar10, cifar100, mnist, digits, synthetic, or auto: the program's own where found or fetched, else digits."""
     data_dir: Path | None = None
-    """Folder with the official binary files or their .tar.gz, or a TFDS folder."""
+    """Folder with the official files (CIFAR: .bin or .tar.gz, MNIST: idx or .gz), or a TFDS folder."""
     epochs: int | None = None
-    """Passes over the training set. Default: 15 for digits, 1 otherwise; a few minutes on two CPU cores."""
+    """Passes over the training set. Default: 15 for digits, 5 for MNIST, 1 otherwise; minutes on two CPU cores."""
     steps: int | None = None
     """Mini-batches to train for, instead of epochs."""
     batch_size: int | None = None
     """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 128 otherwise."""
     learning_rate: float | None = None
-    """Initial step size. Default: 0.1 for bp, 0.05 for fr, whose stale gradients bear less."""
+    """Initial step size. Default: 0.1 for bp and gpipe, 0.05 for the others; for mlp a fifth of that."""
     milestones: tuple[float, ...] | None = None
     """Epochs after which the learning rate is divided by 10. Default: at 1/2 and 3/4 of the run."""
     momentum: float = 0.9
@@ -71,26 +67,40 @@ class TrainSettings:
     """Nesterov's form of momentum (the paper's authors used it in their code)."""
     weight_decay: float = 5e-4
     """Added to the gradient, times the weight."""
-    seed: int = 0
-    """Of the initial weights, the order of the data, augmentation and dropout."""
     dtype: str = "float32"
     """Of the computation: float32 or bfloat16; parameters are float32 always."""
     balance: str = "flops"
     """How to cut the network: flops, time (measured here), or uniform (equal numbers of layers)."""
-    cuts: tuple[int, ...] | None = None
-    """Explicit cuts instead: K-1 increasing layer numbers, each the first layer (from 0) of the next stage."""
     data_parallel: int = 1
     """Devices of each stage, which share every mini-batch."""
-    batch_stats: str = "play"
-    """When fr moves batch-norm running statistics: in play, replay, or both (as the authors' code)."""
+    batch_stats: str | None = None
+    """[fr] When batch-norm running statistics move: play, replay, or both (as the authors' code). Default: play."""
+    gradient_shrinking: float | None = None
+    """[fr, ddg] FDG's factor b: module k's gradient is shrunk by b^(K-k). Default: 1, none."""
+    accumulate: int | None = None
+    """[fr, ddg, bp] ADL's m: one update for the mean gradient of m mini-batches. Default: 1."""
+    weight_prediction: float | None = None
+    """[fr, ddg] SpecTrain: how far the forward pass goes towards the weights of the update, 0 to 1. Default: 0."""
+    synthesizer_hidden: int | None = None
+    """[dni] Channels of the synthesizers' hidden layers. Default: as many as the feature has."""
+    synthesizer_learning_rate: float | None = None
+    """[dni] Step size of the synthesizers' Adam. Default: 0.001."""
+    label_conditioning: bool = False
+    """[dni] Show the labels to the synthesizers (cDNI)."""
+    penalty: float | None = None
+    """[blockprop] Weight lambda of the gluing losses. Default: 1."""
+    h_steps: int | None = None
+    """[blockprop] Gradient steps N_h on each gluing variable. Default: 1."""
+    h_learning_rate: float | None = None
+    """[blockprop] Their step size. Default: 0.01."""
+    cache: bool = False
+    """[blockprop] Keep the gluing variables of all examples on their devices (Algorithm 2)."""
+    h_every: int | None = None
+    """[blockprop] With --cache: take the h-steps at every E-th visit of an example only. Default: 1."""
+    microbatches: int | None = None
+    """[gpipe] Equal parts M of a mini-batch that go through the pipeline one after another. Default: 4."""
     devices: int | None = None
     """Devices to use; stages share them round robin. Default: K x data-parallel, or all there are if fewer."""
-    workdir: Path | None = None
-    """Folder of the run. Default: runs/<data set>-<model>-<method>-K<K>-seed<seed>."""
-    resume: bool = False
-    """Continue the run in the folder from its newest checkpoint."""
-    overwrite: bool = False
-    """Delete the run that the folder holds, and start again."""
     eval_every: int | None = None
     """Steps between evaluations on the test set. Default: an epoch."""
     checkpoint_every: int | None = None
@@ -98,11 +108,21 @@ class TrainSettings:
     log_every: int = 10
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = None
-    """paper: ResNet164 on CIFAR-10, 300 epochs, lr 0.01, /10 at 150 and 225, batch 128. Other flags still win."""
+    """paper: ResNet164 on CIFAR-10, 300 epochs, lr 0.01, /10 at 150 and 225, batch 128. blockprop: the MLP with one
+    hidden layer on MNIST of BlockProp's figure 2, as two blocks. Other flags still win."""
     profile: bool = False
     """Write a jax.profiler trace of ten steps to the folder's profile/."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra: pip install 'fr_jax[tensorboard]')."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(SharedSettings, RunSettings):
+    """Train an image classifier as K decoupled modules, one device each.
+
+    Results go to a folder of their own (--workdir): config.json, metrics.jsonl, curves.png, summary.json, checkpoints/.
+    Settings marked [method] or [model] belong to these alone; given for another, they are an error.
+    """
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -115,148 +135,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "milestones": (150, 225),
         "momentum": 0.9,
         "weight_decay": 5e-4,
-    }
+    },
+    "blockprop": {
+        "method": "blockprop",
+        "K": 2,
+        "model": "mlp",
+        "depth": 2,
+        "dataset": "mnist",
+        "penalty": 1.0,
+        "h_steps": 4,
+    },
 }
 
-HOW_NOT_WHAT = frozenset(
-    {
-        "balance",
-        "checkpoint_every",
-        "cuts",
-        "data_dir",
-        "devices",
-        "epochs",
-        "eval_every",
-        "log_every",
-        "overwrite",
-        "preset",
-        "profile",
-        "resume",
-        "steps",
-        "tensorboard",
-        "workdir",
-    }
-)
-"""Settings that may differ when a run is resumed: they do not enter the mathematics of a step."""
 
-
-def _choice(settings: TrainSettings, name: str, valid: Iterable[str]) -> None:
+def given(settings: SharedSettings, name: str) -> bool:
+    """Whether an optional setting was given a value: it is neither None nor an unset flag."""
     value = getattr(settings, name)
-    if value not in valid:
-        close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise SettingsError(f"{flag(name)} {value} is unknown; it can be {', '.join(valid)}.{hint}")
+    return value is not None and value is not False
 
 
-def _at_least(settings: TrainSettings, name: str, least: float) -> None:
-    value = getattr(settings, name)
-    if value is not None and not value >= least:
-        raise SettingsError(f"{flag(name)} {value} is out of range; it must be at least {least}.")
-
-
-def check(settings: TrainSettings) -> None:
-    """Checks what can be checked before the data are read.
-
-    Raises:
-      SettingsError: for the first setting that cannot be used.
-    """
-    _choice(settings, "method", METHODS)
-    _choice(settings, "model", MODELS)
-    _choice(settings, "dtype", DTYPES)
-    _choice(settings, "balance", BALANCES)
-    _choice(settings, "batch_stats", BATCH_STATS)
-    _choice(settings, "dataset", DATASETS)
-    if settings.preset is not None:
-        _choice(settings, "preset", PRESETS)
-    for name in ("K", "batch_size", "steps", "epochs", "data_parallel", "devices"):
-        _at_least(settings, name, 1)
-    for name in ("eval_every", "checkpoint_every", "log_every"):
-        _at_least(settings, name, 1)
-    for name in ("learning_rate", "weight_decay", "momentum", "seed"):
-        _at_least(settings, name, 0)
-    if settings.seed > LARGEST_SEED:
-        raise SettingsError(f"--seed {settings.seed} is out of range; it must be at most {LARGEST_SEED} (32 bits).")
-    if any(not milestone >= 0 for milestone in settings.milestones or ()):
-        raise SettingsError(f"--milestones {_text(list(settings.milestones or ()))} holds an epoch below 0; drop it.")
-    if settings.steps is not None and settings.epochs is not None:
-        raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
-    if settings.resume and settings.overwrite:
-        raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
-    if settings.batch_stats != "play" and settings.method != "fr":
-        raise SettingsError(
-            f"--batch-stats {settings.batch_stats} is a setting of --method fr; {settings.method} has one forward "
-            "pass. Drop the flag."
-        )
-    if settings.cuts is not None and len(settings.cuts) != settings.K - 1:
-        raise SettingsError(
-            f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; "
-            f"K stages need K-1 = {settings.K - 1} cuts."
-        )
-    if settings.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise SettingsError("--tensorboard needs tensorboardX: pip install 'fr_jax[tensorboard]', or drop the flag.")
-
-
-def resolve(settings: TrainSettings, dataset: str, batch_size: int, steps_per_epoch: int) -> TrainSettings:
-    """Fills in the defaults that depend on the data set; nothing but paths is None afterwards."""
-    default_epochs = 15 if dataset == "digits" else 1
-    steps = settings.steps
-    if steps is None:
-        steps = (settings.epochs or default_epochs) * steps_per_epoch
-    epochs = steps / steps_per_epoch
-    milestones = settings.milestones
-    if milestones is None:
-        milestones = (round(epochs / 2, 6), round(epochs * 3 / 4, 6))
-    return dataclasses.replace(
-        settings,
-        dataset=dataset,
-        batch_size=batch_size,
-        steps=steps,
-        epochs=None,
-        milestones=tuple(float(m) for m in milestones),
-        learning_rate=default_learning_rate(settings),
-        workdir=settings.workdir or default_workdir(settings, dataset),
-        eval_every=settings.eval_every or steps_per_epoch,
-        checkpoint_every=settings.checkpoint_every or min(steps_per_epoch, 200),
-    )
-
-
-def default_batch_size(settings: TrainSettings, dataset: str) -> int:
-    """Smaller mini-batches for the small data set, so that an epoch has some."""
-    return settings.batch_size or (64 if dataset == "digits" else 128)
-
-
-def default_learning_rate(settings: TrainSettings) -> float:
-    """Stale gradients bear a smaller step."""
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    return 0.05 if settings.method == "fr" and settings.K > 1 else 0.1
-
-
-def default_workdir(settings: TrainSettings, dataset: str) -> Path:
-    """``runs/<data set>-<model>-<method>-K<K>-seed<seed>``."""
-    return Path("runs") / f"{dataset}-{settings.model}-{settings.method}-K{settings.K}-seed{settings.seed}"
-
-
-def as_json(settings: TrainSettings) -> dict[str, Any]:
+def as_json(settings: SharedSettings) -> dict[str, Any]:
     """The settings as JSON holds them, for ``config.json``."""
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that enter the mathematics and differ between a saved run and this call, as readable text."""
-    names = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in HOW_NOT_WHAT]
-    names.append("resolved_cuts")
-    different = [name for name in names if saved.get(name) != now.get(name)]
-    texts = [f"{flag(name)} is {_text(now.get(name))} and was {_text(saved.get(name))}" for name in different]
-    if different == ["milestones"]:
-        texts[0] += f" (to train for longer, add --milestones {_text(saved['milestones'])})"
-    return texts
+def from_json(config: Mapping[str, Any], name: str) -> Any:
+    """A setting from a ``config.json``; one that did not exist when it was written had what is its default now."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    return config.get(name, defaults.get(name))
 
 
 def flag(name: str) -> str:
     """``data_dir`` -> ``--data-dir``."""
     return f"--{name.removeprefix('resolved_').replace('_', '-')}"
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

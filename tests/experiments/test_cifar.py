@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from fr_jax.experiments import cifar
-from fr_jax.experiments.command_line import PROGRAM
+from fr_jax.experiments import program as program_module
 from fr_jax.experiments.console import Console
 from fr_jax.models import MODELS, resnet20
 from fr_jax.training.checkpoint import Checkpoints
@@ -201,7 +201,7 @@ def test_sigterm_saves_and_says_how_to_resume(finished, tmp_path, program_env):
     assert "everything is saved. Continue with" in out
     assert (folder / "curves.png").exists() and not (folder / "summary.json").exists()
     again = out.strip().splitlines()[-1].strip()
-    assert again.startswith(PROGRAM) and "--resume" in again
+    assert again.startswith(cifar.CIFAR.call) and "--resume" in again
     words = [sys.executable, *shlex.split(again)[1:]]
     run = subprocess.run(words, env=program_env, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -223,7 +223,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(program, tmp_path, monkeyp
         patch.setattr(Console, "advanced", interrupt_once)
         code, out, _ = program("--K", 2, *QUICK, "--steps", 20, "--overwrite")
     assert code == 130 and "Ctrl-C again" not in out
-    again = shlex.split(out.strip().splitlines()[-1].strip().removeprefix(PROGRAM))
+    again = shlex.split(out.strip().splitlines()[-1].strip().removeprefix(cifar.CIFAR.call))
     assert "--overwrite" not in again
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == "digits-mlp-fr-K2-seed0"  # the default name
@@ -345,7 +345,7 @@ def test_overwriting_deletes_nothing_before_training_can_start(program, refused,
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar, "initial_state", interrupted)
+    monkeypatch.setattr(program_module, "initial_state", interrupted)
     code, _, err = program(*SETTINGS, "--workdir", copy, "--overwrite")
     assert code == 130 and "Traceback" not in err
     assert contents(copy) == before
@@ -443,7 +443,7 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path, monkeypatc
     def broken(*arguments: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cifar, "initial_state", broken)
+    monkeypatch.setattr(program_module, "initial_state", broken)
     with pytest.raises(ValueError, match="a bug"):
         cifar.main(["--K", "1", *QUICK, "--workdir", str(tmp_path)])
 
@@ -465,7 +465,7 @@ def offline(tmp_path, monkeypatch):
 
 def test_auto_without_a_network_says_so_and_trains_on_digits(program, offline, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(cifar, "plot_curves", lambda runs, path, **more: drawn.append(more))
+    monkeypatch.setattr(program_module, "plot_curves", lambda runs, path, **more: drawn.append(more))
     code, out, _ = program("--K", 1, "--model", "mlp", "--steps", 2)
     assert code == 0
     (line,) = [line for line in out.splitlines() if "!!!" in line]

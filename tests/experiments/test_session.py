@@ -7,6 +7,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.experiments import session as session_module
+from fr_jax.experiments.checks import resolve
 from fr_jax.experiments.session import (
     build,
     choose_devices,
@@ -15,7 +16,7 @@ from fr_jax.experiments.session import (
     request_devices,
     stage_work,
 )
-from fr_jax.experiments.settings import SettingsError, TrainSettings, resolve
+from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training import data
 
 
@@ -37,6 +38,11 @@ def test_learning_rate_schedule_is_the_naive_one(milestones, steps_per_epoch):
         done = fractions.Fraction(step, steps_per_epoch)
         passed = sum(done >= fractions.Fraction(milestone) for milestone in milestones)
         np.testing.assert_allclose(schedule(step), 0.2 * 0.1**passed, rtol=1e-5)
+
+
+def test_with_accumulation_the_schedule_counts_updates():
+    schedule = learning_rate_schedule(TrainSettings(learning_rate=0.2, milestones=(2.0,), accumulate=4), 10)
+    np.testing.assert_allclose([schedule(4), schedule(5)], [0.2, 0.02], rtol=1e-5)  # 20 mini-batches are 5 updates
 
 
 @pytest.mark.parametrize("steps", [3, 4, 100, 333])
@@ -143,7 +149,7 @@ def test_build_says_what_fits(digits, settings, complaint):
 
 def test_requesting_devices_after_the_backend_is_up_is_harmless():
     before = len(jax.devices())
-    request_devices(TrainSettings(K=before + 1))
+    request_devices(before + 1)
     assert len(jax.devices()) == before
 
 

@@ -1,31 +1,27 @@
 import dataclasses
 import json
 import pathlib
+import re
+import shlex
 
 import pytest
 
-from fr_jax.experiments.command_line import PROGRAM, command, parse
-from fr_jax.experiments.settings import (
-    PRESETS,
-    SettingsError,
-    TrainSettings,
-    as_json,
-    check,
-    default_batch_size,
-    default_workdir,
-    differences,
-    resolve,
-)
+from fr_jax.experiments import cifar, command_line, mnist
+from fr_jax.experiments.checks import check, default_batch_size, default_workdir, differences, resolve
+from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS
+from fr_jax.experiments.settings import PRESETS, SettingsError, TrainSettings, as_json
 from fr_jax.models import MODELS
 
 
-def words(settings: TrainSettings) -> list[str]:
-    """What a shell makes of the command, without the program."""
-    import shlex
+def parse(arguments: list[str], program: command_line.Program = cifar.CIFAR) -> TrainSettings:
+    return command_line.parse(program.name, program.defaults, arguments)
 
-    line = command(settings)
-    assert line.startswith(PROGRAM)
-    return shlex.split(line.removeprefix(PROGRAM))
+
+def words(settings: TrainSettings, program: command_line.Program) -> list[str]:
+    """What a shell makes of the command, without the program."""
+    line = command_line.command(program.name, program.defaults, settings)
+    assert line.startswith(program.call)
+    return shlex.split(line.removeprefix(program.call))
 
 
 def test_no_flags_are_the_defaults():
@@ -64,7 +60,13 @@ def test_malformed_flags_exit_2(arguments, capsys):
 
 @pytest.mark.parametrize(
     ("dataset", "steps_per_epoch", "epochs", "batch_size"),
-    [("digits", 22, 15, 64), ("cifar10", 390, 1, 128), ("cifar100", 390, 1, 128), ("synthetic", 78, 1, 128)],
+    [
+        ("digits", 22, 15, 64),
+        ("mnist", 468, 5, 128),
+        ("cifar10", 390, 1, 128),
+        ("cifar100", 390, 1, 128),
+        ("synthetic", 78, 1, 128),
+    ],
 )
 def test_defaults_by_data_set(dataset, steps_per_epoch, epochs, batch_size):
     assert default_batch_size(TrainSettings(), dataset) == batch_size
@@ -84,6 +86,8 @@ def test_defaults_by_data_set(dataset, steps_per_epoch, epochs, batch_size):
         (TrainSettings(method="bp"), 0.1),
         (TrainSettings(method="bp", learning_rate=0.3), 0.3),
         (TrainSettings(learning_rate=0.0), 0.0),
+        (TrainSettings(method="gpipe"), 0.1),
+        (TrainSettings(method="ddg", model="mlp"), 0.01),  # without batch normalisation
     ],
 )
 def test_default_learning_rate(settings, rate):
@@ -95,7 +99,8 @@ def test_what_is_given_wins_over_defaults():
         steps=7, batch_size=8, milestones=(2.0,), eval_every=3, checkpoint_every=2, workdir=pathlib.Path("x")
     )
     resolved = resolve(given, "digits", 8, 179)
-    assert resolved == dataclasses.replace(given, dataset="digits", learning_rate=0.05)
+    own = METHODS["fr"].own
+    assert resolved == dataclasses.replace(given, dataset="digits", learning_rate=0.05, **own)
 
 
 def test_default_workdir_names_the_run():
@@ -143,11 +148,14 @@ def test_presets_are_made_of_valid_settings():
         ["--data-dir", "a folder/with 'quotes'", "--workdir=-x", "--profile", "--tensorboard", "--overwrite"],
         ["--preset", "paper"],
         ["--preset", "paper", "--model", "resnet20", "--K", "8", "--steps", "10"],
+        ["--preset", "blockprop", "--h-steps", "8", "--cache"],
+        ["--method", "dni", "--label-conditioning", "--depth", "3", "--model", "mlp"],
     ],
 )
-def test_command_and_parse_are_inverse(arguments):
-    settings = parse(arguments)
-    assert parse(words(settings)) == dataclasses.replace(settings, preset=None)
+@pytest.mark.parametrize("program", [cifar.CIFAR, mnist.MNIST])
+def test_command_and_parse_are_inverse(arguments, program):
+    settings = parse(arguments, program)
+    assert parse(words(settings, program), program) == dataclasses.replace(settings, preset=None)
 
 
 def test_as_json_is_json():
@@ -210,10 +218,13 @@ def test_differences_in_cuts_and_how_to_train_longer():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"method": "frr"}, r"--method frr is unknown; it can be fr, bp. Did you mean fr\?"),
+        (
+            {"method": "frr"},
+            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe. Did you mean fr\?",
+        ),
         ({"model": "resnet2"}, rf"--model resnet2 is unknown; it can be {', '.join(MODELS)}"),
         ({"dataset": "cifar"}, r"--dataset cifar is unknown; .* Did you mean cifar10\?"),
-        ({"preset": "papr"}, r"--preset papr is unknown; it can be paper. Did you mean paper\?"),
+        ({"preset": "papr"}, r"--preset papr is unknown; it can be paper, blockprop. Did you mean paper\?"),
         ({"dtype": "float16"}, "--dtype float16 is unknown; it can be float32, bfloat16"),
         ({"balance": "params"}, "--balance params is unknown; it can be flops, time, uniform"),
         ({"batch_stats": "none"}, "--batch-stats none is unknown; it can be play, replay, both"),
@@ -235,7 +246,13 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"milestones": (1.0, -2.0)}, "--milestones 1.0 -2.0"),
         ({"steps": 3, "epochs": 3}, "--steps and --epochs were both given.* Drop one"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite"),
-        ({"method": "bp", "batch_stats": "both"}, "--batch-stats both is a setting of --method fr"),
+        ({"gradient_shrinking": 0.0}, "--gradient-shrinking 0.0 is out of range; it must be above 0 and at most 1"),
+        ({"gradient_shrinking": 1.5}, "--gradient-shrinking 1.5"),
+        ({"weight_prediction": -1.0}, "--weight-prediction -1.0"),
+        ({"accumulate": 0}, "--accumulate 0"),
+        ({"method": "gpipe", "microbatches": 0}, "--microbatches 0 is out of range; it must be at least 1"),
+        ({"model": "mlp", "dropout_rate": 1.0}, "--dropout-rate 1.0 is out of range; it must be below 1"),
+        ({"method": "blockprop", "h_every": 2}, "--h-every 2 needs the gluing variables .* Add --cache"),
         ({"K": 3, "cuts": (1,)}, r"--cuts has 1 positions for --K 3; K stages need K-1 = 2 cuts"),
         ({"K": 1, "cuts": (1,)}, r"K-1 = 0 cuts"),
     ],
@@ -243,6 +260,74 @@ def test_differences_in_cuts_and_how_to_train_longer():
 def test_check_says_what_is_valid(change, complaint):
     with pytest.raises(SettingsError, match=complaint):
         check(TrainSettings(**change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_stats", "play"),
+        ("gradient_shrinking", 0.5),
+        ("accumulate", 2),
+        ("weight_prediction", 1.0),
+        ("synthesizer_hidden", 8),
+        ("synthesizer_learning_rate", 0.1),
+        ("label_conditioning", True),
+        ("penalty", 2.0),
+        ("h_steps", 2),
+        ("h_learning_rate", 0.1),
+        ("cache", True),
+        ("h_every", 1),
+        ("microbatches", 2),
+    ],
+)
+def test_a_setting_of_another_method_is_an_error(name, value, capsys):
+    """Not ignored. Its help says whose it is."""
+    having = [method for method, entry in METHODS.items() if name in entry.own]
+    assert having
+    for method in METHODS:
+        settings = TrainSettings(method=method, **{name: value})
+        if method in having:
+            check(settings)
+            assert getattr(resolve(settings, "digits", 64, 22), name) == value
+        else:
+            with pytest.raises(SettingsError) as error:
+                check(settings)
+            text = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'} is a setting of --method"
+            assert text in str(error.value)
+            assert f"{' and '.join(having)}; {method} does not have it" in str(error.value)
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    help_text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = re.search(rf"--{name.replace('_', '-')}[ ,].*", help_text).group()
+    assert set(shown[shown.index("[") + 1 : shown.index("]")].split(", ")) == set(having)
+
+
+def test_a_setting_of_another_model_is_an_error():
+    for name in MODEL_SETTINGS["mlp"]:
+        with pytest.raises(SettingsError, match=r"is a setting of --model mlp; resnet20 does not have it. Drop"):
+            check(TrainSettings(**{name: 1 if name != "dropout_rate" else 0.1}))
+    check(TrainSettings(model="mlp", depth=3, width=8, dropout_rate=0.1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_own_settings_are_filled_in_for_the_method_alone(method):
+    resolved = resolve(TrainSettings(method=method), "digits", 64, 22)
+    for owner, entry in METHODS.items():
+        for name, default in entry.own.items():
+            if owner == method:
+                assert getattr(resolved, name) == default
+            elif name not in METHODS[method].own:
+                assert getattr(resolved, name) in (None, False)
+
+
+def test_a_run_from_before_a_setting_existed_can_be_resumed():
+    old = config()
+    for name in ("accumulate", "weight_prediction", "microbatches", "depth", "cache"):
+        del old[name]
+    assert differences(old, config()) == []
+    assert differences(old, config(accumulate=2)) == ["--accumulate is 2 and was 1"]
+    back = config(method="bp")
+    assert differences(back | {"batch_stats": "play"}, back) == []  # written when every run had the setting
 
 
 def test_tensorboard_must_be_installed(monkeypatch):
