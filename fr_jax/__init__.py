@@ -7,9 +7,11 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 from fr_jax import models
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms.backprop import backprop
+from fr_jax.algorithms.blockprop import blockprop
 from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
+from fr_jax.algorithms.gpipe import gpipe
 from fr_jax.balance import balance, layer_costs
 from fr_jax.placement import placement
 from fr_jax.stages import chain, from_linen, partition
@@ -25,11 +27,13 @@ __all__ = [
     "State",
     "backprop",
     "balance",
+    "blockprop",
     "chain",
     "ddg",
     "dni",
     "features_replay",
     "from_linen",
+    "gpipe",
     "layer_costs",
     "models",
     "partition",

@@ -19,15 +19,28 @@ def dni(stages, loss_fn, optimizer, **kwargs):
     return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.adam(0.01), **kwargs)
 
 
+def cached_blockprop(stages, loss_fn, optimizer, **kwargs):
+    """Every mini-batch holds the same examples: all of them are due in every other step."""
+    algorithm = fr.blockprop(stages, loss_fn, optimizer, cache_size=8, h_every=2, h_steps=2, **kwargs)
+    indexed = lambda batch: batch._replace(index=np.array([6, 2, 7, 0, 1, 3], np.int32))
+    return algorithm._replace(
+        init=lambda key, batch: algorithm.init(key, indexed(batch)),
+        step=lambda state, batch: algorithm.step(state, indexed(batch)),
+    )
+
+
 METHODS = {
+    "blockprop": fr.blockprop,
+    "blockprop-cached": cached_blockprop,
     "bp": fr.backprop,
     "ddg": fr.ddg,
     "dni": dni,
     "fr": fr.features_replay,
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
+    "gpipe": functools.partial(fr.gpipe, microbatches=3),
 }
-LOCKED = {"bp", "dni"}  # every module updates from the first iteration on
+LOCKED = {"blockprop", "blockprop-cached", "bp", "dni", "gpipe"}  # every module updates from the first iteration on
 K = 3
 # name -> a placement of K stages
 PLACEMENTS = {
@@ -71,13 +84,13 @@ def numbers(state):
 def assert_each_module_is_on_its_devices(state, shardings):
     for k, sharding in enumerate(shardings):
         parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
-        for name in ("history", "deltas", "synthesizers"):
+        for name in ("history", "deltas", "synthesizers", "cache", "visits"):
             parts += getattr(state, name, ())[k : k + 1]
         assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", "blockprop", "blockprop-cached"])
 def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
     batches = make_batches(8)
     runs, outputs = {}, {}
@@ -96,7 +109,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", "blockprop", "blockprop-cached"])
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method, return_grads=True)
     batches = make_batches(K + 1)
@@ -121,6 +134,11 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         ("ddg", "split over 2 each"),
         ("dni", "default"),
         ("dni", "split over 2"),
+        ("blockprop", "default"),
+        ("blockprop-cached", "default"),
+        ("blockprop-cached", "split over 2"),
+        ("gpipe", "K"),
+        ("gpipe", "split over 2"),
     ],
 )
 def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, method, placement):
@@ -180,6 +198,11 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         ("ddg", "split over 2 each", True),
         ("dni", "default", True),
         ("dni", "K", True),
+        ("blockprop", "K", True),
+        ("blockprop-cached", "default", True),
+        ("blockprop-cached", "K", False),
+        ("gpipe", "K", False),
+        ("gpipe", "split over 2 each", True),
     ],
 )
 @pytest.mark.usefixtures("no_waiting")

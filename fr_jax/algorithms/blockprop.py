@@ -1,0 +1,298 @@
+"""BlockProp (Gotmare, Thomas, Brea, Jaggi 2018), Algorithms 1 and 2: blocks that agree on what passes between them.
+
+Each block k = 1..K, b_k with weights w_k, has its own input h_k: h_1 = x, and the gluing variables h_2..h_K, which only
+tend to equal b_{k-1}(h_{k-1}). A mini-batch of B examples, the sums and norms being those of one example:
+
+    forward   p_{k+1} = b_k(h_k),  h_{k+1} = p_{k+1},  or the kept value h*_{k+1} where the example has one;  k = 1..K-1
+    h-step    for k = K..2:  h <- h - gamma_k dL_k(h)/dh,  N_h times from h_k on;  h*_k is the result, sent to block k-1
+              L_k(h) = lambda_k ||h*_{k+1} - b_k(h)||^2 + lambda_{k-1} ||h - p_k||^2,  k < K
+              L_K(h) = loss(y, b_K(h)) + lambda_{K-1} ||h - p_K||^2
+    W-step    for all k in parallel:  w_k <- w_k - gamma_t dJ_k/dw_k
+              J_k = mean over the batch of lambda_k ||h*_{k+1} - b_k(h*_k)||^2,  k < K;  J_K = loss(y, b_K(h*_K))
+
+Every example has its own L_k, so B times ``loss_fn``, a mean over the batch, enters the h-step. All passes of a
+mini-batch normalise with its statistics and draw the same dropout masks; the W-step moves the running statistics.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from fr_jax.algorithms import steps
+from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
+from fr_jax.placement import put, replicated
+from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+
+__all__ = ["BlockPropState", "blockprop"]
+
+
+class Gluing(NamedTuple):
+    """The checked arguments: lambda_1..lambda_{K-1}, N_h, gamma_2..gamma_K, N (None: nothing is kept), E."""
+
+    penalty: tuple[float, ...]
+    h_steps: int
+    rates: tuple[float, ...]
+    cache_size: int | None
+    h_every: int
+
+
+class BlockPropState(NamedTuple):
+    """Nothing is in flight between steps; tuples have one entry a block, on the block's device.
+
+    Attributes:
+      step: t, mini-batches seen so far.
+      params: w_k^t.
+      model_state: running statistics of batch normalisation and the like.
+      opt_state: the optimizers' states.
+      cache: h*_k of every example, ``(N, ...)``; ``()`` for block 1, and for all without ``cache_size``.
+      visits: how often each example was seen, ``(N,)`` int32; ``()`` without ``cache_size``.
+      streams: the blocks' dropout keys and mini-batch counts.
+      batch_spec: the shapes that a batch must have.
+    """
+
+    step: int
+    params: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    opt_state: tuple[PyTree, ...]
+    cache: tuple[PyTree, ...]
+    visits: tuple[PyTree, ...]
+    streams: tuple[KeyStream, ...]
+    batch_spec: BatchSpec
+
+
+def init(setup: Setup, own: Gluing, key: Array, batch: Batch) -> BlockPropState:
+    """Weights w^0; no example has been seen."""
+    _check_index(own, batch)
+    m = init_modules(setup, key, batch)
+    cache, visits = [], []
+    for k, (sharding, features) in enumerate(zip(setup.shardings, m.features, strict=True)):
+        N, here = own.cache_size, replicated(sharding)
+        rows = jax.tree.map(lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), h.dtype), features) if N else ()
+        cache.append(zeros(rows, here) if k > 0 else ())
+        visits.append(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), here) if N else ())
+    return BlockPropState(0, m.params, m.model_state, m.opt_state, tuple(cache), tuple(visits), m.streams, m.batch_spec)
+
+
+def gluing_loss(h: PyTree, other: PyTree) -> Array:
+    """||h - other||^2: the sum over the features, the mean over the batch."""
+    differences = jax.tree.leaves(jax.tree.map(jnp.subtract, h, other))
+    return sum(jnp.sum(jnp.square(d)) for d in differences) / differences[0].shape[0]
+
+
+class Parts(NamedTuple):
+    """The jitted functions of the blocks; ``forwards`` are those of 1..K-1, ``h_steps`` those of 2..K."""
+
+    forwards: tuple[Callable, ...]
+    memories: tuple[tuple[Callable, Callable], ...]
+    h_steps: tuple[Callable, ...]
+    learns: tuple[Callable, ...]
+
+
+def make_parts(
+    setup: Setup, own: Gluing, loss_fn: Callable, metrics_fn: Callable | None, *, return_grads: bool, donate: bool
+) -> Parts:
+    """Forward pass, kept values, h-step and W-step of every block. ``J[k]`` is what its output is trained with."""
+    stages, optimizers, shardings = setup
+    blocks, skip = range(len(stages)), own.h_every > 1
+    J = [*(lambda out, h, c=c: c * gluing_loss(out, h) for c in own.penalty), loss_fn]
+    metrics = [
+        *(lambda out, h, k=k: {f"gluing_loss/{k}": gluing_loss(out, h)} for k in blocks[1:]),
+        metrics_fn,
+    ]
+    play = functools.partial(steps.make_play, update_stats=False, donate=donate)
+    learn = functools.partial(steps.make_train, input_gradient=False, return_grads=return_grads, donate=donate)
+    return Parts(
+        forwards=tuple(play(if_due(stages[k]) if skip else stages[k], shardings[k]) for k in blocks[:-1]),
+        memories=tuple(steps.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
+        h_steps=tuple(make_h_step(stages[k], J[k], own, k, shardings[k]) for k in blocks[1:]),
+        learns=tuple(
+            learn(stages[k : k + 1], J[k], optimizers[k : k + 1], shardings[k], metrics_fn=metrics[k]) for k in blocks
+        ),
+    )
+
+
+def if_due(stage: Stage) -> Stage:
+    """The stage for an input ``(h, due)``: nothing is computed, and zeros returned, where no example is due."""
+
+    def apply(params: PyTree, model_state: PyTree, x: Any, /, **options: Any) -> tuple[PyTree, PyTree]:
+        h, due = x
+        run = lambda h: stage.apply(params, model_state, h, **options)
+        out = jax.eval_shape(run, h)
+        return jax.lax.cond(due.any(), run, lambda h: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out), h)
+
+    return Stage(stage.init, apply)
+
+
+def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Sharding | None) -> Callable:
+    """``(params, model_state, stream, h, above, p, due) -> h``: one gradient step on L_k, equation (5); k from 0.
+
+    ``above`` is h*_{k+1}, or the targets. Where ``due`` is given, only the examples that are due move.
+    """
+    penalty_below, rate = own.penalty[k - 1], own.rates[k - 1]
+
+    def h_step(params: Any, model_state: Any, stream: KeyStream, h: Any, above: Any, p: Any, due: Any) -> PyTree:
+        key = jax.random.fold_in(stream.key, stream.count)
+
+        def L(h: PyTree) -> Array:
+            out, _ = stage.apply(params, model_state, h, key=key, train=True)
+            return jax.tree.leaves(h)[0].shape[0] * (J(out, above) + penalty_below * gluing_loss(h, p))
+
+        move = lambda h: jax.tree.map(lambda a, slope: a - rate * slope, h, jax.grad(L)(h))
+        return move(h) if due is None else steps.move_due(due, move, h, skip=own.h_every > 1)
+
+    return jax.jit(h_step, out_shardings=sharding)
+
+
+def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: Batch) -> tuple[BlockPropState, Info]:
+    """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
+    check_batch(state.batch_spec, batch)
+    _check_index(own, batch)
+    K, shardings = len(setup.stages), setup.shardings
+    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
+    cache, visits, streams = list(state.cache), list(state.visits), list(state.streams)
+    unset: list[Any] = [None] * K
+    index, due, p, h, above = (unset.copy() for _ in range(5))
+
+    # Forward. Block 1 has nothing to recall: its cache and its p are empty.
+    h[0], p[0] = put(batch.inputs, shardings[0]), ()
+    for k in range(K):
+        if k > 0:
+            x = (h[k - 1], due[k - 1]) if own.h_every > 1 else h[k - 1]
+            sent, *_ = parts.forwards[k - 1](params[k - 1], model_state[k - 1], streams[k - 1], x)
+            h[k] = p[k] = put(sent, shardings[k])
+        if own.cache_size:
+            index[k], (recall, _) = put(batch.index, shardings[k]), parts.memories[k]
+            kept, due[k], visits[k] = recall(visits[k], cache[k], index[k], p[k])
+            h[k] = kept if k > 0 else h[k]
+
+    # h-step, from the last block to the second; each result is sent to the block below.
+    above[-1] = put(batch.targets, shardings[-1])
+    for k in reversed(range(1, K)):
+        for _ in range(own.h_steps):
+            h[k] = parts.h_steps[k - 1](params[k], model_state[k], streams[k], h[k], above[k], p[k], due[k])
+        above[k - 1] = put(h[k], shardings[k - 1])
+
+    # W-step: no block waits for another's.
+    learned = []
+    for k in range(K):
+        one = slice(k, k + 1)
+        new = parts.learns[k](params[one], model_state[one], opt_state[one], streams[one], h[k], above[k])
+        (params[k],), (model_state[k],), (opt_state[k],) = new.params, new.model_state, new.opt_state
+        streams[k] = streams[k]._replace(count=new.counts[0])
+        learned.append(new)
+        if own.cache_size and k > 0:
+            cache[k] = parts.memories[k][1](cache[k], index[k], h[k])
+
+    state = state._replace(params=tuple(params), model_state=tuple(model_state), opt_state=tuple(opt_state))
+    state = state._replace(step=state.step + 1, cache=tuple(cache), visits=tuple(visits), streams=tuple(streams))
+    grads = None if learned[-1].grads is None else tuple(new.grads[0] for new in learned)
+    gluing = {name: value for new in learned for name, value in new.metrics.items()}
+    return state, Info(learned[-1].loss, grads, steps.named_norms([new.gradient_norms[0] for new in learned]) | gluing)
+
+
+def _check_index(own: Gluing, batch: Batch) -> None:
+    """Raises ValueError where something is kept for every example, and the batch does not say which these are."""
+    B, index = batch.inputs.shape[0], batch.index
+    if own.cache_size and (index is None or index.shape != (B,) or not jnp.issubdtype(index.dtype, jnp.integer)):
+        given = "no index" if index is None else f"an index {index.dtype} of shape {index.shape}"
+        raise ValueError(
+            f"the batch has {given}, and cache_size = {own.cache_size} keeps something for every example: pass "
+            f"fr_jax.Batch(inputs, targets, index), index ({B},) int32, the examples' places in the data set, from 0."
+        )
+
+
+def _for_each_cut(name: str, value: Any, K: int) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Iterable) else (value,) * (K - 1)
+    for one in values if isinstance(value, Iterable) else (value,):
+        if not isinstance(one, numbers.Real) or isinstance(one, bool) or not 0 < float(one) < math.inf:
+            raise ValueError(f"{name} = {value!r} must be a finite number above 0, or a sequence of such numbers.")
+    if len(values) != K - 1:
+        raise ValueError(f"{name} has {len(values)} entries; K = {K} stages have {K - 1} gluing variables, one each.")
+    return tuple(map(float, values))
+
+
+def check_own(K: int, penalty: Any, h_steps: int, h_learning_rate: Any, cache_size: int | None, h_every: int) -> Gluing:
+    """Checks BlockProp's own arguments, and brings them to one entry a gluing variable; raises ValueError."""
+    for name, value, least in (("h_steps", h_steps, 0), ("cache_size", cache_size, 1), ("h_every", h_every, 1)):
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not (whole and value >= least) and (name, value) != ("cache_size", None):
+            raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least {least}.")
+    if h_every > 1 and cache_size is None:
+        raise ValueError(
+            f"h_every = {h_every} needs what earlier visits kept: pass cache_size, the number of examples."
+        )
+    rates = _for_each_cut("h_learning_rate", h_learning_rate, K)
+    return Gluing(_for_each_cut("penalty", penalty, K), h_steps, rates, cache_size, h_every)
+
+
+def blockprop(
+    stages: Sequence[Stage],
+    loss_fn: steps.LossFn,
+    optimizer: Optimizers,
+    *,
+    penalty: float | Sequence[float] = 1.0,
+    h_steps: int = 1,
+    h_learning_rate: float | Sequence[float] = 0.01,
+    cache_size: int | None = None,
+    h_every: int = 1,
+    placement: Sequence[Sharding] | None = None,
+    return_grads: bool = False,
+    donate: bool = False,
+    metrics_fn: steps.MetricsFn | None = None,
+) -> Algorithm:
+    """BlockProp (Gotmare, Thomas, Brea, Jaggi 2018), Algorithm 1; with ``cache_size`` Algorithm 2.
+
+    With one h-step from h_k = p_k, block 1's gradient is back-propagation's times 2 lambda_{k-1} gamma_k for each
+    k = 2..K: the same where 2 lambda gamma = 1, a factor of 0.02 for each cut with the paper's values, the defaults.
+    Many h-steps need gamma_k < 1 / lambda_{k-1}, or they diverge. From K = 3 on they do not minimise over all h_k
+    together, as Theorem 5.1 has it: then large penalties alone do not lead to the gradient of back-propagation.
+
+    Args:
+      stages: the K blocks.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      optimizer: one optax transformation for all blocks, or a sequence of K.
+      penalty: lambda_1..lambda_{K-1}, or one for all. lambda_k holds b_k(h_k) and h_{k+1} together.
+      h_steps: N_h, gradient steps on each gluing variable; with 0 only block K learns.
+      h_learning_rate: gamma_2..gamma_K, their step sizes, or one for all; of an example's own L_k, for any batch size.
+      cache_size: N, keeps h*_k ``(N, ...)`` of each example on block k's device. ``batch.index`` ``(B,)`` says which
+        they are; one outside 0..N-1 is new each time and not kept, one twice in a batch keeps either value.
+      h_every: E, an example's h-step runs on its visits 0, E, 2E, ..; else h*_k is the kept value. A mini-batch with
+        none due skips the forward pass and the h-step (a CPU: not one with convolutions): all blocks work at once.
+      placement: one sharding a block (:func:`fr_jax.placement`); None puts all on the default device.
+      return_grads: also return each block's dJ_k/dw_k in ``Info.grads``.
+      donate: reuse the buffers of the old state; it is then invalid after ``step``.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics, computed by block K from h*_K.
+
+    Returns:
+      The algorithm. ``Info.loss`` is J_K, at h*_K: lower than the network's own loss. Its metrics hold
+      ``gluing_loss/k``, the mean of ||h*_{k+1} - b_k(h*_k)||^2. K = 1 is plain back-propagation.
+
+    Raises:
+      ValueError: on a wrong number of stages, optimizers, shardings, penalties or rates, one not above 0, a count too
+        small, ``h_every`` without ``cache_size``; from ``init`` and ``step`` on a batch or index that does not fit.
+
+    Example:
+      >>> import flax.linen as nn, fr_jax as fr, jax, jax.numpy as jnp, optax
+      >>> stages = [fr.from_linen(nn.Dense(8)), fr.from_linen(nn.Dense(1))]
+      >>> fit = fr.blockprop(stages, lambda y, z: jnp.mean((y - z) ** 2), optax.sgd(0.1), h_learning_rate=0.5)
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 1)))
+      >>> state, info = fit.step(fit.init(jax.random.key(0), batch), batch)
+      >>> sorted(info.metrics)
+      ['gluing_loss/1', 'gradient_norm/1', 'gradient_norm/2']
+    """
+    setup = check_setup(stages, optimizer, placement)
+    own = check_own(len(setup.stages), penalty, h_steps, h_learning_rate, cache_size, h_every)
+    parts = make_parts(setup, own, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
+    return Algorithm(
+        init=functools.partial(init, setup, own),
+        step=functools.partial(step, parts, setup, own),
+        predict=steps.make_predict(setup.stages, setup.shardings),
+    )
