@@ -34,8 +34,8 @@ class Method(NamedTuple):
 
 
 def _fr(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
-    options = {"batch_stats": s.batch_stats, "weight_prediction": s.weight_prediction}
-    return fr.features_replay(stages, loss, _less_stale(s, optimizer), **options, **common)
+    own: dict[str, Any] = {"batch_stats": s.batch_stats, "weight_prediction": s.weight_prediction}
+    return fr.features_replay(stages, loss, _less_stale(s, optimizer), **own, **common)
 
 
 def _ddg(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
@@ -70,7 +70,7 @@ def _blockprop(
 def _gpipe(
     s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any
 ) -> Algorithm:
-    return fr.gpipe(stages, loss, optimizer, microbatches=s.microbatches, **common)
+    return fr.gpipe(stages, loss, optimizer, microbatches=s.microbatches or 1, **common)
 
 
 # Play 1, replay 1, backward 2; the last module's play is its replay. Where there is no replay: forward 1, backward 2.
@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
     ),
     "dni": Method(
         title="DNI",
-        learning_rate=0.05,
+        learning_rate=0.015,
         own={"synthesizer_hidden": None, "synthesizer_learning_rate": 1e-3, "label_conditioning": False},
         work=lambda s: FORWARD_AND_BACKWARD,
         make=_dni,

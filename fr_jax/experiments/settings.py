@@ -58,7 +58,7 @@ class SharedSettings:
     batch_size: int | None = None
     """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 128 otherwise."""
     learning_rate: float | None = None
-    """Initial step size. Default: 0.1 for bp and gpipe, 0.05 for the others; for mlp a fifth of that."""
+    """Initial step size. Default: 0.1 for bp and gpipe, 0.015 for dni, 0.05 for the others; mlp: a fifth."""
     milestones: tuple[float, ...] | None = None
     """Epochs after which the learning rate is divided by 10. Default: at 1/2 and 3/4 of the run."""
     momentum: float = 0.9

@@ -71,7 +71,7 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
     drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
     drawing.text(0.5, 0.012, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
     axes = drawing.subplots(2, 2, sharex="col", sharey="row")
-    unit, seconds_per_unit = _time_unit(runs)
+    unit, seconds_per_unit = time_unit(runs)
     for row, quantity in enumerate(("loss", "accuracy")):
         for column, (against, scale) in enumerate((("epoch", 1.0), ("seconds", seconds_per_unit))):
             for number, rows in enumerate(runs.values()):
@@ -180,7 +180,7 @@ def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
     return math.ceil(len(handles) / columns)
 
 
-def _time_unit(runs: Mapping[str, Rows]) -> tuple[str, float]:
+def time_unit(runs: Mapping[str, Rows]) -> tuple[str, float]:
     """The largest unit of which the longest run lasted at least two."""
     seconds = [row["seconds"] for rows in runs.values() for row in rows if _finite(row.get("seconds"))]
     longest = max(seconds, default=0.0)

@@ -47,18 +47,15 @@ class RunFolder:
         Raises:
           WorkdirError: config.json is not readable.
         """
-        if not self.config.exists():
-            return None
-        try:
-            config = json.loads(self.config.read_text())
-            if not isinstance(config, dict):
-                raise ValueError("not a JSON object")
-            return config
-        except (OSError, ValueError) as error:
-            raise WorkdirError(
-                f"{self.config} cannot be read ({error}). Restore it, choose another --workdir, or start again with "
-                "--overwrite."
-            ) from None
+        return _read_object(self.config)
+
+    def saved_summary(self) -> dict[str, Any] | None:
+        """How the run ended, if it did.
+
+        Raises:
+          WorkdirError: summary.json is not readable.
+        """
+        return _read_object(self.summary)
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuses to mix two runs.
@@ -136,3 +133,17 @@ class RunFolder:
                 f"--resume cannot continue the run in {self.path} with other settings: {'; '.join(different)}. "
                 "Repeat the settings of the run (they stand in its config.json), or use another --workdir."
             )
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read ({error}). Restore it, choose another --workdir, or start again with --overwrite."
+        ) from None

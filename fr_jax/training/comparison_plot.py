@@ -1,0 +1,131 @@
+"""One figure of many runs: loss against epoch, loss against time, test error against epoch."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fr_jax.training.files import write_atomically
+from fr_jax.training.plots import COLOURS, Rows, curve, smoothed, time_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Line", "comparison_figure", "plot_comparison"]
+
+STROKES = ("-", "--", ":", "-.")
+LOG_SCALE_RATIO = 30.0
+
+
+class Line(NamedTuple):
+    """Runs of several seeds that are drawn as their mean, with a band from the least to the greatest.
+
+    Attributes:
+      label: in the legend.
+      runs: the rows of each run's ``metrics.jsonl``.
+      colour, stroke: numbers; equal ones look alike.
+    """
+
+    label: str
+    runs: Sequence[Rows]
+    colour: int
+    stroke: int
+
+
+class Mean(NamedTuple):
+    """``(n,)`` each: x, and y's mean, least and greatest over the seeds."""
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def plot_comparison(lines: Sequence[Line], path: str | pathlib.Path, *, title: str, data_source: str) -> None:
+    """Draws :func:`comparison_figure` into a PNG file, replaced in one go.
+
+    Raises:
+      ValueError: for no lines.
+      OSError: the file cannot be written; an old one is intact.
+    """
+    picture = io.BytesIO()
+    comparison_figure(lines, title=title, data_source=data_source).savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getvalue())
+
+
+def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) -> Figure:
+    """Training loss (smoothed) against epoch and time, and test error in percent against epoch; a cross: diverged."""
+    if not lines:
+        raise ValueError("no runs to compare: give at least one line.")
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(lines))
+    legend_rows = math.ceil(len(lines) / columns)
+    height = 4.6 + 0.24 * legend_rows
+    drawing = Figure(figsize=(14, height))
+    drawing.suptitle(title, y=1 - 0.14 / height, va="top", fontsize=13, fontweight="bold")
+    drawing.text(0.5, 0.08 / height, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
+    loss, clock, error = drawing.subplots(1, 3)
+    unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
+    for line in lines:
+        _draw(loss, line, "train_loss", "epoch", 1.0)
+        _draw(clock, line, "train_loss", "seconds", seconds)
+        _draw(error, line, "test_accuracy", "epoch", 1.0)
+    _finish(loss, "epoch", "training loss")
+    _finish(clock, f"training time ({unit})", "training loss")
+    _finish(error, "epoch", "test error (%)")
+    handles, labels = loss.get_legend_handles_labels()
+    top = 1 - (0.5 + 0.24 * legend_rows) / height
+    drawing.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, top), ncols=columns, frameon=False)
+    drawing.subplots_adjust(left=0.05, right=0.99, bottom=0.78 / height, top=top - 0.02, wspace=0.17)
+    return drawing
+
+
+def mean_over_runs(runs: Sequence[Rows], quantity: str, against: str) -> tuple[Mean, bool]:
+    """Row by row over the seeds, as far as the shortest run goes; and whether one diverged."""
+    curves = [curve(rows, quantity, against) for rows in runs]
+    n = min(len(one.x) for one in curves)
+    ys = np.stack([_shown(one.y[:n], quantity) for one in curves])
+    x = np.stack([one.x[:n] for one in curves]).mean(0)
+    # What diverges shows in the training loss.
+    diverged = any(curve(rows, "train_loss", "epoch").diverged for rows in runs)
+    return Mean(x, ys.mean(0), ys.min(0), ys.max(0)), diverged
+
+
+def _shown(y: np.ndarray, quantity: str) -> np.ndarray:
+    return 100 * (1 - y) if quantity == "test_accuracy" else smoothed(y)
+
+
+def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float) -> None:
+    mean, diverged = mean_over_runs(line.runs, quantity, against)
+    look: dict[str, Any] = {
+        "color": COLOURS[line.colour % len(COLOURS)],
+        "linestyle": STROKES[line.stroke % len(STROKES)],
+    }
+    few: dict[str, Any] = {"marker": "o", "markersize": 4} if quantity == "test_accuracy" and len(mean.x) <= 40 else {}
+    label = f"{line.label} (× diverged)" if diverged else line.label
+    axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
+    if len(line.runs) > 1:
+        axes.fill_between(mean.x / scale, mean.low, mean.high, color=look["color"], alpha=0.15, linewidth=0)
+    if diverged and len(mean.x):
+        axes.plot(mean.x[-1:] / scale, mean.y[-1:], "X", color=look["color"], markersize=10, markeredgecolor="white")
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_xlim(left=0)
+    axes.grid(True, which="both", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    shown = np.concatenate([np.asarray(one.get_ydata(), float) for one in axes.get_lines()] or [np.zeros(0)])
+    shown = shown[np.isfinite(shown)]
+    if len(shown) and shown.min() > 0 and shown.max() > LOG_SCALE_RATIO * shown.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
