@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _check_ranges(settings: SharedSettings) -> None:
         raise SettingsError(f"--milestones {_text(list(settings.milestones or ()))} holds an epoch below 0; drop it.")
 
 
-def _check_owners(settings: SharedSettings, methods: Iterable[str]) -> None:
+def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
     """A setting that neither the model nor one of the methods has is an error, not ignored."""
     for field in dataclasses.fields(settings):
         belongs_to = owners(field.name)
@@ -105,7 +105,7 @@ def _check_owners(settings: SharedSettings, methods: Iterable[str]) -> None:
             value = getattr(settings, field.name)
             raise SettingsError(
                 f"{flag(field.name)}{'' if value is True else f' {value}'} is a setting of --{kind} "
-                f"{' and '.join(belongs_to)}; {chosen} does not have it. Drop the flag."
+                f"{' and '.join(belongs_to)}, not of {chosen}. Drop the flag."
             )
 
 

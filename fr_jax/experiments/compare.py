@@ -18,8 +18,8 @@ from fr_jax.experiments.checks import check, check_shared, default_batch_size, d
 from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.comparison import Entry, report
 from fr_jax.experiments.methods import owners
-from fr_jax.experiments.session import request_devices
-from fr_jax.experiments.settings import SettingsError, SharedSettings, TrainSettings, as_json, flag, given
+from fr_jax.experiments.session import make_layers, request_devices
+from fr_jax.experiments.settings import SettingsError, SharedSettings, TrainSettings, as_json, flag
 from fr_jax.training import data
 from fr_jax.training.workdir import RunFolder, WorkdirError
 
@@ -133,8 +133,10 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
             f"{', '.join(flag(name)[2:] for name in known)}."
         )
     if owners(name) and not any(_has(settings, method, name) for method in settings.methods):
-        raise SettingsError(f"--vary {name} is a setting of {' and '.join(owners(name))}, none of which is compared.")
-    if given(settings, name):
+        raise SettingsError(
+            f"--vary {settings.vary[0]} is a setting of {' and '.join(owners(name))}, not compared here. Drop it."
+        )
+    if getattr(settings, name) != _unset(name):
         raise SettingsError(f"{flag(name)} and --vary {settings.vary[0]} were both given. Drop one of them.")
     parsed = [parse("compare", SharedSettings(), [flag(name), value]) for value in values]
     return [{name: getattr(one, name)} for one in parsed]
@@ -191,6 +193,8 @@ def run(settings: CompareSettings) -> int:
         not settings.overwrite and is_finished(folder, one.settings, dataset)
         for one, folder in zip(planned, folders, strict=True)
     ]
+    for one in planned:
+        make_layers(one.settings, dataset.num_classes)  # raises where K is too large, before anything is trained
     this = Program("compare", preferred, TrainSettings())
     for number, (one, folder, done) in enumerate(zip(planned, folders, over, strict=True), start=1):
         print(f"[{number}/{len(planned)}] {one.name}{' is finished already.' if done else ''}", flush=True)

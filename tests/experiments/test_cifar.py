@@ -161,7 +161,7 @@ def test_summary_of_a_run(finished):
 def test_config_of_a_run(finished):
     config = load(finished / "config.json")
     assert config["data_source"].startswith("digits (scikit-learn's 1,797 real 8x8 digits")
-    assert (config["steps"], config["batch_size"], config["learning_rate"]) == (STEPS, 64, 0.05)
+    assert (config["steps"], config["batch_size"], config["learning_rate"]) == (STEPS, 64, 0.01)
     assert config["resolved_cuts"] == load(finished / "summary.json")["cuts"]
     assert config["devices_used"] == ["cpu:0", "cpu:1", "cpu:2"]
     assert config["versions"]["jax"] == jax.__version__
@@ -169,7 +169,7 @@ def test_config_of_a_run(finished):
 
 def test_what_a_run_prints(finished):
     out = (finished.parent / "stdout").read_text()
-    assert "mlp, features replay, K = 3; batch 64, learning rate 0.05, 50 steps (2.273 epochs of 22)" in out
+    assert "mlp, features replay, K = 3; batch 64, learning rate 0.01, 50 steps (2.273 epochs of 22)" in out
     assert "data: digits (scikit-learn's" in out and f"folder: {finished}" in out
     for line in ("stage  layers", "cpu:0", "cpu:1", "cpu:2", "test accuracy", "Done: test accuracy"):
         assert line in out

@@ -294,7 +294,7 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
                 check(settings)
             text = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'} is a setting of --method"
             assert text in str(error.value)
-            assert f"{' and '.join(having)}; {method} does not have it" in str(error.value)
+            assert f"{' and '.join(having)}, not of {method}. Drop the flag" in str(error.value)
     with pytest.raises(SystemExit):
         parse(["--help"])
     help_text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -304,7 +304,7 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
 
 def test_a_setting_of_another_model_is_an_error():
     for name in MODEL_SETTINGS["mlp"]:
-        with pytest.raises(SettingsError, match=r"is a setting of --model mlp; resnet20 does not have it. Drop"):
+        with pytest.raises(SettingsError, match=r"is a setting of --model mlp, not of resnet20. Drop"):
             check(TrainSettings(**{name: 1 if name != "dropout_rate" else 0.1}))
     check(TrainSettings(model="mlp", depth=3, width=8, dropout_rate=0.1))
 

@@ -1,0 +1,195 @@
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from fr_jax.experiments import compare, program
+from fr_jax.experiments.compare import CompareSettings, plan
+from fr_jax.experiments.settings import SettingsError
+from fr_jax.training.metrics import read_rows
+
+QUICK = ["--model", "mlp", "--depth", "3", "--width", "8", "--dataset", "digits", "--batch-size", "16", "--steps", "12"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the program in this process -> exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = compare.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def names(**settings: object) -> list[str]:
+    return [one.name for one in plan(CompareSettings(**settings))]
+
+
+def losses(folder: pathlib.Path) -> list[float]:
+    return [row["train_loss"] for row in read_rows(folder / "metrics.jsonl") if "train_loss" in row]
+
+
+def test_plan_is_methods_by_K_by_seeds_and_bp_once_a_seed():
+    assert names(methods=("bp", "fr"), K=(2, 3), seeds=(0, 7)) == [
+        "bp-K1-seed0",
+        "fr-K2-seed0",
+        "fr-K3-seed0",
+        "bp-K1-seed7",
+        "fr-K2-seed7",
+        "fr-K3-seed7",
+    ]
+
+
+def test_plan_gives_every_method_the_settings_that_it_has():
+    runs = plan(CompareSettings(methods=("bp", "gpipe", "fr"), K=(2,), microbatches=8, accumulate=2, momentum=0.5))
+    own = [(one.settings.microbatches, one.settings.accumulate, one.settings.momentum) for one in runs]
+    assert own == [(None, 2, 0.5), (8, None, 0.5), (None, 2, 0.5)]
+
+
+def test_plan_varies_a_setting_where_it_is_one():
+    assert names(methods=("bp", "blockprop"), K=(2,), vary=("h-steps", "1", "4")) == [
+        "bp-K1-seed0",
+        "blockprop-K2-h-steps1-seed0",
+        "blockprop-K2-h-steps4-seed0",
+    ]
+    runs = plan(CompareSettings(methods=("bp",), vary=("momentum", "0", "0.9")))
+    assert [one.settings.momentum for one in runs] == [0.0, 0.9]
+    assert [one.entry.label for one in runs] == ["back-propagation, momentum 0.0", "back-propagation, momentum 0.9"]
+
+
+def test_plan_takes_learning_rates_by_method():
+    runs = plan(CompareSettings(methods=("bp", "fr", "ddg"), learning_rate=0.3, learning_rates=("fr=0.1",)))
+    assert [one.settings.learning_rate for one in runs] == [0.3, 0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"methods": ("bp", "adam")}, "--method adam is unknown; it can be fr, bp, ddg"),
+        ({"methods": ()}, "--methods is empty; give one or more"),
+        ({"K": (2, 2)}, "--K 2 2 names one twice"),
+        ({"K": (0,)}, "--K 0 is out of range"),
+        ({"seeds": (-1,)}, "--seed -1 is out of range"),
+        ({"h_steps": 3}, "--h-steps 3 is a setting of --method blockprop, not of bp, fr, ddg, dni. Drop"),
+        ({"vary": ("h-steps", "1")}, "--vary h-steps is a setting of blockprop, not compared here. Drop it"),
+        ({"vary": ("momentum",)}, "--vary momentum needs a setting and its values, such as --vary h-steps 1 2 4"),
+        ({"vary": ("workdir", "a")}, "--vary workdir a needs a setting .* It can be depth, width"),
+        ({"vary": ("momentum", "0.5"), "momentum": 0.1}, "--momentum and --vary momentum were both given"),
+        ({"learning_rates": ("fr",)}, "--learning-rates fr is malformed; write METHOD=RATE"),
+        ({"learning_rates": ("gpipe=0.1",)}, "--learning-rates gpipe=0.1 names a method that is not compared"),
+        ({"steps": 3, "epochs": 3}, "one length"),
+    ],
+)
+def test_plan_says_what_is_valid(change, complaint):
+    with pytest.raises(SettingsError, match=complaint):
+        plan(CompareSettings(**change))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Four runs; DDG's diverges."""
+    home = tmp_path_factory.mktemp("compared")
+    methods = [
+        "--methods",
+        "bp",
+        "gpipe",
+        "fr",
+        "ddg",
+        "--K",
+        "2",
+        "--microbatches",
+        "1",
+        "--learning-rate",
+        "0.1",
+        "--learning-rates",
+        "ddg=1e20",
+    ]
+    assert compare.main([*QUICK, *methods, "--workdir", str(home)]) == 0
+    return home, methods
+
+
+@pytest.fixture
+def copy(compared, tmp_path):
+    return pathlib.Path(shutil.copytree(compared[0], tmp_path / "copy"))
+
+
+def test_table_and_picture(compared):
+    home, _ = compared
+    content = json.loads((home / "comparison.json").read_text())
+    lines = {line["method"]: line for line in content["lines"]}
+    assert set(lines) == {"bp", "gpipe", "fr", "ddg"}
+    assert [lines[method]["diverged"] for method in ("bp", "gpipe", "fr", "ddg")] == [[False]] * 3 + [[True]]
+    for method in ("bp", "gpipe", "fr"):
+        summary = json.loads(next(home.glob(f"{method}-K*-seed0/summary.json")).read_text())
+        assert lines[method]["test_error"] == [pytest.approx(100 * (1 - summary["test_accuracy"]), abs=1e-3)]
+        assert lines[method]["seconds"] == [summary["seconds"]]
+    table = (home / "table.md").read_text()
+    assert "| DDG, K = 2 (diverged)" in table and "| features replay, K = 2 " in table
+    assert f"{lines['fr']['test_error'][0]:.2f}" in table
+    assert "python -m fr_jax.experiments.compare --methods bp gpipe fr ddg" in table
+    assert (home / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_start_from_the_same_weights_and_see_the_same_mini_batches(compared):
+    """GPipe with one microbatch is back-propagation."""
+    home, _ = compared
+    assert losses(home / "gpipe-K2-seed0") == pytest.approx(losses(home / "bp-K1-seed0"), rel=1e-4)
+    assert losses(home / "fr-K2-seed0") != pytest.approx(losses(home / "bp-K1-seed0"), rel=1e-3)
+
+
+def test_what_is_finished_is_not_repeated(compared, copy, run, monkeypatch):
+    monkeypatch.setattr(program, "run", lambda *args, **kwargs: pytest.fail("a finished run was repeated"))
+    code, out, err = run(*QUICK, *compared[1], "--workdir", copy)
+    assert code == 0, err
+    assert out.count("is finished already") == 4
+
+
+def test_what_was_stopped_goes_on(compared, copy, run):
+    folder = copy / "fr-K2-seed0"
+    before = losses(folder)
+    for path in (folder / "summary.json", copy / "table.md", copy / "comparison.png"):
+        path.unlink()
+    code, out, err = run(*QUICK, *compared[1], "--workdir", copy)
+    assert code == 0, err
+    assert out.count("is finished already") == 3 and "[3/4] fr-K2-seed0\n" in out
+    assert losses(folder) == before
+    assert (copy / "comparison.png").exists() and "features replay" in (copy / "table.md").read_text()
+
+
+def test_further_seeds_join(copy, run):
+    flags = ["--methods", "bp", "--K", "2", "--learning-rate", "0.1", "--seeds", "0", "1"]
+    code, out, err = run(*QUICK, *flags, "--workdir", copy)
+    assert code == 0, err
+    assert out.count("is finished already") == 1
+    assert "±" in (copy / "table.md").read_text()
+
+
+def test_a_folder_with_other_settings_is_refused(compared, copy, run):
+    code, _, err = run(*QUICK, *compared[1], "--workdir", copy, "--momentum", 0.5)
+    assert code == 2 and err.count("\n") == 1
+    assert "bp-K1-seed0 holds a run with other settings: --momentum is 0.5 and was 0.9" in err
+
+
+def test_overwrite_starts_again(copy, run):
+    flags = ["--methods", "bp", "--K", "2", "--learning-rate", "0.1", "--momentum", "0.5", "--overwrite"]
+    code, _, err = run(*QUICK, *flags, "--workdir", copy)
+    assert code == 0, err
+    assert json.loads((copy / "bp-K1-seed0" / "config.json").read_text())["momentum"] == 0.5
+
+
+def test_too_large_a_K_is_named_before_anything_is_trained(run, tmp_path):
+    code, _, err = run(*QUICK, "--methods", "bp", "fr", "--K", 2, 9, "--workdir", tmp_path / "none")
+    assert code == 2 and "--K 9 stages were asked of mlp, which has 3 layers" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_names_the_flags(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for flag in ("--methods", "--K", "--seeds", "--vary", "--learning-rates", "--workdir", "--dataset", "--h-steps"):
+        assert flag in out

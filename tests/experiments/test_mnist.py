@@ -1,0 +1,152 @@
+"""The MNIST program, and what holds for every method in every program."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from fr_jax.experiments import mnist
+from fr_jax.experiments.checks import check, resolve
+from fr_jax.experiments.command_line import parse
+from fr_jax.experiments.methods import METHODS
+from fr_jax.training import data
+from fr_jax.training.metrics import read_rows
+
+QUICK = [
+    "--dataset",
+    "digits",
+    "--depth",
+    "3",
+    "--width",
+    "8",
+    "--steps",
+    "12",
+    "--checkpoint-every",
+    "5",
+    "--eval-every",
+    "12",
+    "--batch-size",
+    "16",
+]
+# Every method, with the settings of its own that change what a state holds.
+RUNS = {
+    "bp": ["--accumulate", "2"],
+    "fr": ["--weight-prediction", "1", "--accumulate", "2"],
+    "ddg": ["--gradient-shrinking", "0.5"],
+    "dni": ["--label-conditioning"],
+    "blockprop": ["--cache", "--h-every", "2"],
+    "gpipe": ["--microbatches", "2"],
+}
+
+
+def checksums(folder: pathlib.Path) -> dict[str, Any]:
+    """Name -> kind and CRC32 or value, of everything in the last checkpoint."""
+    files = (path for path in (folder / "checkpoints" / "12" / "index").rglob("*") if path.is_file())
+    return json.loads(next(path for path in files if b'"leaves"' in path.read_bytes()).read_text())["leaves"]
+
+
+@pytest.fixture
+def program(capsys):
+    """Runs the program in this process -> exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        return mnist.main([str(argument) for argument in arguments]), *capsys.readouterr()
+
+    return run
+
+
+def test_defaults():
+    settings = parse("mnist", mnist.MNIST.defaults, [])
+    check(settings)
+    resolved = resolve(settings, "mnist", 128, 468)
+    assert (resolved.model, resolved.K, resolved.depth, resolved.width) == ("mlp", 3, 6, 256)
+    assert (resolved.steps, resolved.learning_rate) == (5 * 468, 0.01)
+
+
+def test_the_network_of_blockprops_figure_2():
+    settings = parse("mnist", mnist.MNIST.defaults, ["--preset", "blockprop", "--h-steps", "2", "--penalty", "0.1"])
+    check(settings)
+    assert (settings.method, settings.K, settings.depth, settings.dataset) == ("blockprop", 2, 2, "mnist")
+    assert (settings.h_steps, settings.penalty) == (2, 0.1)
+
+
+def test_all_methods_are_here():
+    assert set(RUNS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
+    """From the checkpoint of step 10 on; stages on devices of their own."""
+    arguments = ["--method", method, "--K", "2", *QUICK, *RUNS[method]]
+    code, out, err = program(*arguments, "--workdir", tmp_path / "whole")
+    assert code == 0, err
+    assert f"mlp, {METHODS[method].title}, K = 2" in out
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
+    (tmp_path / "again" / "summary.json").unlink()
+    code, out, err = program(*arguments, "--workdir", tmp_path / "again", "--resume")
+    assert code == 0 and "Resuming after step 10" in out, err
+    assert checksums(tmp_path / "again") == checksums(tmp_path / "whole")
+    losses = [
+        [row.get("train_loss") for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("whole", "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_device_and_data_parallelism(program, tmp_path, method):
+    losses = {}
+    for name, flags in {"one": ["--devices", 1], "two each": ["--data-parallel", 2]}.items():
+        folder = tmp_path / name
+        code, _, err = program("--method", method, "--K", 2, *QUICK, *flags, *RUNS[method], "--workdir", folder)
+        assert code == 0, err
+        losses[name] = [row["train_loss"] for row in read_rows(folder / "metrics.jsonl") if "train_loss" in row]
+    np.testing.assert_allclose(losses["one"], losses["two each"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["ddg", "blockprop"])
+def test_divergence_is_a_result(program, tmp_path, method):
+    flags = ["--learning-rate", "1e20", "--workdir", tmp_path]
+    code, _, err = program("--method", method, "--K", 2, *QUICK, *flags)
+    assert code == 3 and "the run diverged" in err and "Traceback" not in err
+    assert json.loads((tmp_path / "summary.json").read_text())["diverged"] is True
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_of_mnist(program, tmp_path, monkeypatch):
+    """28 x 28 x 1, neither cropped nor flipped, from a folder."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (n, 28, 28, 1), np.uint8) for n in (200, 50)]
+    labels = [np.arange(n, dtype=np.int32) % 10 for n in (200, 50)]
+    arrays = (images[0], labels[0], images[1], labels[1])
+    tiny = data.Dataset("mnist", *arrays, 10, np.full(1, 0.5), np.ones(1), False, "a tiny MNIST", crop=False)
+    asked = []
+
+    def load(name, data_dir, *, preferred):
+        asked.append((name, data_dir, preferred))
+        return tiny
+
+    monkeypatch.setattr(data, "load", load)
+    flags = ["--depth", 3, "--width", 8, "--steps", 4, "--batch-size", 16, "--workdir", tmp_path / "run"]
+    code, _, err = program(*flags, "--data-dir", "somewhere")
+    assert code == 0, err
+    assert asked == [("auto", pathlib.Path("somewhere"), "mnist")]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == "mnist"
+
+
+def test_auto_without_a_network_says_so_and_trains_on_digits(program, tmp_path, monkeypatch):
+    for name in ("FR_JAX_CACHE", "TFDS_DATA_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise requests.ConnectionError("no network in this test")
+
+    monkeypatch.setattr(requests, "get", no_network)
+    quick = [word for word in QUICK if word not in ("--dataset", "digits")]
+    code, out, _ = program("--K", 2, *quick, "--workdir", tmp_path / "run")
+    assert code == 0 and "!!! NO MNIST" in out and "digits" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == "digits"
