@@ -1,7 +1,8 @@
 """fr_jax: training neural networks without backward locking, in JAX.
 
 A network is cut into K stages (``partition``), each placed on its own device (``placement``), and trained by a method
-(``features_replay``, ``backprop``): an ``Algorithm`` of pure functions ``init``, ``step`` and ``predict``.
+(``features_replay``, ``ddg``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``): an ``Algorithm`` of pure functions
+``init``, ``step`` and ``predict``.
 """
 
 from fr_jax import models

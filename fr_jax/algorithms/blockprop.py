@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import steps
+from fr_jax.algorithms import memory, steps
 from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
 from fr_jax.placement import put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
@@ -111,7 +111,7 @@ def make_parts(
     learn = functools.partial(steps.make_train, input_gradient=False, return_grads=return_grads, donate=donate)
     return Parts(
         forwards=tuple(play(if_due(stages[k]) if skip else stages[k], shardings[k]) for k in blocks[:-1]),
-        memories=tuple(steps.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
+        memories=tuple(memory.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
         h_steps=tuple(make_h_step(stages[k], J[k], own, k, shardings[k]) for k in blocks[1:]),
         learns=tuple(
             learn(stages[k : k + 1], J[k], optimizers[k : k + 1], shardings[k], metrics_fn=metrics[k]) for k in blocks
@@ -146,7 +146,7 @@ def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Shardi
             return jax.tree.leaves(h)[0].shape[0] * (J(out, above) + penalty_below * gluing_loss(h, p))
 
         move = lambda h: jax.tree.map(lambda a, slope: a - rate * slope, h, jax.grad(L)(h))
-        return move(h) if due is None else steps.move_due(due, move, h, skip=own.h_every > 1)
+        return move(h) if due is None else memory.move_due(due, move, h, skip=own.h_every > 1)
 
     return jax.jit(h_step, out_shardings=sharding)
 

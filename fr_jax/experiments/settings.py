@@ -108,8 +108,7 @@ class SharedSettings:
     log_every: int = 10
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = None
-    """paper: ResNet164 on CIFAR-10, 300 epochs, lr 0.01, /10 at 150 and 225, batch 128. blockprop: the MLP with one
-    hidden layer on MNIST of BlockProp's figure 2, as two blocks. Other flags still win."""
+    """paper: ResNet164, CIFAR-10, 300 epochs, lr 0.01. blockprop: its figure 2, MNIST, one hidden layer. Flags win."""
     profile: bool = False
     """Write a jax.profiler trace of ten steps to the folder's profile/."""
     tensorboard: bool = False

@@ -1,5 +1,6 @@
 """Run by test_processes.py, once a process: python two_processes.py [PROCESS_ID COORDINATOR TRANSFER_PORT]."""
 
+import functools
 import json
 import sys
 
@@ -28,7 +29,18 @@ def make_batches(placement):
     for _ in range(8):
         inputs = rng.standard_normal((16, 20)).astype(np.float32)
         targets = rng.integers(0, 10, 16).astype(np.int32)
-        yield fr.Batch(place(inputs, placement[0]), place(targets, placement[-1]))
+        index = rng.permutation(24)[:16].astype(np.int32)
+        yield fr.Batch(place(inputs, placement[0]), place(targets, placement[-1]), place(index, placement[0]))
+
+
+METHODS = {
+    "fr": fr.features_replay,
+    "bp": fr.backprop,
+    "ddg": fr.ddg,
+    "dni": lambda *args, **options: fr.dni(*args, fr.models.synthesizer(), optax.adam(0.01), **options),
+    "blockprop": functools.partial(fr.blockprop, cache_size=24, h_every=2, h_learning_rate=0.1),
+    "gpipe": functools.partial(fr.gpipe, microbatches=2),
+}
 
 
 def run(method):
@@ -53,4 +65,4 @@ if __name__ == "__main__":
         join(*sys.argv[1:])
     else:
         jax.config.update("jax_num_cpu_devices", 2)
-    print(json.dumps({"fr": run(fr.features_replay), "bp": run(fr.backprop)}))
+    print(json.dumps({name: run(method) for name, method in METHODS.items()}))
