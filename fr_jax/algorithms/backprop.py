@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Sharding
 
@@ -102,7 +102,7 @@ def step(parts: Parts, setup: Setup, state: BackpropState, batch: Batch) -> tupl
     streams = list(state.streams)
     grads: list[PyTree | None] = [None] * K
     norms: list[Array | None] = [None] * K
-    vjps: list[Callable] = []
+    vjps: list[Any] = []
 
     h = put(batch.inputs, shardings[0])
     for k in range(below):
@@ -111,17 +111,17 @@ def step(parts: Parts, setup: Setup, state: BackpropState, batch: Batch) -> tupl
         h = put(h, shardings[k + 1])
         streams[k] = streams[k]._replace(count=count)
 
-    targets = put(batch.targets, shardings[-1])
-    own = slice(below, K)
-    top = parts.last(state.params[own], state.model_state[own], state.opt_state[own], state.streams[own], h, targets)
-    params[own], model_state[own], opt_state[own] = top.params, top.model_state, top.opt_state
-    streams[own] = [s._replace(count=count) for s, count in zip(streams[own], top.counts, strict=True)]
-    grads[own], norms[own], delta = top.grads or (), top.gradient_norms, top.delta
+    targets, fused = put(batch.targets, shardings[-1]), slice(below, K)
+    top = parts.last(*map(tuple, (params[fused], model_state[fused], opt_state[fused], streams[fused])), h, targets)
+    params[fused], model_state[fused], opt_state[fused] = top.params, top.model_state, top.opt_state
+    streams[fused] = [s._replace(count=count) for s, count in zip(streams[fused], top.counts, strict=True)]
+    grads[fused], norms[fused], delta = top.grads or (), top.gradient_norms, top.delta
+    h = vjp = None  # nothing here keeps alive what has been used
 
     for k in reversed(range(below)):
-        grads_k, delta = parts.pulls[k](vjps.pop(), put(delta, shardings[k]))
-        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], grads_k)
-        grads[k] = grads_k
+        found, delta = parts.pulls[k](vjps.pop(), put(delta, shardings[k]))
+        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
+        grads[k] = top.grads and found
 
     state = BackpropState(
         step=state.step + 1,

@@ -27,7 +27,16 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import memory, steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
+from fr_jax.algorithms.setup import (
+    KeyStream,
+    Optimizers,
+    Setup,
+    check_batch,
+    check_count,
+    check_setup,
+    init_modules,
+    zeros,
+)
 from fr_jax.placement import put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
@@ -70,15 +79,25 @@ class BlockPropState(NamedTuple):
 
 def init(setup: Setup, own: Gluing, key: Array, batch: Batch) -> BlockPropState:
     """Weights w^0; no example has been seen."""
-    _check_index(own, batch)
-    m = init_modules(setup, key, batch)
+    memory.check_index(own.cache_size, batch)
+    modules = init_modules(setup, key, batch)
     cache, visits = [], []
-    for k, (sharding, features) in enumerate(zip(setup.shardings, m.features, strict=True)):
+    for k, (sharding, features) in enumerate(zip(setup.shardings, modules.features, strict=True)):
         N, here = own.cache_size, replicated(sharding)
-        rows = jax.tree.map(lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), h.dtype), features) if N else ()
+        row = lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), memory.wide(h.dtype))
+        rows = jax.tree.map(row, features) if N else ()
         cache.append(zeros(rows, here) if k > 0 else ())
         visits.append(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), here) if N else ())
-    return BlockPropState(0, m.params, m.model_state, m.opt_state, tuple(cache), tuple(visits), m.streams, m.batch_spec)
+    return BlockPropState(
+        step=0,
+        params=modules.params,
+        model_state=modules.model_state,
+        opt_state=modules.opt_state,
+        cache=tuple(cache),
+        visits=tuple(visits),
+        streams=modules.streams,
+        batch_spec=modules.batch_spec,
+    )
 
 
 def gluing_loss(h: PyTree, other: PyTree) -> Array:
@@ -110,25 +129,13 @@ def make_parts(
     play = functools.partial(steps.make_play, update_stats=False, donate=donate)
     learn = functools.partial(steps.make_train, input_gradient=False, return_grads=return_grads, donate=donate)
     return Parts(
-        forwards=tuple(play(if_due(stages[k]) if skip else stages[k], shardings[k]) for k in blocks[:-1]),
+        forwards=tuple(play(memory.make_gluing(stages[k], if_due=skip), shardings[k]) for k in blocks[:-1]),
         memories=tuple(memory.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
         h_steps=tuple(make_h_step(stages[k], J[k], own, k, shardings[k]) for k in blocks[1:]),
         learns=tuple(
             learn(stages[k : k + 1], J[k], optimizers[k : k + 1], shardings[k], metrics_fn=metrics[k]) for k in blocks
         ),
     )
-
-
-def if_due(stage: Stage) -> Stage:
-    """The stage for an input ``(h, due)``: nothing is computed, and zeros returned, where no example is due."""
-
-    def apply(params: PyTree, model_state: PyTree, x: Any, /, **options: Any) -> tuple[PyTree, PyTree]:
-        h, due = x
-        run = lambda h: stage.apply(params, model_state, h, **options)
-        out = jax.eval_shape(run, h)
-        return jax.lax.cond(due.any(), run, lambda h: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out), h)
-
-    return Stage(stage.init, apply)
 
 
 def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Sharding | None) -> Callable:
@@ -154,7 +161,7 @@ def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Shardi
 def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: Batch) -> tuple[BlockPropState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
     check_batch(state.batch_spec, batch)
-    _check_index(own, batch)
+    memory.check_index(own.cache_size, batch)
     K, shardings = len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
     cache, visits, streams = list(state.cache), list(state.visits), list(state.streams)
@@ -166,8 +173,8 @@ def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: 
     for k in range(K):
         if k > 0:
             x = (h[k - 1], due[k - 1]) if own.h_every > 1 else h[k - 1]
-            sent, *_ = parts.forwards[k - 1](params[k - 1], model_state[k - 1], streams[k - 1], x)
-            h[k] = p[k] = put(sent, shardings[k])
+            out, *_ = parts.forwards[k - 1](params[k - 1], model_state[k - 1], streams[k - 1], x)
+            h[k] = p[k] = put(out, shardings[k])
         if own.cache_size:
             index[k], (recall, _) = put(batch.index, shardings[k]), parts.memories[k]
             kept, due[k], visits[k] = recall(visits[k], cache[k], index[k], p[k])
@@ -198,17 +205,6 @@ def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: 
     return state, Info(learned[-1].loss, grads, steps.named_norms([new.gradient_norms[0] for new in learned]) | gluing)
 
 
-def _check_index(own: Gluing, batch: Batch) -> None:
-    """Raises ValueError where something is kept for every example, and the batch does not say which these are."""
-    B, index = batch.inputs.shape[0], batch.index
-    if own.cache_size and (index is None or index.shape != (B,) or not jnp.issubdtype(index.dtype, jnp.integer)):
-        given = "no index" if index is None else f"an index {index.dtype} of shape {index.shape}"
-        raise ValueError(
-            f"the batch has {given}, and cache_size = {own.cache_size} keeps something for every example: pass "
-            f"fr_jax.Batch(inputs, targets, index), index ({B},) int32, the examples' places in the data set, from 0."
-        )
-
-
 def _for_each_cut(name: str, value: Any, K: int) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, Iterable) else (value,) * (K - 1)
     for one in values if isinstance(value, Iterable) else (value,):
@@ -221,10 +217,10 @@ def _for_each_cut(name: str, value: Any, K: int) -> tuple[float, ...]:
 
 def check_own(K: int, penalty: Any, h_steps: int, h_learning_rate: Any, cache_size: int | None, h_every: int) -> Gluing:
     """Checks BlockProp's own arguments, and brings them to one entry a gluing variable; raises ValueError."""
-    for name, value, least in (("h_steps", h_steps, 0), ("cache_size", cache_size, 1), ("h_every", h_every, 1)):
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not (whole and value >= least) and (name, value) != ("cache_size", None):
-            raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least {least}.")
+    check_count("h_steps", h_steps, 0)
+    check_count("h_every", h_every)
+    if cache_size is not None:
+        check_count("cache_size", cache_size)
     if h_every > 1 and cache_size is None:
         raise ValueError(
             f"h_every = {h_every} needs what earlier visits kept: pass cache_size, the number of examples."
@@ -251,9 +247,10 @@ def blockprop(
     """BlockProp (Gotmare, Thomas, Brea, Jaggi 2018), Algorithm 1; with ``cache_size`` Algorithm 2.
 
     With one h-step from h_k = p_k, block 1's gradient is back-propagation's times 2 lambda_{k-1} gamma_k for each
-    k = 2..K: the same where 2 lambda gamma = 1, a factor of 0.02 for each cut with the paper's values, the defaults.
-    Many h-steps need gamma_k < 1 / lambda_{k-1}, or they diverge. From K = 3 on they do not minimise over all h_k
-    together, as Theorem 5.1 has it: then large penalties alone do not lead to the gradient of back-propagation.
+    k = 2..K: the same where 2 lambda gamma = 1, a factor of 0.02 for each cut with the paper's values, the defaults;
+    float32 carries that over about four cuts. Many h-steps need gamma_k < 1 / lambda_{k-1}, or they diverge. From K = 3
+    on they do not minimise over all h_k together, as Theorem 5.1 has it: then large penalties alone do not lead to the
+    gradient of back-propagation. Gluing variables are float32 or wider, whatever the blocks compute in.
 
     Args:
       stages: the K blocks.
@@ -265,7 +262,7 @@ def blockprop(
       cache_size: N, keeps h*_k ``(N, ...)`` of each example on block k's device. ``batch.index`` ``(B,)`` says which
         they are; one outside 0..N-1 is new each time and not kept, one twice in a batch keeps either value.
       h_every: E, an example's h-step runs on its visits 0, E, 2E, ..; else h*_k is the kept value. A mini-batch with
-        none due skips the forward pass and the h-step (a CPU: not one with convolutions): all blocks work at once.
+        none due skips forward pass and h-step: all blocks work at once. (A CPU computes an h-step with convolutions.)
       placement: one sharding a block (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each block's dJ_k/dw_k in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.

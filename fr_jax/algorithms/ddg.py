@@ -101,7 +101,7 @@ def make_parts(
 ) -> Parts:
     """Prediction, forward, backward and update for each module k < K, and the last module.
 
-    Kept VJPs read the old weights, so these are not donated.
+    The weights are not donated: kept VJPs hold those of their time, and may share their buffers.
     """
     stages, optimizers, shardings = setup
     below = range(len(stages) - 1)
@@ -155,8 +155,9 @@ def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDG
         vjp, history[k] = fifo.pop(history[k])
         delta = None
         if t + (k + 1) - K >= 0:
-            grads[k], delta = parts.pulls[k](vjp, state.deltas[k])
-            params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], grads[k])
+            found, delta = parts.pulls[k](vjp, state.deltas[k])
+            params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
+            grads[k] = top.grads and found
 
     state = DDGState(
         step=t + 1,
@@ -194,11 +195,11 @@ def ddg(
       weight_prediction: a. Module k < K runs forward with its weights moved on by a (K-k) times its last update, which
         is SpecTrain's prediction of the weights that the gradient will meet for a = 1
         (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise module k keeps its last update in
-        ``opt_state[k]``, a copy of its weights.
+        ``opt_state[k]``, a copy of its weights, and makes one more copy for its forward pass.
       placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each module's gradient in ``Info.grads``.
-      donate: reuse the buffers of the old state; it is then invalid after ``step``. Weights of modules k < K are
-        not reused: kept VJPs read them.
+      donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of modules k < K are
+        not reused: kept VJPs may share their buffers.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
 
     Returns:
@@ -206,7 +207,8 @@ def ddg(
 
     Raises:
       ValueError: on a wrong number of stages, optimizers or shardings, a negative ``weight_prediction``; from ``init``
-        and ``step`` on a batch that does not fit.
+        and ``step`` on a batch that does not fit. (Weakly typed arrays, ``jnp.full((4, 3), 1.0)``, make VJPs of their
+        own: give all batches one type.)
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax

@@ -10,8 +10,7 @@ At iteration t, for modules k = 1..K with weights w_k, inputs h_{k-1} (h_0 = x) 
     learn        M_k takes a step of its own optimizer on  B ||d_k^t - delta_k^t||^2
 
 Module K's d is the gradient of the loss itself. Modules do not wait for what the module above sends; synthesizers do.
-Their squared error is summed over features, and its mean over the examples is taken, for the gradients B delta_k of the
-examples' own losses, so its size does not depend on the batch size.
+Their error is a sum over features and a mean over examples of (B d_k - B delta_k)^2, so its size does not depend on B.
 """
 
 from __future__ import annotations
@@ -100,7 +99,8 @@ def init(setup: Setup, own: SynthesizerSetup, key: Array, batch: Batch) -> DNISt
 
 
 def _check_prediction(predicted: PyTree, h: PyTree, k: int) -> None:
-    if not jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), predicted, h)):
+    like = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    if like(predicted) != like(h):
         raise ValueError(
             f"synthesizer {k} returns {predicted}; it predicts the gradient with respect to the output of stage {k}, "
             f"so it must return {h}. Change its output layer."
@@ -138,7 +138,7 @@ def make_parts(
         shardings[-1],
         metrics_fn=metrics_fn,
         input_gradient=len(stages) > 1,
-        keep_input=True,  # M_{K-1} still reads it
+        keep_input=True,  # the VJP of M_{K-1} may share its buffer
         return_grads=return_grads,
         donate=donate,
     )
@@ -165,7 +165,9 @@ def make_error(sharding: Sharding | None) -> Callable:
     return jax.jit(error, out_shardings=replicated(sharding))
 
 
-def step(parts: Parts, setup: Setup, own: SynthesizerSetup, state: DNIState, batch: Batch) -> tuple[DNIState, Info]:
+def step(
+    parts: Parts, setup: Setup, own: SynthesizerSetup, return_grads: bool, state: DNIState, batch: Batch
+) -> tuple[DNIState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
     check_batch(state.batch_spec, batch)
     K, shardings = len(setup.stages), setup.shardings
@@ -186,8 +188,10 @@ def step(parts: Parts, setup: Setup, own: SynthesizerSetup, state: DNIState, bat
         d, vjp_M, M_state, count = parts.synthesizes[k](M.params, M.model_state, M.stream, seen)
         synthesizers[k] = M._replace(model_state=M_state, stream=M.stream._replace(count=count))
         lessons.append((vjp_M, d))
-        grads[k], sent[k] = parts.pulls[k](vjp, d)
-        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], grads[k])
+        found, sent[k] = parts.pulls[k](vjp, d)
+        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
+        grads[k] = found if return_grads else None
+        vjp = seen = h_out = found = None  # nothing here keeps alive what has been used
 
     # Module K: forward, backward and update in one pass.
     top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
@@ -218,11 +222,7 @@ def step(parts: Parts, setup: Setup, own: SynthesizerSetup, state: DNIState, bat
 def check_synthesizers(
     synthesizers: Stage | Sequence[Stage], optimizer: optax.GradientTransformation, label_conditioning: bool, K: int
 ) -> SynthesizerSetup:
-    """One synthesizer for all of the K-1 features, or a sequence of K-1.
-
-    Raises:
-      ValueError: another number of them, something that is not a Stage, or not an optax transformation.
-    """
+    """One synthesizer for all of the K-1 features, or a sequence of K-1; raises ValueError for anything else."""
     given = (synthesizers,) * (K - 1) if isinstance(synthesizers, Stage) else tuple(synthesizers)
     if len(given) != K - 1:
         raise ValueError(
@@ -295,6 +295,6 @@ def dni(
     parts = make_parts(setup, own, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
     return Algorithm(
         init=functools.partial(init, setup, own),
-        step=functools.partial(step, parts, setup, own),
+        step=functools.partial(step, parts, setup, own, return_grads),
         predict=steps.make_predict(setup.stages, setup.shardings),
     )

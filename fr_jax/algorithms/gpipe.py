@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,11 +27,15 @@ import jax
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules
+from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_count, check_setup, init_modules
 from fr_jax.placement import data_parallel_size, put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["GPipeState", "gpipe"]
+
+MICROBATCHES = (
+    " It must divide the batch size; 1 is back-propagation, M keep K devices busy for M / (M + K - 1) of the time."
+)
 
 
 class GPipeState(NamedTuple):
@@ -137,7 +140,7 @@ def step(
     streams = list(state.streams)
     totals: list[Any] = [None] * K
     norms: list[Array | None] = [None] * K
-    vjps: list[list[Callable]] = [[] for _ in range(K - 1)]
+    vjps: list[list[Any]] = [[] for _ in range(K - 1)]
     deltas: list[PyTree | None] = []
 
     # Forward, all microbatches; module K also backward.
@@ -154,9 +157,11 @@ def step(
         streams[-1] = streams[-1]._replace(count=count)
         totals[-1] = parts.accumulates[-1](totals[-1], found)
         deltas.append(delta)
+    h = vjp = inputs = targets = None  # nothing here keeps alive what has been used
 
     # Backward, all microbatches, in the order in which module K has sent them.
-    for delta in deltas:
+    while deltas:
+        delta = deltas.pop(0)
         for k in reversed(range(K - 1)):
             grads_k, delta = parts.pulls[k](vjps[k].pop(0), put(delta, shardings[k]))
             totals[k] = parts.accumulates[k](totals[k], grads_k)
@@ -175,16 +180,6 @@ def step(
         batch_spec=state.batch_spec,
     )
     return state, Info(loss, tuple(totals) if return_grads else None, steps.named_norms(norms) | metrics)
-
-
-def check_microbatches(microbatches: Any) -> int:
-    """Raises ValueError where M is not a whole number, at least 1."""
-    if not isinstance(microbatches, numbers.Integral) or isinstance(microbatches, bool) or microbatches < 1:
-        raise ValueError(
-            f"microbatches = {microbatches!r} was given; it must be a whole number, at least 1, that divides the batch "
-            "size. 1 is back-propagation; M microbatches keep K devices busy for M / (M + K - 1) of the time."
-        )
-    return int(microbatches)
 
 
 def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None]) -> None:
@@ -254,7 +249,7 @@ def gpipe(
       >>> state.step, int(state.streams[0].count)
       (1, 2)
     """
-    setup, M = check_setup(stages, optimizer, placement), check_microbatches(microbatches)
+    setup, M = check_setup(stages, optimizer, placement), check_count("microbatches", microbatches, why=MICROBATCHES)
     parts = make_parts(setup, M, loss_fn, metrics_fn, donate=donate)
     return Algorithm(
         init=functools.partial(init, setup, M),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax.placement import replicated
-from fr_jax.types import Array, PyTree
+from fr_jax.types import Array, Batch, PyTree, Stage
 
 
 def where_example(chosen: Array, a: PyTree, b: PyTree) -> PyTree:
@@ -21,8 +22,10 @@ def move_due(due: Array, move: Callable, h: PyTree, *, skip: bool) -> PyTree:
     """``move(h)`` for the examples that are due; with ``skip``, nothing is computed where none is."""
     some = lambda h: where_example(due, move(h), h)
     skipping = lambda h: jax.lax.cond(due.any(), some, lambda h: h, h)
-    if skip and "conv_general_dilated" in str(jax.make_jaxpr(move)(h)):
-        # A CPU computes the gradient of a convolution 20 times slower inside a conditional (jax issue 12868).
+    has_convolution = skip and "conv_general_dilated" in str(jax.make_jaxpr(move)(h))
+    if (
+        has_convolution
+    ):  # A CPU computes the gradient of a convolution 20 times slower inside a conditional (jax issue 12868).
         return jax.lax.platform_dependent(h, cpu=some, default=skipping)
     return skipping(h) if skip else some(h)
 
@@ -42,3 +45,36 @@ def make_memory(every: int, sharding: Sharding | None, *, donate: bool) -> tuple
     here = replicated(sharding)
     recall = jax.jit(recall, donate_argnames="visits" if donate else (), out_shardings=(sharding, sharding, here))
     return recall, jax.jit(store, donate_argnames="cache" if donate else (), out_shardings=here)
+
+
+def wide(dtype: Any) -> Any:
+    """The type of gluing variables, whose small moves bfloat16 would round away: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def make_gluing(stage: Stage, *, if_due: bool) -> Stage:
+    """The stage with a wide output; ``if_due``, for ``(h, due)``: zeros, not computed, where no example is due."""
+
+    def apply(params: PyTree, model_state: PyTree, x: Any, /, **options: Any) -> tuple[PyTree, PyTree]:
+        def run(h: PyTree) -> tuple[PyTree, PyTree]:
+            h_out, new_state = stage.apply(params, model_state, h, **options)
+            return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), h_out), new_state
+
+        if not if_due:
+            return run(x)
+        h, due = x
+        none = lambda h: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, h))
+        return jax.lax.cond(due.any(), run, none, h)
+
+    return Stage(stage.init, apply)
+
+
+def check_index(cache_size: int | None, batch: Batch) -> None:
+    """Raises ValueError where something is kept for every example, and the batch does not say which these are."""
+    B, index = batch.inputs.shape[0], batch.index
+    if cache_size and (index is None or index.shape != (B,) or not jnp.issubdtype(index.dtype, jnp.integer)):
+        given = "no index" if index is None else f"an index {index.dtype} of shape {index.shape}"
+        raise ValueError(
+            f"the batch has {given}, and cache_size = {cache_size} keeps something for every example: pass "
+            f"fr_jax.Batch(inputs, targets, index), index ({B},) int32, the examples' places in the data set, from 0."
+        )

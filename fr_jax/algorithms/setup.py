@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -48,6 +49,13 @@ class Modules(NamedTuple):
     streams: tuple[KeyStream, ...]
     features: tuple[PyTree, ...]
     batch_spec: BatchSpec
+
+
+def check_count(name: str, value: Any, least: int = 1, why: str = "") -> int:
+    """A whole number from ``least`` on; raises ValueError, with ``why`` at the end of the message."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least {least}.{why}")
+    return int(value)
 
 
 def check_setup(stages: Sequence[Stage], optimizer: Optimizers, placement: Sequence[Sharding] | None) -> Setup:

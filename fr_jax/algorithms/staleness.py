@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms.setup import Optimizers, Setup
+from fr_jax.algorithms.setup import Optimizers, Setup, check_count
 from fr_jax.placement import replicated
 from fr_jax.types import Array, PyTree
 
@@ -33,11 +33,6 @@ __all__ = ["AccumulateState", "RememberUpdateState", "accumulate", "predicted", 
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(f"{optimizer!r} is no optax transformation, such as optax.sgd(0.1). Wrap several one by one.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least 1.")
 
 
 def shrink_gradients(optimizer: Optimizers, factor: float, K: int) -> tuple[optax.GradientTransformation, ...]:
@@ -68,7 +63,7 @@ def shrink_gradients(optimizer: Optimizers, factor: float, K: int) -> tuple[opta
       >>> [float(o.update(jnp.ones(()), o.init(jnp.ones(())))[0]) for o in (first, second)]
       [-0.5, -1.0]
     """
-    _check_count("K", K)
+    check_count("K", K)
     if not isinstance(factor, numbers.Real) or not 0 < factor <= 1:
         raise ValueError(f"factor = {factor!r} was given; it must be above 0 and at most 1, which is no shrinking.")
     one = isinstance(optimizer, optax.GradientTransformation) or not isinstance(optimizer, Sequence)
@@ -136,7 +131,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
       >>> float(optimizer.update(jnp.array(3.0), state)[0])
       -2.0
     """
-    _check_count("every", every)
+    check_count("every", every)
     _check_optimizer(optimizer)
     if every == 1:
         return optimizer

@@ -126,7 +126,7 @@ def make_train(
     """``(params, model_state, opt_state, streams, h_in, targets) -> Trained``: loss, gradients, updates in one pass.
 
     For the last module of a decoupled method (one stage), or for a whole network on one device (all stages).
-    ``keep_input``: ``h_in`` is not given back, because something else still reads it.
+    ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
     """
 
     def train(
@@ -170,7 +170,7 @@ def make_train(
 def make_forward(stage: Stage, *, input_gradient: bool) -> Callable:
     """``(params, model_state, stream, h_in) -> (h_out, vjp, model_state, count)``: a play that keeps its VJP.
 
-    ``vjp`` is a pytree: its leaves are the residuals (stored activations).
+    ``vjp`` is a pytree: its leaves are the residuals, stored activations and weights.
     """
 
     def forward(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
@@ -203,7 +203,8 @@ def make_update(
 ) -> Callable:
     """``(params, opt_state, grads) -> (params, opt_state, gradient_norm)``: one optimizer step, equation (2).
 
-    ``keep_params``: the old weights are not given back, because a stored VJP still reads them.
+    ``keep_params``: the old weights are not given back, because a stored VJP may share their buffers (that of jax 0.10
+    has copies, which nobody promises).
     """
 
     def update(params: PyTree, opt_state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree, Array]:

@@ -58,7 +58,8 @@ def report(home: Path, runs: Sequence[tuple[Entry, RunFolder]], dataset: Dataset
     rows = [_row(members) for members in lines.values()]
     done, device = sum(map(len, lines.values())), "; ".join(sorted({row["device"] for row in rows}))
     heading = f"{model} on {dataset.source}; {device}; {done} of {len(runs)} runs are over."
-    text = f"{heading}\n\n{table(rows)}"
+    notes = [note for note in dict.fromkeys(METHODS[row["method"]].note for row in rows) if note]
+    text = "\n\n".join([heading, table(rows), *notes])
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / "comparison.json", {"command": command, "data": dataset.source, "model": model, "lines": rows})
     write_atomically(home / "table.md", f"{text}\n\n    {command}\n".encode())
@@ -69,7 +70,8 @@ def report(home: Path, runs: Sequence[tuple[Entry, RunFolder]], dataset: Dataset
             for members, look in zip(lines.values(), colours, strict=True)
         ]
         title = f"{model} on {dataset.name}: {', '.join(dict.fromkeys(entry.method for entry, _ in runs))}"
-        plot_comparison(pictured, home / "comparison.png", title=title, data_source=dataset.source)
+        source = ". ".join([dataset.source, *notes])
+        plot_comparison(pictured, home / "comparison.png", title=title, data_source=source)
     return text
 
 

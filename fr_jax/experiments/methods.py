@@ -24,6 +24,7 @@ class Method(NamedTuple):
       work: what a stage does in a step, in units of its forward pass (a backward pass is 2): each stage k < K, and K.
       make: ``(settings, stages, loss_fn, optimizer, examples, num_classes, **common) -> Algorithm``; ``examples`` is
         the size of the training set.
+      note: what a reader of its training loss must know; empty for nothing.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Method(NamedTuple):
     own: Mapping[str, Any]
     work: Callable[[TrainSettings], tuple[float, float]]
     make: Callable[..., Algorithm]
+    note: str = ""
 
 
 def _fr(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
@@ -121,6 +123,7 @@ METHODS: dict[str, Method] = {
         own={"penalty": 1.0, "h_steps": 1, "h_learning_rate": 0.01, "cache": False, "h_every": 1},
         work=_blockprop_work,
         make=_blockprop,
+        note="BlockProp's training loss is taken at its gluing variables, where it is lower than the network's own.",
     ),
     "gpipe": Method(
         title="GPipe",

@@ -22,10 +22,9 @@ class Synthesizer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array | tuple[Array, Array], train: bool = True) -> Array:
-        h, labels = x if isinstance(x, tuple) else (x, None)
+        h, labels = _taken_apart(x, self.num_classes)
         y = h
-        if labels is not None:
-            assert self.num_classes is not None
+        if labels is not None and self.num_classes is not None:
             classes = jax.nn.one_hot(labels, self.num_classes, dtype=h.dtype)
             classes = classes.reshape(*labels.shape, *(1,) * (h.ndim - 1 - labels.ndim), self.num_classes)
             y = jnp.concatenate([h, jnp.broadcast_to(classes, (*h.shape[:-1], self.num_classes))], axis=-1)
@@ -44,6 +43,19 @@ class Synthesizer(nn.Module):
         return nn.Dense(features, use_bias=use_bias, **options)
 
 
+def _taken_apart(x: Array | tuple[Array, Array], num_classes: int | None) -> tuple[Array, Array | None]:
+    """``(h, labels)``; labels are None where the synthesizer does not see them."""
+    if isinstance(x, tuple) and len(x) == 2 and num_classes is not None:
+        return x
+    if isinstance(x, jax.Array) and num_classes is None:
+        return x, None
+    given = "(h, labels)" if isinstance(x, tuple) else "h alone" if isinstance(x, jax.Array) else f"{x!r}"
+    raise ValueError(
+        f"a synthesizer with num_classes = {num_classes} was given {given}. With label_conditioning=True make it by "
+        "synthesizer(num_classes), without by synthesizer(); a feature must be one array."
+    )
+
+
 def synthesizer(
     num_classes: int | None = None,
     dtype: jnp.dtype = jnp.float32,
@@ -51,7 +63,7 @@ def synthesizer(
     hidden: int | None = None,
     param_dtype: jnp.dtype = jnp.float32,
 ) -> Stage:
-    """The synthesizer M(h) of the features replay paper (section 5, after Jaderberg et al. 2016), for any feature.
+    """The synthesizer M(h) of the features replay paper (section 5, after Jaderberg et al. 2016).
 
     For images ``(B, H, W, C)``: two hidden 5×5 convolutions with padding 2, batch normalisation and ReLU, and a 5×5
     output convolution with padding 2. For vectors ``(B, C)`` and sequences ``(B, T, C)``: the same with dense layers.
@@ -69,7 +81,8 @@ def synthesizer(
       A stage whose output has the shape and dtype of ``h``.
 
     Raises:
-      ValueError: ``hidden`` or ``num_classes`` is less than 1.
+      ValueError: ``hidden`` or ``num_classes`` is less than 1; from the stage, labels where there is no
+        ``num_classes`` or the other way round, or a feature that is not one array.
 
     Example:
       >>> import jax, jax.numpy as jnp

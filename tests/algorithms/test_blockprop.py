@@ -3,6 +3,7 @@ import functools
 import chex
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -413,3 +414,22 @@ def test_a_wrong_index_is_refused(naive, data, index, complaint):
         algorithm.init(jax.random.key(0), batch._replace(index=index))
     with pytest.raises(ValueError, match=complaint):
         algorithm.step(state, batch._replace(index=index))
+
+
+def test_blocks_that_compute_in_bfloat16_still_learn():
+    """The moves of gluing variables are smaller than bfloat16's spacing, so these are float32, in the cache as well."""
+    rng = np.random.default_rng(0)
+    shapes = (16, 8), (16, 4)
+    inputs, targets = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    batch = fr.Batch(inputs, targets, jnp.arange(16, dtype=jnp.int32))
+    loss_fn = lambda y, z: ((y.astype(jnp.float32) - z) ** 2).sum(-1).mean()
+    grads = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        stages = fr.partition(fr.models.mlp(4, dtype, depth=3, width=32), (1, 2))
+        algorithm = fr.blockprop(stages, loss_fn, optax.sgd(0.1), cache_size=16, return_grads=True)
+        state, info = algorithm.step(algorithm.init(jax.random.key(0), batch), batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype("float32")}
+        grads[dtype] = [jax.flatten_util.ravel_pytree(g)[0].astype(jnp.float32) for g in info.grads]
+    for exact, rounded in zip(grads[jnp.float32], grads[jnp.bfloat16], strict=True):
+        cosine = exact @ rounded / jnp.linalg.norm(exact) / jnp.linalg.norm(rounded)
+        assert cosine > 0.95

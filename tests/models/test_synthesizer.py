@@ -54,6 +54,19 @@ def test_it_works_in_units_of_one_examples_loss():
     np.testing.assert_allclose(twice[:4], once / 2, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "feature", "given"),
+    [
+        (None, (jnp.ones((2, 3)), jnp.zeros(2, jnp.int32)), r"num_classes = None was given \(h, labels\)"),
+        (10, jnp.ones((2, 3)), "num_classes = 10 was given h alone. With label_conditioning=True"),
+        (None, {"a": jnp.ones((2, 3))}, "num_classes = None was given .*; a feature must be one array|one array"),
+    ],
+)
+def test_labels_without_classes_and_the_other_way_round(num_classes, feature, given):
+    with pytest.raises(ValueError, match=given):
+        synthesizer(num_classes).init(jax.random.key(0), feature)
+
+
 @pytest.mark.parametrize("wrong", [{"hidden": 0}, {"num_classes": 0}])
 def test_sizes_are_checked(wrong):
     with pytest.raises(ValueError, match="it must be at least 1, or None"):
