@@ -16,22 +16,8 @@ from fr_jax.experiments.methods import METHODS
 from fr_jax.training import data
 from fr_jax.training.metrics import read_rows
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--depth",
-    "3",
-    "--width",
-    "8",
-    "--steps",
-    "12",
-    "--checkpoint-every",
-    "5",
-    "--eval-every",
-    "12",
-    "--batch-size",
-    "16",
-]
+QUICK = ["--dataset=digits", "--depth=2", "--width=8", "--steps=12", "--checkpoint-every=5", "--eval-every=12"]
+QUICK += ["--batch-size=16"]
 # Every method, with the settings of its own that change what a state holds.
 RUNS = {
     "bp": ["--accumulate", "2"],
@@ -146,7 +132,7 @@ def test_auto_without_a_network_says_so_and_trains_on_digits(program, tmp_path, 
         raise requests.ConnectionError("no network in this test")
 
     monkeypatch.setattr(requests, "get", no_network)
-    quick = [word for word in QUICK if word not in ("--dataset", "digits")]
+    quick = [word for word in QUICK if word != "--dataset=digits"]
     code, out, _ = program("--K", 2, *quick, "--workdir", tmp_path / "run")
     assert code == 0 and "!!! NO MNIST" in out and "digits" in out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == "digits"
