@@ -172,7 +172,7 @@ def step(
     check_batch(state.batch_spec, batch)
     K, shardings = len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    synthesizers, streams, lessons = list(state.synthesizers), list(state.streams), []
+    synthesizers, streams, lessons, errors = list(state.synthesizers), list(state.streams), [], {}
     grads: list[PyTree | None] = [None] * K
     norms: list[Array | None] = [None] * K
     sent: list[PyTree] = [None] * K
@@ -200,7 +200,6 @@ def step(
     grads[-1], norms[-1], sent[-1] = top.grads and top.grads[0], top.gradient_norms[0], top.delta
 
     # Synthesizers learn from what the module above sent in this iteration.
-    errors = {}
     for k, (vjp_M, d) in enumerate(lessons):
         M_grads, errors[f"synthesizer_error/{k + 1}"] = parts.errors[k](vjp_M, d, put(sent[k + 1], shardings[k]))
         M_params, M_opt_state, _ = parts.learns[k](synthesizers[k].params, synthesizers[k].opt_state, M_grads)

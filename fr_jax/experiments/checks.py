@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from fr_jax.experiments.settings import PRESETS, SettingsError, SharedSettings, 
 from fr_jax.models import MODELS
 from fr_jax.training.data import DATASETS
 
-__all__ = ["check", "check_shared", "choice", "default_batch_size", "default_workdir", "differences", "resolve"]
+__all__ = [
+    "check",
+    "check_fit",
+    "check_shared",
+    "choice",
+    "default_batch_size",
+    "default_workdir",
+    "differences",
+    "resolve",
+]
 
 DTYPES = ("float32", "bfloat16")
 BALANCES = ("flops", "time", "uniform")
@@ -83,8 +93,8 @@ def choice(name: str, value: str, valid: Iterable[str]) -> None:
 def _check_ranges(settings: SharedSettings) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(settings, name, None)
-        if isinstance(value, int | float) and not value >= least:  # a comparison has tuples, checked run by run
-            raise SettingsError(f"{flag(name)} {value} is out of range; it must be at least {least}.")
+        if isinstance(value, int | float) and not least <= value < math.inf:  # tuples are checked run by run
+            raise SettingsError(f"{flag(name)} {value} is out of range; it must be at least {least}, and finite.")
     if settings.dropout_rate is not None and settings.dropout_rate >= 1:
         raise SettingsError(f"--dropout-rate {settings.dropout_rate} is out of range; it must be below 1.")
     if settings.gradient_shrinking is not None and not 0 < settings.gradient_shrinking <= 1:
@@ -92,8 +102,9 @@ def _check_ranges(settings: SharedSettings) -> None:
             f"--gradient-shrinking {settings.gradient_shrinking} is out of range; it must be above 0 and at most 1, "
             "which is none."
         )
-    if any(not milestone >= 0 for milestone in settings.milestones or ()):
-        raise SettingsError(f"--milestones {_text(list(settings.milestones or ()))} holds an epoch below 0; drop it.")
+    if any(not 0 <= milestone < math.inf for milestone in settings.milestones or ()):
+        text = _text(list(settings.milestones or ()))
+        raise SettingsError(f"--milestones {text} holds what is no epoch, 0 or more; drop it.")
 
 
 def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
@@ -103,6 +114,11 @@ def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
         if belongs_to and given(settings, field.name) and not {*methods, settings.model} & {*belongs_to}:
             kind, chosen = ("model", settings.model) if belongs_to[0] in MODELS else ("method", ", ".join(methods))
             value = getattr(settings, field.name)
+            if PRESETS.get(settings.preset or "", {}).get(field.name) == value:
+                raise SettingsError(
+                    f"--preset {settings.preset} sets {flag(field.name)}, a setting of --{kind} "
+                    f"{' and '.join(belongs_to)}, not of {chosen}. Choose {' or '.join(belongs_to)}, or drop --preset."
+                )
             raise SettingsError(
                 f"{flag(field.name)}{'' if value is True else f' {value}'} is a setting of --{kind} "
                 f"{' and '.join(belongs_to)}, not of {chosen}. Drop the flag."
@@ -153,6 +169,26 @@ def check(settings: TrainSettings) -> None:
         raise SettingsError(
             f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; "
             f"K stages need K-1 = {settings.K - 1} cuts."
+        )
+
+
+def check_fit(settings: TrainSettings, dataset: str, examples: int) -> None:
+    """Checks what depends on the data alone, before anything is built.
+
+    Raises:
+      SettingsError: a mini-batch is larger than the training set, or cannot be split as it must be.
+    """
+    batch_size = default_batch_size(settings, dataset)
+    if batch_size > examples:
+        raise SettingsError(
+            f"--batch-size {batch_size} is too large; it must be at most the {examples:,} training examples. "
+            f"Try {examples}."
+        )
+    parts = own_settings(settings, settings.method).get("microbatches", 1) * settings.data_parallel
+    if parts > settings.data_parallel and batch_size % parts:
+        raise SettingsError(
+            f"a mini-batch of {batch_size} cannot be split into {parts} equal parts, --microbatches times "
+            f"--data-parallel; --batch-size must be a multiple of {parts}. Try {max(1, batch_size // parts) * parts}."
         )
 
 

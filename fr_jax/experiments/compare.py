@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fr_jax.experiments import program
-from fr_jax.experiments.checks import check, check_shared, default_batch_size, differences, resolve
+from fr_jax.experiments.checks import check, check_fit, check_shared, default_batch_size, differences, resolve
 from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.comparison import Entry, report
 from fr_jax.experiments.methods import owners
 from fr_jax.experiments.session import make_layers, request_devices
-from fr_jax.experiments.settings import SettingsError, SharedSettings, TrainSettings, as_json, flag
+from fr_jax.experiments.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, as_json, flag
 from fr_jax.training import data
+from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.workdir import RunFolder, WorkdirError
 
 __all__ = ["CompareSettings", "main", "run"]
@@ -36,7 +37,7 @@ class Axes:
     """Numbers of modules."""
     seeds: tuple[int, ...] = (0,)
     """The table has the mean over them, and the spread."""
-    vary: tuple[str, ...] = ()
+    vary: tuple[str, ...] | None = None
     """One more setting and its values: --vary h-steps 1 2 4. Methods that do not have it run once."""
     learning_rates: tuple[str, ...] = ()
     """For single methods, before --learning-rate: --learning-rates bp=0.1 fr=0.05."""
@@ -114,6 +115,8 @@ def _learning_rates(settings: CompareSettings) -> dict[str, float]:
             rates[method] = float(rate)
         except ValueError:
             raise SettingsError(f"--learning-rates {word} is malformed; write METHOD=RATE, such as fr=0.05.") from None
+        if len(rates) < len(settings.learning_rates[: settings.learning_rates.index(word) + 1]):
+            raise SettingsError(f"--learning-rates names {method} twice; give one rate for each method.")
         if method not in settings.methods:
             chosen = " ".join(settings.methods)
             raise SettingsError(f"--learning-rates {word} names a method that is not compared: --methods {chosen}.")
@@ -122,10 +125,10 @@ def _learning_rates(settings: CompareSettings) -> dict[str, float]:
 
 def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
     """``[{setting: value}, ...]`` of --vary; one that changes nothing without it."""
-    if not settings.vary:
+    if settings.vary is None:
         return [{}]
-    name, *values = settings.vary
-    name = name.removeprefix("--").replace("-", "_")
+    name, *values = settings.vary or ("",)
+    name = name.replace("-", "_")
     known = [field.name for field in dataclasses.fields(SharedSettings) if field.name not in NOT_TO_VARY]
     if name not in known or not values:
         raise SettingsError(
@@ -136,14 +139,17 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
         raise SettingsError(
             f"--vary {settings.vary[0]} is a setting of {' and '.join(owners(name))}, not compared here. Drop it."
         )
-    if getattr(settings, name) != _unset(name):
+    preset = PRESETS.get(settings.preset or "", {}).get(name)
+    if getattr(settings, name) not in (_unset(name), preset) or (name == "learning_rate" and settings.learning_rates):
         raise SettingsError(f"{flag(name)} and --vary {settings.vary[0]} were both given. Drop one of them.")
-    parsed = [parse("compare", SharedSettings(), [flag(name), value]) for value in values]
-    return [{name: getattr(one, name)} for one in parsed]
+    parsed = [getattr(parse("compare", SharedSettings(), [flag(name), value]), name) for value in values]
+    if len(set(parsed)) < len(parsed):
+        raise SettingsError(f"--vary {' '.join(settings.vary)} names a value twice; give different ones.")
+    return [{name: value} for value in parsed]
 
 
 NOT_TO_VARY = {
-    *("dataset", "data_dir", "devices", "preset", "model"),
+    *("dataset", "data_dir", "devices", "preset", "model", "milestones"),
     *("eval_every", "checkpoint_every", "log_every"),
     *(field.name for field in dataclasses.fields(SharedSettings) if isinstance(field.default, bool)),
 }
@@ -167,8 +173,13 @@ def is_finished(folder: RunFolder, settings: TrainSettings, dataset: data.Datase
             f"{folder.path} holds a run with other settings: {'; '.join(different)}. Repeat its settings, use another "
             "--workdir, or start again with --overwrite."
         )
-    summary = folder.saved_summary()
-    return summary is not None and (summary["diverged"] or summary["steps"] >= (resolved.steps or 0))
+    summary, steps = folder.saved_summary(), resolved.steps or 0
+    if summary is not None and summary["steps"] > steps:
+        raise WorkdirError(
+            f"{folder.path} holds a run of {summary['steps']:,} steps, more than the {steps:,} asked for. Ask for as "
+            "many with --steps or --epochs, or use another --workdir."
+        )
+    return summary is not None and (summary["diverged"] or summary["steps"] == steps)
 
 
 def run(settings: CompareSettings) -> int:
@@ -181,35 +192,49 @@ def run(settings: CompareSettings) -> int:
       CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
     """
     planned = plan(settings)
-    request_devices(settings.devices or max(one.settings.K for one in planned) * settings.data_parallel)
+    wanted = max(one.settings.K * one.settings.data_parallel for one in planned)
+    request_devices(settings.devices or wanted)
     preferred = "mnist" if settings.model == "mlp" else "cifar10"
     dataset = data.load(settings.dataset, settings.data_dir, preferred=preferred)
     home = settings.workdir or Path("runs") / f"compare-{dataset.name}-{settings.model}"
-    folders = [RunFolder(home / one.name) for one in planned]
+    for one in planned:  # what cannot work is said before anything is trained
+        check_fit(one.settings, dataset.name, len(dataset.train_labels))
+        make_layers(one.settings, dataset.num_classes)
+        RunFolder(home / one.name).check_free(resume=True, overwrite=True)
+    if settings.overwrite:
+        for one in planned:
+            with RunFolder(home / one.name).locked():
+                RunFolder(home / one.name).clear()
+    over = {one.name for one in planned if is_finished(RunFolder(home / one.name), one.settings, dataset)}
     again = dataclasses.replace(settings, dataset=dataset.name, workdir=home, overwrite=False)
-    words = command("compare", CompareSettings(), again)
-    entries = [(one.entry, folder) for one, folder in zip(planned, folders, strict=True)]
-    over = [
-        not settings.overwrite and is_finished(folder, one.settings, dataset)
-        for one, folder in zip(planned, folders, strict=True)
-    ]
-    for one in planned:
-        make_layers(one.settings, dataset.num_classes)  # raises where K is too large, before anything is trained
-    this = Program("compare", preferred, TrainSettings())
-    for number, (one, folder, done) in enumerate(zip(planned, folders, over, strict=True), start=1):
-        print(f"[{number}/{len(planned)}] {one.name}{' is finished already.' if done else ''}", flush=True)
-        if done:
-            continue
-        resume = not settings.overwrite and folder.holds_run()
-        placed = dataclasses.replace(
-            one.settings, dataset=dataset.name, workdir=folder.path, resume=resume, overwrite=settings.overwrite
-        )
-        code = program.run(this, placed, dataset=dataset, again=words)
-        report(home, entries, dataset, settings.model, words)
-        if code not in (program.FINISHED, program.DIVERGED):
-            return code
-        print()
-    print(report(home, entries, dataset, settings.model, words))
+    return _train_all(planned, over, home, dataset, settings.model, command("compare", CompareSettings(), again))
+
+
+def _train_all(
+    planned: Sequence[Planned], over: Collection[str], home: Path, dataset: data.Dataset, model: str, again: str
+) -> int:
+    """One run after another, in this process; what they come to is written after each."""
+    entries = {one.name: one.entry for one in planned}
+    this = Program("compare", dataset.name, TrainSettings())
+    with StopRequest() as stop:
+        for number, one in enumerate(planned, start=1):
+            done = one.name in over
+            print(f"[{number}/{len(planned)}] {one.name}{' is finished already.' if done else ''}", flush=True)
+            if done:
+                continue
+            folder = RunFolder(home / one.name)
+            placed = dataclasses.replace(
+                one.settings, dataset=dataset.name, workdir=folder.path, resume=folder.holds_run()
+            )
+            code = program.run(this, placed, dataset=dataset, again=again, stop=stop)
+            report(home, entries, dataset, model, again)
+            if code not in (program.FINISHED, program.DIVERGED):
+                return code
+            if stop.signal is not None:
+                print(f"Stopped after {one.name}; everything is saved. Continue with\n  {again}")
+                return stop.exit_code
+            print()
+    print(report(home, entries, dataset, model, again))
     print(f"Picture: {home / 'comparison.png'}   table: {home / 'table.md'}   numbers: {home / 'comparison.json'}")
     return program.FINISHED
 

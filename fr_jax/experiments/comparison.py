@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from fr_jax.training.comparison_plot import Line, plot_comparison
 from fr_jax.training.data import Dataset
 from fr_jax.training.files import write_atomically
 from fr_jax.training.metrics import read_rows, write_json
-from fr_jax.training.workdir import RunFolder
+from fr_jax.training.plots import COLOURS
+from fr_jax.training.workdir import RunFolder, WorkdirError
 
 __all__ = ["Entry", "report"]
 
@@ -44,35 +46,89 @@ class Entry(NamedTuple):
         return f"{text}, {self.variant}" if self.variant else text
 
 
-def report(home: Path, runs: Sequence[tuple[Entry, RunFolder]], dataset: Dataset, model: str, command: str) -> str:
+class Run(NamedTuple):
+    """A run that is over: where it stands, its folder's name, what it was set to, how it ended, and its rows."""
+
+    entry: Entry
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: str, command: str) -> str:
     """Writes ``comparison.json``, ``table.md`` and ``comparison.png`` of the runs that are over; returns the table.
 
+    Runs of earlier comparisons in the same folder stay in the table.
+
+    Args:
+      home: the folder of the comparison.
+      planned: its runs, by the names of their folders.
+      dataset: the data.
+      model: the network's name.
+      command: what gives this comparison.
+
     Raises:
+      WorkdirError: a file of a run is damaged.
       OSError: the folder cannot be written.
     """
-    lines: dict[tuple, list[tuple[Entry, RunFolder, dict[str, Any]]]] = {}
-    for entry, folder in runs:
-        summary = folder.saved_summary()
-        if summary is not None:
-            lines.setdefault(entry.line, []).append((entry, folder, summary))
+    entries = {**_earlier(home), **planned}
+    runs = [run for name, entry in entries.items() if (run := _read(home, name, entry)) is not None]
+    lines: dict[tuple, list[Run]] = {}
+    for run in runs:
+        lines.setdefault(run.entry.line, []).append(run)
     rows = [_row(members) for members in lines.values()]
-    done, device = sum(map(len, lines.values())), "; ".join(sorted({row["device"] for row in rows}))
-    heading = f"{model} on {dataset.source}; {device}; {done} of {len(runs)} runs are over."
+    heading = f"{model} on {dataset.source}; {len(runs)} of {len(entries)} runs are over."
     notes = [note for note in dict.fromkeys(METHODS[row["method"]].note for row in rows) if note]
-    text = "\n\n".join([heading, table(rows), *notes])
+    text = "\n\n".join([heading, table(rows), " ".join([HOW_TO_READ, *notes])])
+    content = {
+        "command": command,
+        "data": dataset.source,
+        "model": model,
+        "runs": {run.name: list(run.entry) for run in runs},
+        "lines": rows,
+    }
     home.mkdir(parents=True, exist_ok=True)
-    write_json(home / "comparison.json", {"command": command, "data": dataset.source, "model": model, "lines": rows})
+    write_json(home / "comparison.json", content)
     write_atomically(home / "table.md", f"{text}\n\n    {command}\n".encode())
     if rows:
-        colours = _looks([members[0][0] for members in lines.values()])
+        looks = _looks([members[0].entry for members in lines.values()])
         pictured = [
-            Line(members[0][0].label, [read_rows(folder.metrics) for _, folder, _ in members], *look)
-            for members, look in zip(lines.values(), colours, strict=True)
+            Line(members[0].entry.label, [run.rows for run in members], *look)
+            for members, look in zip(lines.values(), looks, strict=True)
         ]
-        title = f"{model} on {dataset.name}: {', '.join(dict.fromkeys(entry.method for entry, _ in runs))}"
-        source = ". ".join([dataset.source, *notes])
-        plot_comparison(pictured, home / "comparison.png", title=title, data_source=source)
+        title = f"{model} on {dataset.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
+        plot_comparison(pictured, home / "comparison.png", title=title, data_source=". ".join([dataset.source, *notes]))
     return text
+
+
+HOW_TO_READ = (
+    "Errors are those on the test set after the last step, and at the best evaluation; the training loss is the mean "
+    "of the last tenth of its rows; seconds are those of training, compilation included; ± is the standard deviation "
+    "over seeds. Seeds that diverged are left out."
+)
+
+
+def _earlier(home: Path) -> dict[str, Entry]:
+    """The runs of the comparison that the folder holds, by the names of their folders."""
+    try:
+        saved = json.loads((home / "comparison.json").read_text())["runs"]
+        return {name: Entry(*values) for name, values in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # none yet, or none that can be read: it is written anew
+
+
+def _read(home: Path, name: str, entry: Entry) -> Run | None:
+    folder = RunFolder(home / name)
+    summary = folder.saved_summary()
+    if summary is None:
+        return None
+    try:
+        return Run(entry, name, folder.saved_config() or {}, summary, read_rows(folder.metrics))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"the metrics of {folder.path} cannot be read: {error}. Move that folder away, and the run is made again."
+        ) from None
 
 
 def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
@@ -80,7 +136,7 @@ def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     methods = list(dict.fromkeys(entry.method for entry in entries))
     most = max(sum(entry.method == method for entry in entries) for method in methods)
     if len(methods) <= 2 and most > 2:
-        return [(number, 0) for number in range(len(entries))]
+        return [(number % len(COLOURS), number // len(COLOURS)) for number in range(len(entries))]
     seen: dict[str, int] = {}
     looks = []
     for entry in entries:
@@ -89,21 +145,21 @@ def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     return looks
 
 
-def _row(members: Sequence[tuple[Entry, RunFolder, dict[str, Any]]]) -> dict[str, Any]:
+def _row(members: Sequence[Run]) -> dict[str, Any]:
     """One line of the table: over its seeds."""
-    entry, summaries = members[0][0], [summary for _, _, summary in members]
-    losses = [_last(read_rows(folder.metrics), "train_loss") for _, folder, _ in members]
+    entry, summaries = members[0].entry, [run.summary for run in members]
     return {
         "method": entry.method,
         "K": entry.K,
         "variant": entry.variant,
         "label": entry.label,
-        "seeds": [member.seed for member, _, _ in members],
+        "seeds": [run.entry.seed for run in members],
+        "learning_rate": members[0].config.get("learning_rate"),
         "steps": [summary["steps"] for summary in summaries],
         "diverged": [summary["diverged"] for summary in summaries],
         "test_error": [_error(summary["test_accuracy"]) for summary in summaries],
         "best_test_error": [_error(summary["best_test_accuracy"]) for summary in summaries],
-        "train_loss": losses,
+        "train_loss": [_last(run.rows, "train_loss") for run in members],
         "seconds": [summary["seconds"] for summary in summaries],
         "step_seconds_median": [summary["step_seconds_median"] for summary in summaries],
         "device": summaries[0]["device"],
@@ -123,16 +179,30 @@ def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The lines as a Markdown table, readable as plain text too."""
-    head = ("method", "test error %", "best %", "training loss", "seconds", "ms/step", "seeds")
+    head = (
+        "method",
+        "lr",
+        "test error %",
+        "best %",
+        "training loss",
+        "steps",
+        "seconds",
+        "ms/step",
+        "seeds",
+        "devices",
+    )
     body = [
         (
-            row["label"] + (" (diverged)" if any(row["diverged"]) else ""),
-            _spread(row["test_error"], 2),
-            _spread(row["best_test_error"], 2),
-            _spread(row["train_loss"], 4),
-            _spread(row["seconds"], 0),
-            _spread([s and 1000 * s for s in row["step_seconds_median"]], 1),
+            row["label"] + _divergences(row["diverged"]),
+            f"{row['learning_rate']:g}" if row["learning_rate"] is not None else "-",
+            _spread(row, "test_error", 2),
+            _spread(row, "best_test_error", 2),
+            _spread(row, "train_loss", 4),
+            f"{max(row['steps']):,}",
+            _spread(row, "seconds", 0),
+            _spread(row, "step_seconds_median", 1, scale=1000),
             str(len(row["seeds"])),
+            row["device"],
         )
         for row in rows
     ]
@@ -141,9 +211,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([join(head), "| " + " | ".join("-" * width for width in widths) + " |", *map(join, body)])
 
 
-def _spread(values: Sequence[float | None], digits: int) -> str:
-    """``mean ± standard deviation`` over the seeds that have a value."""
-    there = [value for value in values if value is not None]
+def _divergences(diverged: Sequence[bool]) -> str:
+    if not any(diverged):
+        return ""
+    return " (diverged)" if all(diverged) else f" ({sum(diverged)} of {len(diverged)} diverged)"
+
+
+def _spread(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    """``mean ± standard deviation`` over the seeds that did not diverge and have a value."""
+    there = [scale * v for v, off in zip(row[name], row["diverged"], strict=True) if v is not None and not off]
     if not there:
         return "-"
     mean = f"{statistics.fmean(there):.{digits}f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from fr_jax.experiments.checks import check, default_workdir, differences
+from fr_jax.experiments.checks import check, check_fit, default_workdir, differences
 from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.console import Console, announce
 from fr_jax.experiments.methods import METHODS
@@ -49,7 +50,12 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def run(
-    program: Program, settings: TrainSettings, *, dataset: data.Dataset | None = None, again: str | None = None
+    program: Program,
+    settings: TrainSettings,
+    *,
+    dataset: data.Dataset | None = None,
+    again: str | None = None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
@@ -58,6 +64,7 @@ def run(
       settings: of the run.
       dataset: the data, where they have been loaded already.
       again: the command that continues a run that is stopped, where it is not the program's own.
+      stop: an active request to stop, where several runs share one.
 
     Raises:
       ValueError: a setting cannot be used, data are missing, or the folder holds another run.
@@ -68,6 +75,7 @@ def run(
     if settings.workdir is not None:
         RunFolder(settings.workdir).check_free(resume=settings.resume, overwrite=settings.overwrite)
     dataset = dataset or data.load(settings.dataset, settings.data_dir, preferred=program.dataset)
+    check_fit(settings, dataset.name, len(dataset.train_labels))
     folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
     folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
     session = _build(settings, dataset, folder)
@@ -77,8 +85,8 @@ def run(
     if again is None:
         same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
         again = command(program.name, program.defaults, same)
-    with folder.locked():
-        return _train(session, folder, config, again)
+    with folder.locked(), contextlib.nullcontext(stop) if stop else StopRequest() as request:
+        return _train(session, folder, config, again, request)
 
 
 def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
@@ -112,10 +120,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str) -> int:
+def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str, stop: StopRequest) -> int:
     settings = session.settings
     state, totals = initial_state(session), Totals()
-    with Checkpoints(folder.checkpoints) as checkpoints, StopRequest() as stop:
+    with Checkpoints(folder.checkpoints) as checkpoints:
         if settings.resume:
             restored = checkpoints.restore(state)
             if restored is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS, Rows, curve, smoothed, time_unit
+from fr_jax.training.plots import COLOURS, Rows, curve, is_finite, smoothed, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,8 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) ->
         raise ValueError("no runs to compare: give at least one line.")
     from matplotlib.figure import Figure
 
-    columns = min(4, len(lines))
+    widest = max(len(line.label) for line in lines) + 13  # with "(× diverged)"
+    columns = max(1, min(len(lines), 190 // (widest + 6)))
     legend_rows = math.ceil(len(lines) / columns)
     height = 4.6 + 0.24 * legend_rows
     drawing = Figure(figsize=(14, height))
@@ -73,14 +74,14 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) ->
     drawing.text(0.5, 0.08 / height, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
     loss, clock, error = drawing.subplots(1, 3)
     unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
-    for line in lines:
+    for line in reversed(lines):  # the first, the baseline, on top
         _draw(loss, line, "train_loss", "epoch", 1.0)
         _draw(clock, line, "train_loss", "seconds", seconds)
         _draw(error, line, "test_accuracy", "epoch", 1.0)
     _finish(loss, "epoch", "training loss")
-    _finish(clock, f"training time ({unit})", "training loss")
+    _finish(clock, f"training time, compilation included ({unit})", "training loss")
     _finish(error, "epoch", "test error (%)")
-    handles, labels = loss.get_legend_handles_labels()
+    handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
     top = 1 - (0.5 + 0.24 * legend_rows) / height
     drawing.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, top), ncols=columns, frameon=False)
     drawing.subplots_adjust(left=0.05, right=0.99, bottom=0.78 / height, top=top - 0.02, wspace=0.17)
@@ -88,14 +89,29 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) ->
 
 
 def mean_over_runs(runs: Sequence[Rows], quantity: str, against: str) -> tuple[Mean, bool]:
-    """Row by row over the seeds, as far as the shortest run goes; and whether one diverged."""
-    curves = [curve(rows, quantity, against) for rows in runs]
-    n = min(len(one.x) for one in curves)
-    ys = np.stack([_shown(one.y[:n], quantity) for one in curves])
-    x = np.stack([one.x[:n] for one in curves]).mean(0)
+    """Step by step over the seeds, as far as each goes; and whether one diverged.
+
+    A step counts where all runs that reached it have a row: one that was resumed may have others than the rest.
+    """
+    points = [_points(rows, quantity, against) for rows in runs]
+    steps = []
+    for step in sorted(set().union(*points)):
+        reached = [own for own in points if own and max(own) >= step]
+        if all(step in own for own in reached):
+            steps.append([own[step] for own in reached])
+    x = np.array([np.mean([x for x, _ in there]) for there in steps])
+    ys = [[y for _, y in there] for there in steps]
+    mean, low, high = (np.array([f(y) for y in ys]) for f in (np.mean, np.min, np.max))
     # What diverges shows in the training loss.
     diverged = any(curve(rows, "train_loss", "epoch").diverged for rows in runs)
-    return Mean(x, ys.mean(0), ys.min(0), ys.max(0)), diverged
+    return Mean(x, mean, low, high), diverged
+
+
+def _points(rows: Rows, quantity: str, against: str) -> dict[int, tuple[float, float]]:
+    """Step -> (x, y), for the finite values."""
+    there = [row for row in rows if is_finite(row.get(quantity)) and is_finite(row.get(against))]
+    y = _shown(np.array([row[quantity] for row in there], float), quantity)
+    return {row["step"]: (row[against], value) for row, value in zip(there, y.tolist(), strict=True)}
 
 
 def _shown(y: np.ndarray, quantity: str) -> np.ndarray:
@@ -108,7 +124,8 @@ def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float) -> 
         "color": COLOURS[line.colour % len(COLOURS)],
         "linestyle": STROKES[line.stroke % len(STROKES)],
     }
-    few: dict[str, Any] = {"marker": "o", "markersize": 4} if quantity == "test_accuracy" and len(mean.x) <= 40 else {}
+    sparse = len(mean.x) == 1 or (quantity == "test_accuracy" and len(mean.x) <= 40)
+    few: dict[str, Any] = {"marker": "o", "markersize": 4} if sparse else {}
     label = f"{line.label} (× diverged)" if diverged else line.label
     axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
     if len(line.runs) > 1:

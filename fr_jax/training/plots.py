@@ -85,8 +85,8 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
 
 def curve(rows: Rows, quantity: str, against: str) -> Curve:
     """The finite points of ``quantity`` (``"train_loss"``) over ``against`` (``"epoch"`` or ``"seconds"``)."""
-    points = [(row[against], row[quantity]) for row in rows if quantity in row and _finite(row.get(against))]
-    finite = [(x, y) for x, y in points if _finite(y)]
+    points = [(row[against], row[quantity]) for row in rows if quantity in row and is_finite(row.get(against))]
+    finite = [(x, y) for x, y in points if is_finite(y)]
     x, y = np.asarray(finite, dtype=float).reshape(-1, 2).T
     return Curve(x, y, diverged=len(finite) < len(points))
 
@@ -102,7 +102,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a row has a value here that can be drawn."""
     return value is not None and math.isfinite(value)
 
 
@@ -182,6 +183,6 @@ def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
 
 def time_unit(runs: Mapping[str, Rows]) -> tuple[str, float]:
     """The largest unit of which the longest run lasted at least two."""
-    seconds = [row["seconds"] for rows in runs.values() for row in rows if _finite(row.get("seconds"))]
+    seconds = [row["seconds"] for rows in runs.values() for row in rows if is_finite(row.get("seconds"))]
     longest = max(seconds, default=0.0)
     return next(((name, size) for name, size in _TIME_UNITS if longest >= 2 * size), _TIME_UNITS[-1])

@@ -15,6 +15,9 @@ from fr_jax.training.metrics import read_rows, write_json
 __all__ = ["RunFolder", "WorkdirError"]
 
 
+SUMMARY = {"steps", "test_accuracy", "best_test_accuracy", "seconds", "step_seconds_median", "device", "diverged"}
+
+
 class WorkdirError(ValueError):
     """The folder cannot be used for this run; the message says what to do."""
 
@@ -53,9 +56,13 @@ class RunFolder:
         """How the run ended, if it did.
 
         Raises:
-          WorkdirError: summary.json is not readable.
+          WorkdirError: summary.json is not readable, or not whole.
         """
-        return _read_object(self.summary)
+        summary = _read_object(self.summary)
+        if summary is not None and not set(summary) >= SUMMARY:
+            missing = ", ".join(sorted(SUMMARY - set(summary)))
+            raise WorkdirError(f"{self.summary} lacks {missing}. Remove that file: continuing the run makes it again.")
+        return summary
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuses to mix two runs.
@@ -106,12 +113,16 @@ class RunFolder:
         """Makes the folder this run's: with ``overwrite`` the old run's files go first, a summary in any case."""
         self.summary.unlink(missing_ok=True)  # it says that a run is over
         if overwrite:
-            for path in (self.curves, self.metrics, self.config):
-                path.unlink(missing_ok=True)
-            for path in (self.checkpoints, self.profile, self.events):
-                shutil.rmtree(path, ignore_errors=True)
+            self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config, config)
+
+    def clear(self) -> None:
+        """Deletes the run that the folder holds, and nothing else."""
+        for path in (self.summary, self.curves, self.metrics, self.config):
+            path.unlink(missing_ok=True)
+        for path in (self.checkpoints, self.profile, self.events):
+            shutil.rmtree(path, ignore_errors=True)
 
     def check_same(self, config: Mapping[str, Any], differences: Callable[..., list[str]]) -> None:
         """Refuses to resume under settings that change the mathematics.

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from fr_jax.experiments import compare, program
 from fr_jax.experiments.compare import CompareSettings, plan
 from fr_jax.experiments.settings import SettingsError
+from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.metrics import read_rows
 
 QUICK = ["--model", "mlp", "--depth", "3", "--width", "8", "--dataset", "digits", "--batch-size", "16", "--steps", "12"]
@@ -62,6 +64,13 @@ def test_plan_varies_a_setting_where_it_is_one():
     assert [one.entry.label for one in runs] == ["back-propagation, momentum 0.0", "back-propagation, momentum 0.9"]
 
 
+def test_plan_varies_what_a_preset_sets():
+    settings = CompareSettings(
+        methods=("blockprop",), K=(2,), vary=("h-steps", "1", "2"), preset="blockprop", h_steps=4, depth=2, model="mlp"
+    )
+    assert [one.settings.h_steps for one in plan(settings)] == [1, 2]
+
+
 def test_plan_takes_learning_rates_by_method():
     runs = plan(CompareSettings(methods=("bp", "fr", "ddg"), learning_rate=0.3, learning_rates=("fr=0.1",)))
     assert [one.settings.learning_rate for one in runs] == [0.3, 0.1, 0.3]
@@ -79,6 +88,12 @@ def test_plan_takes_learning_rates_by_method():
         ({"vary": ("h-steps", "1")}, "--vary h-steps is a setting of blockprop, not compared here. Drop it"),
         ({"vary": ("momentum",)}, "--vary momentum needs a setting and its values, such as --vary h-steps 1 2 4"),
         ({"vary": ("workdir", "a")}, "--vary workdir a needs a setting .* It can be depth, width"),
+        ({"vary": ()}, "--vary  needs a setting and its values"),
+        ({"vary": ("momentum", "0.9", "0.90")}, "--vary momentum 0.9 0.90 names a value twice"),
+        ({"vary": ("learning-rate", "1"), "learning_rates": ("fr=0.1",)}, "--learning-rate and --vary learning-rate"),
+        ({"learning_rates": ("fr=0.1", "fr=0.2")}, "--learning-rates names fr twice"),
+        ({"preset": "blockprop", "h_steps": 4}, "--preset blockprop sets --h-steps, a setting of --method blockprop"),
+        ({"milestones": (float("inf"),)}, "--milestones inf holds what is no epoch"),
         ({"vary": ("momentum", "0.5"), "momentum": 0.1}, "--momentum and --vary momentum were both given"),
         ({"learning_rates": ("fr",)}, "--learning-rates fr is malformed; write METHOD=RATE"),
         ({"learning_rates": ("gpipe=0.1",)}, "--learning-rates gpipe=0.1 names a method that is not compared"),
@@ -128,6 +143,7 @@ def test_table_and_picture(compared):
         summary = json.loads(next(home.glob(f"{method}-K*-seed0/summary.json")).read_text())
         assert lines[method]["test_error"] == [pytest.approx(100 * (1 - summary["test_accuracy"]), abs=1e-3)]
         assert lines[method]["seconds"] == [summary["seconds"]]
+        assert lines[method]["learning_rate"] == 0.1
     table = (home / "table.md").read_text()
     assert "| DDG, K = 2 (diverged)" in table and "| features replay, K = 2 " in table
     assert f"{lines['fr']['test_error'][0]:.2f}" in table
@@ -180,6 +196,71 @@ def test_overwrite_starts_again(copy, run):
     code, _, err = run(*QUICK, *flags, "--workdir", copy)
     assert code == 0, err
     assert json.loads((copy / "bp-K1-seed0" / "config.json").read_text())["momentum"] == 0.5
+
+
+def test_overwrite_deletes_all_that_is_asked_for_at_once(copy, run, monkeypatch):
+    """So that what was stopped then goes on, and nothing old is taken for new."""
+    monkeypatch.setattr(program, "run", lambda *args, **kwargs: 130)
+    flags = ["--methods", "bp", "fr", "--K", "2", "--learning-rate", "0.2"]
+    assert run(*QUICK, *flags, "--workdir", copy, "--overwrite")[0] == 130
+    assert not list((copy / "bp-K1-seed0").iterdir()) and not list((copy / "fr-K2-seed0").iterdir())
+    assert (copy / "ddg-K2-seed0" / "summary.json").exists()
+    monkeypatch.undo()
+    code, _, err = run(*QUICK, *flags, "--workdir", copy)
+    assert code == 0, err
+
+
+def test_a_signal_in_the_last_step_of_a_run_stops_the_comparison(copy, run, monkeypatch):
+    def finish(*args: object, stop: StopRequest, **kwargs: object) -> int:
+        stop.signal = 2
+        return program.FINISHED
+
+    monkeypatch.setattr(program, "run", finish)
+    code, out, _ = run(*QUICK, "--methods", "bp", "fr", "--K", "2", "--seeds", "5", "--workdir", copy)
+    assert code == 130 and out.count("[1/2]") == 1 and "[2/2]" not in out
+    assert "Continue with\n  python -m fr_jax.experiments.compare" in out
+
+
+def test_a_longer_run_is_not_taken_for_a_shorter_one(copy, run):
+    flags = ["--methods", "bp", "--K", "2", "--learning-rate", "0.1", "--milestones", "1"]
+    quick = [word for word in QUICK if word not in ("--steps", "12")]
+    assert run(*quick, *flags, "--steps", 12, "--workdir", copy / "x")[0] == 0
+    code, _, err = run(*quick, *flags, "--steps", 6, "--workdir", copy / "x")
+    assert code == 2 and "holds a run of 12 steps, more than the 6 asked for" in err
+
+
+def test_an_earlier_comparison_in_the_folder_stays_in_the_table(compared, copy, run, monkeypatch):
+    monkeypatch.setattr(program, "run", lambda *args, **kwargs: pytest.fail("a finished run was repeated"))
+    flags = ["--methods", "bp", "--K", "2", "--learning-rate", "0.1"]
+    code, out, err = run(*QUICK, *flags, "--workdir", copy)
+    assert code == 0, err
+    assert "| features replay, K = 2" in out and "4 of 4 runs are over" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("summary.json", "{}", "summary.json lacks best_test_accuracy, device.* Remove that file"),
+        ("summary.json", "garbage", "summary.json cannot be read"),
+        ("metrics.jsonl", "garbage\n{}\n", "the metrics of .* cannot be read.* Move that folder away"),
+    ],
+)
+def test_damaged_files_are_named(compared, copy, run, name, content, complaint):
+    (copy / "fr-K2-seed0" / name).write_text(content)
+    code, _, err = run(*QUICK, *compared[1], "--workdir", copy)
+    assert code == 2 and re.search(complaint, err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--microbatches", 3], "a mini-batch of 16 cannot be split into 3 equal parts, .* Try 15"),
+        (["--batch-size", 5000], "--batch-size 5000 is too large; it must be at most the 1,433 training examples"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_said_before_anything_is_trained(run, tmp_path, flags, complaint):
+    code, _, err = run(*QUICK, "--methods", "bp", "gpipe", "--K", 2, *flags, "--workdir", tmp_path / "none")
+    assert code == 2 and re.search(complaint, err) and not (tmp_path / "none").exists()
 
 
 def test_too_large_a_K_is_named_before_anything_is_trained(run, tmp_path):
