@@ -296,7 +296,12 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run):
 
 
 @pytest.mark.parametrize(
-    ("placement", "remedy"), [("default", "predict"), ("K", "accumulate"), ("split over 2 each", "all three")]
+    ("placement", "remedy"),
+    [
+        pytest.param("default", "predict", marks=pytest.mark.slow),
+        pytest.param("K", "accumulate", marks=pytest.mark.slow),
+        ("split over 2 each", "all three"),
+    ],
 )
 def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, placement, remedy):
     kept, donated = (make(placement, REMEDIES[remedy], donate=donate) for donate in (False, True))
@@ -311,7 +316,14 @@ def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, pla
     chex.assert_trees_all_equal(numbers(a), numbers(b))
 
 
-@pytest.mark.parametrize(("placement", "donate"), [("default", False), ("K", True), ("split over 2 each", True)])
+@pytest.mark.parametrize(
+    ("placement", "donate"),
+    [
+        pytest.param("default", False, marks=pytest.mark.slow),
+        pytest.param("K", True, marks=pytest.mark.slow),
+        ("split over 2 each", True),
+    ],
+)
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_only_issues_work(make, make_batches, compilations, placement, donate):
     algorithm = make(placement, donate=donate)

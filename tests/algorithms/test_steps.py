@@ -40,6 +40,7 @@ METHODS = {
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
     "gpipe": functools.partial(fr.gpipe, microbatches=3),
 }
+SLOW_BLOCKPROP = pytest.param("blockprop", marks=pytest.mark.slow)  # the cached one goes the same ways
 LOCKED = {"blockprop", "blockprop-cached", "bp", "dni", "gpipe"}  # every module updates from the first iteration on
 K = 3
 # name -> a placement of K stages
@@ -90,7 +91,7 @@ def assert_each_module_is_on_its_devices(state, shardings):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", "blockprop", "blockprop-cached"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached"])
 def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
     batches = make_batches(8)
     runs, outputs = {}, {}
@@ -109,7 +110,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", "blockprop", "blockprop-cached"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached"])
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method, return_grads=True)
     batches = make_batches(K + 1)
@@ -134,7 +135,7 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         ("ddg", "split over 2 each"),
         ("dni", "default"),
         ("dni", "split over 2"),
-        ("blockprop", "default"),
+        pytest.param("blockprop", "default", marks=pytest.mark.slow),
         ("blockprop-cached", "default"),
         ("blockprop-cached", "split over 2"),
         ("gpipe", "K"),
@@ -198,7 +199,7 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         ("ddg", "split over 2 each", True),
         ("dni", "default", True),
         ("dni", "K", True),
-        ("blockprop", "K", True),
+        pytest.param("blockprop", "K", True, marks=pytest.mark.slow),
         ("blockprop-cached", "default", True),
         ("blockprop-cached", "K", False),
         ("gpipe", "K", False),

@@ -274,7 +274,7 @@ def test_resuming_for_fewer_steps_than_done_is_refused(program, copy):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--learning-rate", "0.1"], "--learning-rate is 0.1 and was 0.05"),
+        (["--learning-rate", "0.1"], "--learning-rate is 0.1 and was 0.01"),
         (["--K", "2"], "--K is 2 and was 3"),
         (["--model", "resnet20"], "--model is resnet20 and was mlp"),
         (["--batch-size", "32"], "--batch-size is 32 and was 64"),
@@ -375,7 +375,7 @@ def test_divergence(program, tmp_path, monkeypatch):
 
 
 def test_divergence_without_a_checkpoint(program, tmp_path):
-    code, _, err = program("--K", 1, *QUICK, "--learning-rate", "inf", "--workdir", tmp_path)
+    code, _, err = program("--K", 1, *QUICK, "--learning-rate", "1e38", "--workdir", tmp_path)
     assert code == 3 and "in stage 1 at step " in err and "there is no checkpoint yet" in err
     assert load(tmp_path / "summary.json")["test_accuracy"] is None
 

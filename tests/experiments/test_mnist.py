@@ -83,6 +83,7 @@ def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_device_and_data_parallelism(program, tmp_path, method):
     losses = {}
