@@ -22,10 +22,8 @@ def move_due(due: Array, move: Callable, h: PyTree, *, skip: bool) -> PyTree:
     """``move(h)`` for the examples that are due; with ``skip``, nothing is computed where none is."""
     some = lambda h: where_example(due, move(h), h)
     skipping = lambda h: jax.lax.cond(due.any(), some, lambda h: h, h)
-    has_convolution = skip and "conv_general_dilated" in str(jax.make_jaxpr(move)(h))
-    if (
-        has_convolution
-    ):  # A CPU computes the gradient of a convolution 20 times slower inside a conditional (jax issue 12868).
+    if skip and "conv_general_dilated" in str(jax.make_jaxpr(move)(h)):
+        # A CPU computes the gradient of a convolution 20 times slower inside a conditional (jax issue 12868).
         return jax.lax.platform_dependent(h, cpu=some, default=skipping)
     return skipping(h) if skip else some(h)
 

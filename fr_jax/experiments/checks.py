@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS, own_settings, owners
+from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS, own_defaults, own_settings, owners
 from fr_jax.experiments.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, flag, from_json, given
 from fr_jax.models import MODELS
 from fr_jax.training.data import DATASETS
@@ -237,10 +237,10 @@ def default_workdir(settings: TrainSettings, dataset: str) -> Path:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that enter the mathematics and differ between a saved run and this call, as readable text."""
     names = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in HOW_NOT_WHAT]
-    chosen = {now.get("method"), now.get("model")}
+    chosen = {now["method"], now["model"]}
     names = [name for name in names if not owners(name) or chosen & {*owners(name)}]
     # Where the saved run knew nothing of a setting, it did what is the default today.
-    own = own_defaults(now)
+    own = own_defaults(now["method"], now["model"])
     old = {name: from_json(saved, name) for name in names} | {"resolved_cuts": saved.get("resolved_cuts")}
     old = {name: own.get(name) if value is None else value for name, value in old.items()}
     texts = {
@@ -251,12 +251,6 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if list(texts) == ["milestones"]:
         texts["milestones"] += f" (to train for longer, add --milestones {_text(saved['milestones'])})"
     return list(texts.values())
-
-
-def own_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of the settings that the method and the model of a configuration have."""
-    method, model = config.get("method", ""), config.get("model", "")
-    return {**(METHODS[method].own if method in METHODS else {}), **MODEL_SETTINGS.get(model, {})}
 
 
 def _text(value: Any) -> str:

@@ -144,8 +144,13 @@ def owners(name: str) -> list[str]:
     return methods or [model for model, own in MODEL_SETTINGS.items() if name in own]
 
 
+def own_defaults(method: str, model: str) -> dict[str, Any]:
+    """The defaults of the settings that belong to the method or to the model."""
+    return {**METHODS[method].own, **MODEL_SETTINGS.get(model, {})}
+
+
 def own_settings(settings: SharedSettings, method: str) -> dict[str, Any]:
     """The settings that belong to the method or to the model, as given or by default."""
-    own = {**METHODS[method].own, **MODEL_SETTINGS.get(settings.model, {})}
+    own = own_defaults(method, settings.model)
     chosen = {name: getattr(settings, name) for name in own}
     return {name: own[name] if value is None else value for name, value in chosen.items()}
