@@ -111,12 +111,38 @@ def put(x: PyTree, sharding: Sharding | None) -> PyTree:
     """Sends ``x`` to a stage, without waiting; where ``sharding`` is None it stays where it is.
 
     A NumPy array is copied: JAX may share its memory, and a history still reads it when the caller has long since
-    written the next batch there.
+    written the next batch there. In a run of several processes all of them must call this for the same array.
     """
 
     def put_leaf(leaf: Array) -> Array:
         if not isinstance(leaf, jax.Array):
             return jax.device_put(np.array(leaf), sharding)
-        return leaf if sharding is None else jax.device_put(leaf, sharding)
+        if sharding is None:
+            return leaf
+        if leaf.is_fully_addressable or sharding.is_fully_addressable or leaf.sharding == sharding:
+            return jax.device_put(leaf, sharding)
+        return _put_among_processes(leaf, sharding)
 
     return jax.tree.map(put_leaf, x)
+
+
+def _put_among_processes(leaf: Array, sharding: Sharding) -> Array:
+    """``device_put`` where this process has not all devices of either side.
+
+    Between the devices of one and the same process JAX (0.10.2) refuses it to every other process, although these have
+    nothing to do: each moves what it holds, which may be nothing, and remembers where the rest is.
+    """
+    before, after = leaf.sharding.device_set, sharding.device_set
+    processes = [{device.process_index for device in devices} for devices in (before, after)]
+    if before == after or processes[0] != processes[1]:
+        return jax.device_put(leaf, sharding)
+    held = {repr(shard.index): shard.data for shard in leaf.addressable_shards}
+    wanted = sharding.addressable_devices_indices_map(leaf.shape)
+    if missing := [device for device, index in wanted.items() if repr(index) not in held]:
+        raise ValueError(
+            f"an array over the devices {sorted(before, key=str)} cannot be sent to {sorted(after, key=str)}: "
+            f"{missing[0]} needs a part that its process does not hold. Give every stage the same number of devices, "
+            "split over the processes in the same way."
+        )
+    moved = [jax.device_put(held[repr(index)], device) for device, index in wanted.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, moved, dtype=leaf.dtype)

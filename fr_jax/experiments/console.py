@@ -15,7 +15,7 @@ from fr_jax.experiments.session import Session, stage_work
 from fr_jax.training.classification import Score
 from fr_jax.training.metrics import MetricsLog
 
-__all__ = ["Console", "announce", "device_name", "stage_table"]
+__all__ = ["Console", "Silent", "announce", "device_name", "stage_table"]
 
 
 def stage_table(session: Session, state: Any) -> str:
@@ -106,3 +106,19 @@ class Console:
     def _write(self, step: int, **values: float) -> None:
         epoch = round(step / self._per_epoch, 6)
         self._log.write({"step": step, "epoch": epoch, **values, "dataset": self._session.dataset.name})
+
+
+class Silent:
+    """The ``Reporter`` of the processes that do not report."""
+
+    def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None:
+        """A training row is complete."""
+
+    def test(self, step: int, score: Score, seconds: float) -> None:
+        """The network was evaluated."""
+
+    def advanced(self, step: int) -> None:
+        """A step's metrics were read."""
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is complete."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from fr_jax import distributed
+from fr_jax.distributed import GroupError
+from fr_jax.experiments import processes
 from fr_jax.experiments.checks import check, check_fit, default_workdir, differences
 from fr_jax.experiments.command_line import Program, command, parse
-from fr_jax.experiments.console import Console, announce
+from fr_jax.experiments.console import Console, Silent, announce
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
 from fr_jax.experiments.settings import SettingsError, TrainSettings, as_json
@@ -24,6 +28,7 @@ from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Schedule, Totals, train
 from fr_jax.training.metrics import MetricsLog, read_rows, write_json
 from fr_jax.training.plots import plot_curves
+from fr_jax.training.reader import Reporter
 from fr_jax.training.workdir import RunFolder, WorkdirError
 
 __all__ = ["exit_code", "main", "run"]
@@ -41,12 +46,17 @@ def exit_code(work: Callable[[], int]) -> int:
     """Does the work; an error that its user can mend is one message and an exit code."""
     try:
         return work()
+    except GroupError as error:
+        return error.exit_code if error.said else _fail(error, error.exit_code)
     except (SettingsError, data.DataError, WorkdirError) as error:
         return _fail(error, BAD_ARGUMENTS)
     except (CheckpointError, OSError) as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
         return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
+    except BaseException:
+        distributed.group().fail(FAILED)
+        raise
 
 
 def run(
@@ -59,6 +69,8 @@ def run(
 ) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
+    In a run of several processes each calls this with the same settings, and process 0 alone uses the folder.
+
     Args:
       program: whose run it is.
       settings: of the run.
@@ -68,30 +80,38 @@ def run(
 
     Raises:
       ValueError: a setting cannot be used, data are missing, or the folder holds another run.
+      GroupError: the processes of a run of several do not find each other, or one of them failed.
       CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
     """
     check(settings)
-    request_devices(settings.devices or settings.K * settings.data_parallel)
+    processes.join(settings)
+    group = distributed.group()
+    request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
     if settings.workdir is not None:
-        RunFolder(settings.workdir).check_free(resume=settings.resume, overwrite=settings.overwrite)
-    dataset = dataset or data.load(settings.dataset, settings.data_dir, preferred=program.dataset)
+        early = RunFolder(settings.workdir)
+        group.from_first(lambda: early.check_free(resume=settings.resume, overwrite=settings.overwrite))
+    dataset = dataset or processes.load_data(settings, program.dataset)
     check_fit(settings, dataset.name, len(dataset.train_labels))
     folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
-    folder.check_free(resume=settings.resume, overwrite=settings.overwrite)
+    group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
     session = _build(settings, dataset, folder)
     config = make_config(session)
+    processes.check_same_settings(config)
     if settings.resume:
-        folder.check_same(config, differences)
+        group.from_first(lambda: folder.check_same(config, differences))
     if again is None:
         same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
-        again = command(program.name, program.defaults, same)
-    with folder.locked(), contextlib.nullcontext(stop) if stop else StopRequest() as request:
-        return _train(session, folder, config, again, request)
+        again = processes.launched(command(program.name, program.defaults, same))
+    lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
+    with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
+        code = _train(session, folder, config, again, request)
+        group.exchange(code)  # nobody leaves while process 0 still draws
+        return code
 
 
 def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
     """The session; a run that is resumed keeps its cuts, unless others were given."""
-    saved = (folder.saved_config() if settings.resume else None) or {}
+    saved = distributed.group().from_first(lambda: folder.saved_config() if settings.resume else None) or {}
     same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
     cuts = saved.get("resolved_cuts") if same_network and settings.cuts is None else None
     try:
@@ -121,39 +141,37 @@ def _version(package: str) -> str | None:
 
 
 def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str, stop: StopRequest) -> int:
-    settings = session.settings
+    settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
     state, totals = initial_state(session), Totals()
     with Checkpoints(folder.checkpoints) as checkpoints:
         if settings.resume:
             restored = checkpoints.restore(state)
             if restored is None:
-                print(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
+                say(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
             else:
                 state, totals = restored.state, Totals(**restored.metadata["totals"])
-                if is_over(folder, state.step, settings):
+                step = restored.step
+                if group.from_first(lambda: is_over(folder, step, settings)):
                     return FINISHED
-                print(f"Resuming after step {state.step:,} of {settings.steps:,}.")
-        folder.claim(config, overwrite=settings.overwrite)
-        print(announce(session, state), flush=True)
-        events = folder.events if settings.tensorboard else None
-        resume_step = state.step if settings.resume else None
-        with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
-            console = Console(session, log, state.step)
-            try:
-                outcome = train(
-                    session.algorithm,
-                    state,
-                    session.pipeline,
-                    make_schedule(session, folder),
-                    report=console,
-                    checkpoints=checkpoints,
-                    metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
-                    totals=totals,
-                    stop=stop,
-                )
-            finally:
-                console.close()
-        if stop.signal is not None and not outcome.finished and outcome.divergence is None:
+                say(f"Resuming after step {step:,} of {settings.steps:,}.")
+        group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
+        say(announce(session, state), flush=True)
+        with reporting(session, folder, state.step) as report:
+            outcome = train(
+                session.algorithm,
+                state,
+                session.pipeline,
+                make_schedule(session, folder),
+                report=report,
+                checkpoints=checkpoints,
+                metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
+                totals=totals,
+                stop=stop,
+            )
+        stopped = stop.signal is not None and not outcome.finished and outcome.divergence is None
+        if not distributed.is_first():
+            return stop.exit_code if stopped else DIVERGED if outcome.divergence is not None else FINISHED
+        if stopped:
             draw(session, folder)
             print(
                 f"Stopped after step {outcome.step:,} of {settings.steps:,}; everything is saved. Continue with\n"
@@ -161,6 +179,27 @@ def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: s
             )
             return stop.exit_code
         return _close(session, folder, outcome, checkpoints)
+
+
+@contextlib.contextmanager
+def reporting(session: Session, folder: RunFolder, first_step: int) -> Iterator[Reporter]:
+    """Who hears of the run: in process 0 the screen and the folder's files, in the others nobody."""
+    if not distributed.is_first():
+        yield Silent()
+        return
+    settings = session.settings
+    events = folder.events if settings.tensorboard else None
+    resume_step = first_step if settings.resume else None
+    with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
+        console = Console(session, log, first_step)
+        try:
+            yield console
+        finally:
+            console.close()
+
+
+def _say_nothing(*text: object, flush: bool = False) -> None:
+    pass
 
 
 def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
@@ -196,7 +235,7 @@ def make_schedule(session: Session, folder: RunFolder) -> Schedule:
         eval_every=s.eval_every,
         checkpoint_every=s.checkpoint_every,
         ahead=2 * s.K,
-        profile=folder.profile if s.profile else None,
+        profile=folder.profile if s.profile and distributed.is_first() else None,
     )
 
 
@@ -253,5 +292,6 @@ def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
 
 
 def _fail(message: object, code: int) -> int:
+    distributed.group().fail(code)
     print(f"fr_jax: {message}", file=sys.stderr)
     return code

@@ -13,8 +13,11 @@ import optax
 from jax.sharding import Sharding
 
 import fr_jax as fr
+from fr_jax import distributed
 from fr_jax.experiments.checks import default_batch_size, resolve
+from fr_jax.experiments.cuts import NetworkCosts, choose_cuts, network_costs, stage_costs
 from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS, own_settings
+from fr_jax.experiments.processes import choose_devices
 from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training.augment import InputPipeline, input_pipeline
 from fr_jax.training.classification import cross_entropy, training_metrics
@@ -22,8 +25,6 @@ from fr_jax.training.data import Dataset
 from fr_jax.types import Algorithm, Batch, Stage
 
 __all__ = ["Session", "build", "request_devices"]
-
-FLOPS_OF_FORWARD_AND_VJP = 3.0
 
 
 class Session(NamedTuple):
@@ -34,7 +35,7 @@ class Session(NamedTuple):
       dataset: the images.
       pipeline: makes mini-batches on the first stage's device.
       layers: the network.
-      costs: forward and vector-Jacobian product of each layer, in FLOPs of a mini-batch.
+      costs: of the layers, in FLOPs of a mini-batch.
       cuts: where the layers are cut.
       placement: one sharding a stage.
       algorithm: the method.
@@ -44,7 +45,7 @@ class Session(NamedTuple):
     dataset: Dataset
     pipeline: InputPipeline
     layers: list[Stage]
-    costs: list[float]
+    costs: NetworkCosts
     cuts: tuple[int, ...]
     placement: tuple[Sharding, ...]
     algorithm: Algorithm
@@ -56,21 +57,6 @@ def request_devices(wanted: int) -> None:
     with contextlib.suppress(RuntimeError, ValueError):  # the backend is up already: use what there is
         if config.jax_num_cpu_devices < wanted:
             config.update("jax_num_cpu_devices", wanted)
-
-
-def choose_devices(settings: TrainSettings) -> list[jax.Device]:
-    """The devices of a run.
-
-    Raises:
-      SettingsError: more were asked for than there are.
-    """
-    available = jax.devices()
-    if settings.devices is not None and settings.devices > len(available):
-        raise SettingsError(
-            f"--devices {settings.devices} were asked for; JAX sees {len(available)} ({available[0].platform}). "
-            f"Use at most {len(available)}: stages share devices round robin."
-        )
-    return available[: settings.devices or settings.K * settings.data_parallel]
 
 
 def build(settings: TrainSettings, dataset: Dataset, saved_cuts: Sequence[int] | None = None) -> Session:
@@ -91,10 +77,21 @@ def build(settings: TrainSettings, dataset: Dataset, saved_cuts: Sequence[int] |
     pipeline = input_pipeline(dataset, batch_size, seed=settings.seed, sharding=placement[0])
     settings = resolve(settings, dataset.name, batch_size, pipeline.steps_per_epoch)
     example = jax.ShapeDtypeStruct((batch_size, *dataset.train_images.shape[1:]), jnp.float32)
-    costs = fr.layer_costs(layers, example)
-    cuts = tuple(saved_cuts) if saved_cuts is not None else choose_cuts(settings, layers, costs, example)
+    costs = network_costs(settings, layers, example)
+    if saved_cuts is None:  # where times are measured, all processes must use the same
+        saved_cuts = distributed.group().from_first(lambda: _cuts(settings, layers, costs, example))
+    cuts = tuple(saved_cuts)
     algorithm = make_algorithm(settings, fr.partition(layers, cuts), placement, pipeline.steps_per_epoch, dataset)
     return Session(settings, dataset, pipeline, layers, costs, cuts, placement, algorithm)
+
+
+def _cuts(
+    settings: TrainSettings, layers: list[Stage], costs: NetworkCosts, example: jax.ShapeDtypeStruct
+) -> tuple[int, ...]:
+    """By the counted costs, or by times measured now on one device's share of a mini-batch."""
+    rows = max(1, example.shape[0] // settings.data_parallel)
+    share = jax.ShapeDtypeStruct((rows, *example.shape[1:]), example.dtype)
+    return choose_cuts(settings, layers, share, costs if settings.balance == "flops" else None)
 
 
 def make_layers(settings: TrainSettings, num_classes: int) -> list[Stage]:
@@ -113,27 +110,9 @@ def make_layers(settings: TrainSettings, num_classes: int) -> list[Stage]:
     return layers
 
 
-def choose_cuts(
-    settings: TrainSettings, layers: list[Stage], costs: list[float], example: jax.ShapeDtypeStruct
-) -> tuple[int, ...]:
-    """Explicit cuts, equal numbers of layers, or the cuts that minimise the slowest stage."""
-    if settings.cuts is not None:
-        return settings.cuts
-    if settings.balance == "uniform":
-        return tuple(round(len(layers) * k / settings.K) for k in range(1, settings.K))
-    if settings.balance == "time":
-        costs = fr.layer_costs(layers, example, measure="time")
-    inner, last = METHODS[settings.method].work(settings)
-    return fr.balance(costs, settings.K, last_stage_weight=last / inner)
-
-
 def stage_work(session: Session) -> list[float]:
     """FLOPs that each stage does for one step of the method."""
-    inner, last = METHODS[session.settings.method].work(session.settings)
-    bounds = (0, *session.cuts, len(session.layers))
-    sums = [sum(session.costs[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    units = [inner] * (len(sums) - 1) + [last]
-    return [cost * unit / FLOPS_OF_FORWARD_AND_VJP for cost, unit in zip(sums, units, strict=True)]
+    return stage_costs(session.settings, session.costs, session.cuts)
 
 
 def learning_rate_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PRESETS", "RunSettings", "SettingsError", "SharedSettings", "TrainSettings", "as_json", "flag", "given"]
+__all__ = [
+    "PRESETS",
+    "ProcessSettings",
+    "RunSettings",
+    "SettingsError",
+    "SharedSettings",
+    "TrainSettings",
+    "as_json",
+    "flag",
+    "given",
+]
 
 
 class SettingsError(ValueError):
@@ -116,7 +126,23 @@ class SharedSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings(SharedSettings, RunSettings):
+class ProcessSettings:
+    """Which process of a run of several this is; ``python -m fr_jax.launch`` makes them on one machine."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a run of several processes started by hand; stages are spread over all of them."""
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: which one this is, from 0. Process 0 prints and writes; the others need no --workdir."""
+    distributed: bool = False
+    """Find the other processes from SLURM, Open MPI or Kubernetes."""
+    heartbeat: int = 60
+    """Seconds without a sign of life of one process after which the others end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(SharedSettings, RunSettings, ProcessSettings):
     """Train an image classifier as K decoupled modules, one device each.
 
     Results go to a folder of their own (--workdir): config.json, metrics.jsonl, curves.png, summary.json, checkpoints/.

@@ -12,7 +12,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from fr_jax.placement import place
 from fr_jax.training.data import Dataset
+from fr_jax.training.transfer import put_whole
 from fr_jax.types import Array, Batch
 
 __all__ = ["InputPipeline", "input_pipeline"]
@@ -104,9 +106,9 @@ def _train_batches(
     whole: Sharding,
     rows: Sharding,
 ) -> Callable[[int], Batch]:
-    images = jax.device_put(dataset.train_images, whole)
-    labels = jax.device_put(dataset.train_labels, whole)
-    key = jax.device_put(jax.random.key(seed), whole)
+    images = put_whole(dataset.train_images, whole)
+    labels = put_whole(dataset.train_labels, whole)
+    key = place(jax.random.key(seed), whole)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def shuffled(key: Array, epoch: Array) -> Array:
@@ -114,11 +116,11 @@ def _train_batches(
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Array:
-        return shuffled(key, jax.device_put(np.uint32(epoch), whole))
+        return shuffled(key, put_whole(np.uint32(epoch), whole))
 
     @functools.partial(jax.jit, out_shardings=rows)
-    def gather(images: Array, labels: Array, order: Array, key: Array, place: Array) -> Batch:
-        epoch, batch = place
+    def gather(images: Array, labels: Array, order: Array, key: Array, where: Array) -> Batch:
+        epoch, batch = where
         start = batch.astype(jnp.int32) * batch_size
         index = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (start,), (batch_size,)), rows)
         if crop or flip:
@@ -133,8 +135,8 @@ def _train_batches(
 
     def train_batch(step: int) -> Batch:
         epoch, batch = divmod(step, steps_per_epoch)
-        place = jax.device_put(np.array([epoch, batch], np.uint32), whole)
-        return gather(images, labels, order(epoch), key, place)
+        where = put_whole(np.array([epoch, batch], np.uint32), whole)
+        return gather(images, labels, order(epoch), key, where)
 
     return train_batch
 
@@ -144,9 +146,9 @@ def _test_batches(
 ) -> Callable[[], Iterator[tuple[Batch, int]]]:
     count = len(dataset.test_labels)
     fill = -count % batch_size
-    images = jax.device_put(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole)
-    labels = jax.device_put(np.pad(dataset.test_labels, (0, fill)), whole)
-    index = jax.device_put(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole)
+    images = put_whole(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole)
+    labels = put_whole(np.pad(dataset.test_labels, (0, fill)), whole)
+    index = put_whole(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole)
 
     @functools.partial(jax.jit, out_shardings=rows)
     def cut(images: Array, labels: Array, index: Array, start: Array) -> Batch:
@@ -158,7 +160,7 @@ def _test_batches(
 
     def test_batches() -> Iterator[tuple[Batch, int]]:
         for start in range(0, count, batch_size):
-            batch = cut(images, labels, index, jax.device_put(np.int32(start), whole))
+            batch = cut(images, labels, index, put_whole(np.int32(start), whole))
             yield batch, min(batch_size, count - start)
 
     return test_batches

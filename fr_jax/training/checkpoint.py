@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fr_jax import distributed
 from fr_jax.training.files import free_space, is_disk_full, rename_free
 from fr_jax.training.orbax_calls import quiet_orbax
 from fr_jax.training.saved_state import (
     CheckpointError,
     Damaged,
     array_names,
+    check_arrays,
     check_fit,
     check_index,
     pack,
@@ -51,7 +53,8 @@ class Checkpoints:
     A state is stored as a flat dictionary of readable names (``"params/0/Conv_0/kernel"``), so a file does not depend
     on Python classes. Each leaf carries a checksum. Only ``save`` changes the folder; ``restore`` and ``steps`` read.
     Room for ``keep + 1`` checkpoints is needed, since the oldest goes only when the newest is complete. Saving and
-    restoring each cost about half a millisecond a leaf, whatever its size.
+    restoring each cost about half a millisecond a leaf, whatever its size. In a run of several processes all must call
+    ``save`` and ``restore``; process 0 reads and writes the folder, and the others do not need it.
 
     Args:
       directory: the folder, made by the first ``save``.
@@ -105,7 +108,7 @@ class Checkpoints:
 
         Args:
           step: the number of steps done, at least 0.
-          state: any pytree of arrays (of this process), typed keys, numbers, booleans and strings.
+          state: any pytree of arrays, typed keys, numbers, booleans and strings.
           metadata: what else a later run needs to know, as JSON.
 
         Raises:
@@ -114,6 +117,9 @@ class Checkpoints:
           TypeError: for metadata that JSON cannot hold.
         """
         arrays, index = pack(step, state, metadata)
+        distributed.group().from_first(lambda: self._save(step, arrays, index))
+
+    def _save(self, step: int, arrays: dict[str, np.ndarray], index: dict[str, Any]) -> None:
         newer = [known for known in self.steps() if known > step and known not in self._damaged]
         if newer:
             raise CheckpointError(
@@ -143,12 +149,25 @@ class Checkpoints:
         Raises:
           CheckpointError: all checkpoints are damaged, or a sound one does not fit the template.
         """
+        read: list[Any] = []
+
+        def find() -> list[Any]:
+            read.extend(self._newest(template) or ())
+            return read[:2]
+
+        if not (found := distributed.group().from_first(find)):
+            return None
+        step, index = found
+        return Restored(unpack(index, read[2] if read else {}, template), index["metadata"], step)
+
+    def _newest(self, template: PyTree) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
+        """Step, index and arrays of the newest checkpoint that holds."""
         steps = self.steps()
         self._name_leftovers()
         for at in reversed(range(len(steps))):
             step = steps[at]
             try:
-                return self._restore(step, template)
+                return step, *self._load(step, template)
             except Damaged as damage:
                 self._damaged.add(step)
                 then = f"trying the one of step {steps[at - 1]}" if at else "there is none before it"
@@ -164,8 +183,12 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
+            several: dict[str, Any] = {}
+            if distributed.group().size > 1:  # or orbax waits for the others, who do not come
+                alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="0")
+                several = {"multiprocessing_options": alone, "create": False}
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False, lightweight_initialize=True
+                max_to_keep=self._keep, enable_async_checkpointing=False, lightweight_initialize=True, **several
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -181,7 +204,7 @@ class Checkpoints:
             manager.save(step, args=ocp.args.Composite(**items), force=True)
             manager.wait_until_finished()
 
-    def _restore(self, step: int, template: PyTree) -> Restored:
+    def _load(self, step: int, template: PyTree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         import orbax.checkpoint as ocp
 
         try:
@@ -192,7 +215,8 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} cannot be used: {error}"
             ) from None
         arrays = self._read(step, state=ocp.args.StandardRestore()).state if array_names(index) else {}
-        return Restored(unpack(index, arrays, template), index["metadata"], step)
+        check_arrays(index, arrays)
+        return index, arrays
 
     def _read(self, step: int, **items: Any) -> Any:
         import orbax.checkpoint as ocp

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fr_jax import distributed
+from fr_jax.placement import put
+from fr_jax.training.transfer import is_readable, read
 from fr_jax.types import Array, Batch
 
 __all__ = ["Score", "accuracy", "cross_entropy", "evaluate", "training_metrics"]
@@ -61,17 +64,20 @@ def evaluate(predict: Callable[[Any, Array], Array], state: Any, batches: Iterab
       ValueError: there is no example.
     """
     loss = correct = total = 0.0
+    here = False  # whether the last stage, and with it the logits, are this process's
     pending: deque[tuple[Array, Array]] = deque()
 
     def collect() -> None:
-        nonlocal loss, correct
+        nonlocal loss, correct, here
         batch_loss, batch_correct = pending.popleft()
-        loss += float(batch_loss)
-        correct += float(batch_correct)
+        here = is_readable(batch_loss)
+        if here:
+            loss += float(read(batch_loss))
+            correct += float(read(batch_correct))
 
     for batch, valid in batches:
         logits = predict(state, batch.inputs)
-        pending.append(_sums(logits, jax.device_put(batch.targets, logits.sharding), valid))
+        pending.append(_sums(logits, put(batch.targets, logits.sharding), valid))
         total += valid
         if len(pending) > BATCHES_IN_FLIGHT:
             collect()
@@ -79,4 +85,6 @@ def evaluate(predict: Callable[[Any, Array], Array], state: Any, batches: Iterab
         collect()
     if not total:
         raise ValueError("evaluate() was given no examples; the test set needs at least one.")
+    sums = distributed.group().exchange([loss, correct] if here else None)
+    loss, correct = next(known for known in sums if known is not None)
     return Score(loss / total, correct / total)

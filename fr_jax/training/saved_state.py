@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fr_jax.training.transfer import from_first, to_first
 from fr_jax.types import PyTree
 
 FORMAT = 1
@@ -30,12 +31,13 @@ def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[st
 
     Args:
       step: the number of steps done.
-      state: any pytree of arrays of this process, typed keys, int, float, bool and str.
+      state: any pytree of arrays, typed keys, int, float, bool and str. Arrays of other processes are sent to process
+        0; all processes must call this.
       metadata: anything that JSON can hold.
 
     Returns:
-      The arrays by name, and the JSON index: ``{"format", "step", "leaves", "metadata", "crc32"}`` where ``leaves``
-      says for each name what it is, and its checksum or, for a Python number, its value.
+      The arrays by name (in process 0 only), and the JSON index: ``{"format", "step", "leaves", "metadata",
+      "crc32"}`` where ``leaves`` says for each name what it is, and its checksum or, for a Python number, its value.
 
     Raises:
       CheckpointError: for a leaf that cannot be stored.
@@ -47,14 +49,11 @@ def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[st
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype"):
             entries[name]["value"] = leaf
-        elif isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise CheckpointError(
-                f"{name} of the state lives on devices of other processes: checkpoints of a run of several processes "
-                "are not supported yet."
-            )
         elif leaf.size:  # orbax refuses arrays without elements, and there is nothing in them to store
             on_device[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
             entries[name]["weak"] = bool(getattr(leaf, "weak_type", False))
+    if jax.process_count() > 1:
+        on_device = to_first({name: leaf for name, leaf in on_device.items() if isinstance(leaf, jax.Array)})
     arrays = {name: np.asarray(array) for name, array in jax.device_get(on_device).items()}
     for name, array in arrays.items():
         entries[name]["crc32"] = _checksum(array)
@@ -111,8 +110,8 @@ def array_names(index: Mapping[str, Any]) -> list[str]:
     return [name for name, entry in index["leaves"].items() if "crc32" in entry]
 
 
-def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
-    """The state that was packed, with its arrays where those of ``template`` are; :func:`check_fit` comes before.
+def check_arrays(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Compares the arrays that were read with what the index says of them.
 
     Raises:
       Damaged: an array is missing or its checksum differs.
@@ -122,6 +121,15 @@ def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template:
         raise Damaged(f"missing: {some(missing)}")
     if differing := [name for name in names if _checksum(arrays[name]) != entries[name]["crc32"]]:
         raise Damaged(f"the checksum differs for {some(differing)}")
+
+
+def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
+    """The state that was packed, with its arrays where those of ``template`` are.
+
+    :func:`check_fit` and :func:`check_arrays` come before. In a run of several processes only process 0 has the
+    ``arrays``, and all must call this.
+    """
+    entries = index["leaves"]
     leaves, treedef = _named_leaves(template)
     placed = [_place(entries[name], arrays.get(name), like) for name, like in leaves.items()]
     return jax.tree_util.tree_unflatten(treedef, placed)
@@ -170,19 +178,34 @@ def _place(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any
     """One leaf as it was saved, where ``like`` is, and committed as ``like`` is, so that no jit compiles again."""
     if "value" in entry:
         return entry["value"]
-    if value is None:  # without elements
+    if "crc32" not in entry:  # without elements
         return like
     if isinstance(like, np.ndarray | np.generic):
-        return value[()] if isinstance(like, np.generic) else value
+        return value if value is None or isinstance(like, np.ndarray) else value[()]
+    if jax.process_count() > 1:
+        return _place_among_processes(entry, value, like)
+    assert value is not None
     with jax.default_device(min(like.devices(), key=lambda device: device.id)):
-        if _is_key(like):
-            array = jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(like))
-        elif entry["weak"]:
-            # `.at[].set` keeps the weak type of what it writes to; nothing else public makes a weakly typed array.
-            array = jnp.broadcast_to(jnp.asarray(value.dtype.type(0).item()), value.shape).at[...].set(value)
-        else:
-            array = jnp.asarray(value)
+        array = _typed(entry, jnp.asarray(value), like)
         return jax.device_put(array, like.sharding) if like.committed else array
+
+
+def _typed(entry: Mapping[str, Any], array: Any, like: Any) -> Any:
+    """A typed key or a weakly typed array from what was stored of it."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    if entry["weak"]:
+        # `.at[].set` keeps the weak type of what it writes to; nothing else public makes a weakly typed array.
+        return jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape).at[...].set(array)
+    return array
+
+
+def _place_among_processes(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any:
+    stored = jax.random.key_data(like) if _is_key(like) else like
+    array = from_first(value, stored)
+    if not _is_key(like) and not entry["weak"]:
+        return array
+    return jax.jit(lambda x: _typed(entry, x, like), out_shardings=like.sharding)(array)
 
 
 def _checksum(array: np.ndarray) -> int:

@@ -1,0 +1,320 @@
+"""A run of several processes: how they find each other, and how they tell each other small things.
+
+Every process runs the same program; what JAX calls an array may live on a device of another process, and
+``jax.device_put`` moves it there. What follows here is for the host's side: agreeing on settings, on metrics and on
+when to stop. It goes over the key-value store of ``jax.distributed`` and never touches a device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+__all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"]
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 60
+"""After so long without a sign of life of one process, the others end."""
+JOIN_SECONDS = 300
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = "FR_JAX_COORDINATOR", "FR_JAX_NUM_PROCESSES", "FR_JAX_PROCESS_ID"
+LOOK_MILLISECONDS = 1000
+
+
+class GroupError(RuntimeError):
+    """The processes cannot work together, or another of them failed.
+
+    Attributes:
+      exit_code: what this process should end with.
+      said: whether the process that failed has said why.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, said: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.said = said
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    join_seconds: int = JOIN_SECONDS,
+) -> bool:
+    """Makes this process one of a group; call it before anything else is asked of JAX.
+
+    What is not given is taken from the environment that ``python -m fr_jax.launch`` makes. GPUs then send features
+    over NCCL, CPUs over a socket of their own for each process. Calling it again in a process of the group does
+    nothing.
+
+    Args:
+      coordinator: ``HOST:PORT`` where process 0 listens, as every process reaches it.
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
+      detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
+      heartbeat_seconds: after so long without a sign of life of one process, the others end with a message
+        (JAX aborts them: exit code 134).
+      join_seconds: how long to wait at the start for all processes.
+
+    Returns:
+      Whether this process is now one of several; False where nothing asked for it.
+
+    Raises:
+      GroupError: some of the three are given and others are missing or out of range, no cluster was found, JAX is in
+        use already, or the others did not come in time.
+
+    Example:
+      >>> from fr_jax import distributed
+      >>> distributed.initialize()  # nothing asks for a group: an ordinary process
+      False
+    """
+    if is_initialized():
+        return group().size > 1
+    known = _from_environment(coordinator, num_processes, process_id)
+    if not detect and known == (None, None, None):
+        return False
+    if not detect:
+        _check(*known)
+    host = (known[0] or os.environ.get("JAX_COORDINATOR_ADDRESS") or "").rpartition(":")[0]
+    try:
+        _prepare_cpu_transfers(host or _cluster_host(join_seconds))
+        jax.distributed.initialize(
+            *known,
+            initialization_timeout=join_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=heartbeat_seconds,
+            cluster_detection_method=None if detect else "deactivate",
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise GroupError(_why_not_joined(known, error, join_seconds), 2) from error
+    atexit.register(_keep_clients)
+    return group().size > 1
+
+
+def _keep_clients() -> None:
+    """Keeps JAX's clients from being destroyed at exit.
+
+    The destructor of the CPU's transfer server waits for all connections to end, which sometimes never happens
+    (jax 0.10.2): the process would hang after its work is done.
+    """
+    from jax._src import xla_bridge
+
+    if xla_bridge.backends_are_initialized():
+        for device in jax.local_devices():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(device.client))
+
+
+def is_initialized() -> bool:
+    """Whether this process belongs to ``jax.distributed``."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this is process 0, the one that prints, plots and writes; True in an ordinary process."""
+    return group().index == 0
+
+
+def _from_environment(*given: Any) -> tuple[str | None, int | None, int | None]:
+    coordinator, *numbers = (
+        os.environ.get(name) if value is None else value
+        for value, name in zip(given, (COORDINATOR, NUM_PROCESSES, PROCESS_ID), strict=True)
+    )
+    try:
+        return coordinator, *(None if number is None else int(number) for number in numbers)  # type: ignore[return-value]
+    except ValueError as error:
+        raise GroupError(f"{NUM_PROCESSES} and {PROCESS_ID} must be whole numbers: {error}.", 2) from None
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    names = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    if missing := [name for name, value in names.items() if value is None]:
+        raise GroupError(
+            f"a run of several processes needs --coordinator, --num-processes and --process-id; {', '.join(missing)} "
+            "is missing. Give all three, or --distributed to find them from SLURM, Open MPI or Kubernetes.",
+            2,
+        )
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise GroupError(f"--coordinator {coordinator} is not HOST:PORT, such as 10.0.0.1:8476.", 2)
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise GroupError(
+            f"--process-id {process_id} of --num-processes {num_processes} is out of range; it can be 0 to "
+            f"{max(num_processes - 1, 0)}.",
+            2,
+        )
+
+
+def _why_not_joined(known: tuple, error: Exception, join_seconds: int) -> str:
+    coordinator, num_processes, process_id = known
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"process {process_id} of {num_processes} could not join the group at {coordinator} ({reason}). Check that all "
+        f"processes are started within {join_seconds} s with the same --coordinator, that process 0 runs on that host, "
+        "that its port is free and open to the others, and that JAX was not used before."
+    )
+
+
+def _cluster_host(join_seconds: int) -> str:
+    """The coordinator's host where a cluster knows it."""
+    from jax._src.clusters import ClusterEnv  # no public way asks before jax.distributed.initialize
+
+    address, *_ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, join_seconds)
+    if address is None:
+        raise ValueError("no SLURM, Open MPI or Kubernetes was found around this process")
+    return address.rpartition(":")[0]
+
+
+def _prepare_cpu_transfers(host: str) -> None:
+    """Sockets for what CPU devices send each other; an explicit port each, because port 0 hangs (jax 0.10.2)."""
+    mine = address_towards(host)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{mine}:{free_port(mine)}")
+    jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{mine}:0"] * 4))
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine on the way to ``host``; nothing is sent.
+
+    Raises:
+      OSError: the host is unknown, or there is no way to it.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise OSError(f"there is no way to the coordinator's host {host!r}: {error}") from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+class Group:
+    """The processes of a run; one of size 1 for an ordinary process.
+
+    Attributes:
+      index: which process this is, from 0.
+      size: how many there are.
+    """
+
+    def __init__(self, index: int = 0, size: int = 1) -> None:
+        self.index, self.size = index, size
+        self._meetings = 0
+
+    def exchange(self, value: T) -> list[T]:
+        """Every process's ``value`` (JSON), in order of the processes. All must call it, in the same order.
+
+        A process of the group waits for the slowest; one that dies ends the others (:func:`initialize`).
+
+        Raises:
+          GroupError: another process has failed, and said so by :meth:`fail`.
+        """
+        if self.size == 1:
+            return [value]
+        meeting, self._meetings = self._meetings, self._meetings + 1
+        text = json.dumps(value)
+        _client().key_value_set(f"fr_jax/{meeting}/{self.index}", text)
+        texts = [text if index == self.index else self._get(f"fr_jax/{meeting}/{index}") for index in range(self.size)]
+        if meeting:  # all are here, so all have left the meeting before
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_delete(f"fr_jax/{meeting - 1}/{self.index}")
+        return [json.loads(text) for text in texts]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in process 0 (JSON), in every process; the others do not call it."""
+        return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
+
+    def first_goes_first(self, make: Callable[[], T]) -> T:
+        """``make`` in every process, in process 0 before the others: they find what it has fetched or cached."""
+        made = make() if self.index == 0 else None
+        self.exchange(None)
+        return made if self.index == 0 else make()  # type: ignore[return-value]
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Compares ``value`` (JSON) with that of process 0.
+
+        Raises:
+          GroupError: in every process, where one differs.
+        """
+        values = self.exchange(value)
+        for index, other in enumerate(values):
+            if other != values[0]:
+                raise GroupError(
+                    f"process {index} has another {what} than process 0: {_difference(other, values[0])}. "
+                    "Start all processes with the same command and the same data.",
+                    2,
+                    said=self.index != 0,
+                )
+
+    def fail(self, exit_code: int) -> None:
+        """Tells the others that this process gives up, so that they do too."""
+        if self.size > 1:
+            with contextlib.suppress(Exception):  # somebody else may have failed before
+                _client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
+
+    def _get(self, key: str) -> str:
+        """Waits for ``key`` in slices, to see in between whether somebody gave up."""
+        while True:
+            try:
+                return _client().blocking_key_value_get(key, LOOK_MILLISECONDS)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise GroupError(f"process 0 can no longer be reached ({_first_line(error)}).") from error
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                index, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
+                raise GroupError(f"process {index} failed; see what it said.", exit_code, said=True)
+
+
+_groups: dict[tuple[int, int], Group] = {}
+
+
+def group() -> Group:
+    """The group that this process belongs to."""
+    where = (0, 1)
+    if is_initialized():
+        joined = _joined()
+        where = (joined.process_id, joined.num_processes)
+    return _groups.setdefault(where, Group(*where))
+
+
+def _joined() -> Any:
+    """The state of ``jax.distributed``.
+
+    Its key-value store has no public name (jax 0.11; orbax goes the same way), and ``jax.process_count()`` would
+    start the backend, after which nobody can ask for CPU devices any more.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _joined().client
+
+
+def _difference(other: Any, first: Any) -> str:
+    if isinstance(other, dict) and isinstance(first, dict):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        return ", ".join(f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in names[:4])
+    return f"{other!r}, not {first!r}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

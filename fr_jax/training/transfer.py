@@ -1,0 +1,130 @@
+"""Arrays of a run of several processes, brought to process 0 and back, bit by bit.
+
+Only ``jax.device_put`` between single devices is used, which works over NCCL and over sockets alike. All processes
+must call these functions with the same leaves in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from fr_jax.placement import put
+from fr_jax.types import Array
+
+__all__ = ["from_first", "is_readable", "put_whole", "read", "to_first"]
+
+WINDOW_BYTES = 64 * 2**20
+"""How much may be on its way to process 0 at a time: it also occupies its first device."""
+
+
+def is_readable(array: Array) -> bool:
+    """Whether this process holds all of ``array``."""
+    return array.is_fully_addressable or (array.is_fully_replicated and bool(array.addressable_shards))
+
+
+def read(array: Array) -> np.ndarray:
+    """The value of a readable array; waits for it."""
+    return np.asarray(array if array.is_fully_addressable else array.addressable_data(0))
+
+
+def put_whole(value: np.ndarray | np.generic, sharding: Sharding) -> Array:
+    """A host array, which every process holds alike, on the devices of ``sharding``, whichever process has them."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(
+        value.shape, sharding, lambda index: np.asarray(value)[index], dtype=value.dtype
+    )
+
+
+def to_first(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """The values of ``arrays`` in process 0; nothing in the others.
+
+    Args:
+      arrays: by name, on devices of any processes.
+
+    Returns:
+      In process 0 the same names, as host arrays; in the others an empty dictionary.
+    """
+    first = jax.process_index() == 0
+    found = {}
+    for window in _windows(arrays):
+        sent = {name: _pieces_to_first(arrays[name]) for name in window}
+        if first:
+            found |= {name: _assemble(arrays[name], pieces) for name, pieces in sent.items()}
+    return found
+
+
+def _windows(arrays: Mapping[str, Array]) -> Iterator[list[str]]:
+    window: list[str] = []
+    size = 0
+    for name, array in arrays.items():
+        if window and size + array.nbytes > WINDOW_BYTES:
+            yield window
+            window, size = [], 0
+        window.append(name)
+        size += array.nbytes
+    if window:
+        yield window
+
+
+def _pieces_to_first(array: Array) -> list[tuple[Any, Array]]:
+    """Each different piece of ``array`` once, with its place in the whole, on its way to process 0."""
+    if is_held_by_first(array.sharding):
+        return [(..., array)] if jax.process_index() == 0 else []
+    target = _first_device()
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    shape = array.sharding.shard_shape(array.shape)
+    pieces = []
+    for index, device in _one_device_a_piece(array.sharding, array.shape):
+        here = [shards[device]] if device in shards else []
+        piece = jax.make_array_from_single_device_arrays(shape, SingleDeviceSharding(device), here, dtype=array.dtype)
+        pieces.append((index, put(piece, SingleDeviceSharding(target))))
+    return pieces
+
+
+def is_held_by_first(sharding: Sharding) -> bool:
+    """Whether process 0 holds all that ``sharding`` places, without asking another."""
+    if sharding.is_fully_replicated:
+        return any(device.process_index == 0 for device in sharding.device_set)
+    return all(device.process_index == 0 for device in sharding.device_set)
+
+
+def _one_device_a_piece(sharding: Sharding, shape: tuple[int, ...]) -> Iterable[tuple[Any, jax.Device]]:
+    chosen: dict[str, tuple[Any, jax.Device]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        chosen.setdefault(repr(index), (index, device))
+    return chosen.values()
+
+
+def _assemble(array: Array, pieces: list[tuple[Any, Array]]) -> np.ndarray:
+    if len(pieces) == 1:
+        return read(pieces[0][1])
+    whole = np.empty(array.shape, array.dtype)
+    for index, piece in pieces:
+        whole[index] = read(piece)
+    return whole
+
+
+def from_first(value: np.ndarray | None, like: Array) -> Array:
+    """A host array of process 0 (``None`` in the others) where ``like`` is, with its shape and dtype."""
+    if like.is_fully_addressable and jax.process_count() == 1:
+        return jax.device_put(value, like.sharding)
+    source = SingleDeviceSharding(_first_device())
+    shape = like.sharding.shard_shape(like.shape)
+    mine = []
+    for device, index in like.sharding.devices_indices_map(like.shape).items():
+        here = [] if value is None else [jax.device_put(np.array(value[index]), source)]
+        piece = jax.make_array_from_single_device_arrays(shape, source, here, dtype=like.dtype)
+        arrived = put(piece, SingleDeviceSharding(device))
+        if device.process_index == jax.process_index():
+            mine.append(arrived)
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, mine, dtype=like.dtype)
+
+
+def _first_device() -> jax.Device:
+    return next(device for device in jax.devices() if device.process_index == 0)

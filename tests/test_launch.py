@@ -1,0 +1,139 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fr_jax import launch
+
+if sys.platform == "win32":
+    pytest.skip("needs POSIX processes", allow_module_level=True)
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fr_jax.launch", *words]
+
+
+@pytest.fixture
+def run(program_env):
+    def run(*words: str, **options) -> subprocess.CompletedProcess:
+        return subprocess.run(command(*words), env=program_env, capture_output=True, text=True, timeout=60, **options)
+
+    return run
+
+
+def test_every_line_says_whose_it_is(run):
+    done = run(
+        *("--processes", "2", "--no-pin", "--", "-c"),
+        "import os, sys; print('out', os.environ['FR_JAX_PROCESS_ID']); print('err', file=sys.stderr)",
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["[0] out 0", "[1] out 1"]
+    assert sorted(done.stderr.splitlines()) == ["[0] err", "[1] err"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="pins on Linux only")
+def test_cores_are_shared_out(run):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    done = run("--processes", "2", "--", "-c", "import os; print(sorted(os.sched_getaffinity(0)))")
+    share = len(cores) // 2
+    assert sorted(done.stdout.splitlines()) == [f"[0] {cores[:share]}", f"[1] {cores[share : 2 * share]}"]
+
+
+def test_all_end_when_one_fails(run):
+    start = time.monotonic()
+    done = run(
+        *("--processes", "2", "--no-pin", "--", "-c"),
+        "import os, sys, time; sys.exit(5) if os.environ['FR_JAX_PROCESS_ID'] == '1' else time.sleep(50)",
+    )
+    assert done.returncode == 5
+    assert time.monotonic() - start < 40
+    assert "process 0 did not end by itself, and is killed" in done.stderr
+
+
+def test_a_signal_that_ended_one_is_named(run):
+    done = run(
+        *("--processes", "2", "--no-pin", "--", "-c"),
+        "import os, time; os.environ['FR_JAX_PROCESS_ID'] == '1' and os.kill(os.getpid(), 9)",
+    )
+    assert done.returncode == 137
+    assert "process 1 was ended by SIGKILL" in done.stderr
+
+
+def test_signals_reach_all(program_env):
+    program = (
+        "import os, signal, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), os._exit(143))); "
+        "print('ready', flush=True); time.sleep(50)"
+    )
+    words = command("--processes", "2", "--no-pin", "--", "-c", program)
+    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert group.stdout is not None
+    assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    group.send_signal(signal.SIGTERM)
+    out, err = group.communicate(timeout=30)
+    assert sorted(out.splitlines()) == ["[0] stopped", "[1] stopped"]
+    assert (group.returncode, err) == (143, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is of Linux")
+def test_the_group_ends_with_a_launcher_that_was_killed(program_env):
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(50)"
+    words = command("--processes", "2", "--no-pin", "--", "-c", program)
+    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, text=True)
+    assert group.stdout is not None
+    pids = [int(group.stdout.readline()[4:]) for _ in range(2)]
+    group.kill()
+    group.communicate(timeout=30)
+    deadline = time.monotonic() + 20
+    while any(_is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "0", "--", "x.py"], "--processes 0 is out of range"),
+        (["--processes", "100000", "--", "x.py"], "--processes 100000 need a core each"),
+        (["--processes", "2"], "what to start is missing"),
+    ],
+)
+def test_bad_arguments(words, message, capsys):
+    try:
+        code = launch.main(words)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    assert [launch.gpus_of(i, 2, 4) for i in range(2)] == ["0,1", "2,3"]
+    assert launch.gpus_of(0, 4, 2) is None
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert launch.count_gpus() == 2
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert launch.count_gpus() == 0
+
+
+def test_lines_of_a_progress_bar_are_marked_too(capsys):
+    read, write = os.pipe()
+    os.write(write, b"one\n\r 10%\r 20%\nlast")
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        launch._relay(pipe, sys.stdout, "[3] ")
+    assert capsys.readouterr().out == "[3] one\n[3] \r[3]  10%\r[3]  20%\n[3] last\n"
