@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import BinaryIO
 
@@ -27,7 +26,18 @@ __all__ = ["LaunchError", "main", "start", "wait"]
 GRACE_SECONDS = 5.0
 """Between the first process that fails and the end of those that have not ended by themselves."""
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+# What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
+_PREPARE = """
+import ctypes, os, signal, sys
+cores, *program = sys.argv[1:]
+if cores:
+    os.sched_setaffinity(0, map(int, cores.split(",")))
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *program])
+"""
 
 
 class LaunchError(ValueError):
@@ -115,29 +125,15 @@ def start(
             environment.setdefault("JAX_LOCAL_DEVICE_IDS", devices)
         group.append(
             subprocess.Popen(
-                [sys.executable, *arguments],
+                [sys.executable, "-c", _PREPARE, ",".join(map(str, cores or ())), *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_before_start(cores),
             )
         )
     return group
-
-
-def _before_start(cores: Sequence[int] | None) -> Callable[[], None]:
-    """What a new process does before it becomes the program."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
-
-    return prepare
 
 
 def wait(group: Sequence[subprocess.Popen]) -> int:
@@ -217,11 +213,12 @@ _writing = threading.Lock()
 def _relay(pipe: BinaryIO, out: object, mark: str) -> None:
     """Copies a process's output, each line (or redrawn line of a progress bar) marked."""
     rest = b""
-    while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
-        *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True)
-        if rest.endswith((b"\n", b"\r")):
-            whole, rest = [*whole, rest], b""
-        _write(out, "".join(mark + line.decode(errors="replace") for line in whole))
+    with pipe:
+        while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
+            *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True)
+            if rest.endswith((b"\n", b"\r")):
+                whole, rest = [*whole, rest], b""
+            _write(out, "".join(mark + line.decode(errors="replace") for line in whole))
     if rest:
         _write(out, f"{mark}{rest.decode(errors='replace')}\n")
 

@@ -37,7 +37,7 @@ def test_what_cannot_be_a_group_is_said(given, message):
 
 def test_numbers_in_the_environment_must_be_numbers(monkeypatch):
     monkeypatch.setenv(distributed.NUM_PROCESSES, "two")
-    with pytest.raises(GroupError, match="FR_JAX_NUM_PROCESSES .* whole numbers"):
+    with pytest.raises(GroupError, match=r"FR_JAX_NUM_PROCESSES .* whole numbers"):
         distributed.initialize()
 
 
