@@ -1,46 +1,27 @@
 """A run of several processes: how they find each other, and how they tell each other small things.
 
 Every process runs the same program; what JAX calls an array may live on a device of another process, and
-``jax.device_put`` moves it there. What follows here is for the host's side: agreeing on settings, on metrics and on
-when to stop. It goes over the key-value store of ``jax.distributed`` and never touches a device.
+``jax.device_put`` moves it there. The hosts agree on settings, on metrics and on when to stop through :func:`group`.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
-import json
 import os
 import socket
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
-__all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"]
+from fr_jax.group import Group, GroupError, joined
 
-T = TypeVar("T")
+__all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"]
 
 HEARTBEAT_SECONDS = 60
 """After so long without a sign of life of one process, the others end."""
 JOIN_SECONDS = 300
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "FR_JAX_COORDINATOR", "FR_JAX_NUM_PROCESSES", "FR_JAX_PROCESS_ID"
-LOOK_MILLISECONDS = 1000
-
-
-class GroupError(RuntimeError):
-    """The processes cannot work together, or another of them failed.
-
-    Attributes:
-      exit_code: what this process should end with.
-      said: whether the process that failed has said why.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1, *, said: bool = False) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-        self.said = said
 
 
 def initialize(
@@ -79,7 +60,7 @@ def initialize(
       >>> distributed.initialize()  # nothing asks for a group: an ordinary process
       False
     """
-    if is_initialized():
+    if jax.distributed.is_initialized():
         return group().size > 1
     known = _from_environment(coordinator, num_processes, process_id)
     if not detect and known == (None, None, None):
@@ -113,11 +94,6 @@ def _keep_clients() -> None:
     if xla_bridge.backends_are_initialized():
         for device in jax.local_devices():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(device.client))
-
-
-def is_initialized() -> bool:
-    """Whether this process belongs to ``jax.distributed``."""
-    return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
@@ -187,8 +163,7 @@ def _prepare_cpu_transfers(host: str) -> None:
 def address_towards(host: str) -> str:
     """The address of this machine on the way to ``host``; nothing is sent.
 
-    Raises:
-      OSError: the host is unknown, or there is no way to it.
+    Raises OSError where the host is unknown, or there is no way to it.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
@@ -206,115 +181,12 @@ def free_port(host: str = "127.0.0.1") -> int:
         return probe.getsockname()[1]
 
 
-class Group:
-    """The processes of a run; one of size 1 for an ordinary process.
-
-    Attributes:
-      index: which process this is, from 0.
-      size: how many there are.
-    """
-
-    def __init__(self, index: int = 0, size: int = 1) -> None:
-        self.index, self.size = index, size
-        self._meetings = 0
-
-    def exchange(self, value: T) -> list[T]:
-        """Every process's ``value`` (JSON), in order of the processes. All must call it, in the same order.
-
-        A process of the group waits for the slowest; one that dies ends the others (:func:`initialize`).
-
-        Raises:
-          GroupError: another process has failed, and said so by :meth:`fail`.
-        """
-        if self.size == 1:
-            return [value]
-        meeting, self._meetings = self._meetings, self._meetings + 1
-        text = json.dumps(value)
-        _client().key_value_set(f"fr_jax/{meeting}/{self.index}", text)
-        texts = [text if index == self.index else self._get(f"fr_jax/{meeting}/{index}") for index in range(self.size)]
-        if meeting:  # all are here, so all have left the meeting before
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_delete(f"fr_jax/{meeting - 1}/{self.index}")
-        return [json.loads(text) for text in texts]
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in process 0 (JSON), in every process; the others do not call it."""
-        return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
-
-    def first_goes_first(self, make: Callable[[], T]) -> T:
-        """``make`` in every process, in process 0 before the others: they find what it has fetched or cached."""
-        made = make() if self.index == 0 else None
-        self.exchange(None)
-        return made if self.index == 0 else make()  # type: ignore[return-value]
-
-    def check_same(self, what: str, value: Any) -> None:
-        """Compares ``value`` (JSON) with that of process 0.
-
-        Raises:
-          GroupError: in every process, where one differs.
-        """
-        values = self.exchange(value)
-        for index, other in enumerate(values):
-            if other != values[0]:
-                raise GroupError(
-                    f"process {index} has another {what} than process 0: {_difference(other, values[0])}. "
-                    "Start all processes with the same command and the same data.",
-                    2,
-                    said=self.index != 0,
-                )
-
-    def fail(self, exit_code: int) -> None:
-        """Tells the others that this process gives up, so that they do too."""
-        if self.size > 1:
-            with contextlib.suppress(Exception):  # somebody else may have failed before
-                _client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
-
-    def _get(self, key: str) -> str:
-        """Waits for ``key`` in slices, to see in between whether somebody gave up."""
-        while True:
-            try:
-                return _client().blocking_key_value_get(key, LOOK_MILLISECONDS)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise GroupError(f"process 0 can no longer be reached ({_first_line(error)}).") from error
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                index, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
-                raise GroupError(f"process {index} failed; see what it said.", exit_code, said=True)
-
-
 _groups: dict[tuple[int, int], Group] = {}
 
 
 def group() -> Group:
     """The group that this process belongs to."""
     where = (0, 1)
-    if is_initialized():
-        joined = _joined()
-        where = (joined.process_id, joined.num_processes)
+    if jax.distributed.is_initialized():
+        where = (joined().process_id, joined().num_processes)
     return _groups.setdefault(where, Group(*where))
-
-
-def _joined() -> Any:
-    """The state of ``jax.distributed``.
-
-    Its key-value store has no public name (jax 0.11; orbax goes the same way), and ``jax.process_count()`` would
-    start the backend, after which nobody can ask for CPU devices any more.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state
-
-
-def _client() -> Any:
-    return _joined().client
-
-
-def _difference(other: Any, first: Any) -> str:
-    if isinstance(other, dict) and isinstance(first, dict):
-        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        return ", ".join(f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in names[:4])
-    return f"{other!r}, not {first!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

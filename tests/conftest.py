@@ -11,6 +11,8 @@ import pytest
 
 # Before the first backend call: enough devices for K = 4 stages of two devices each.
 jax.config.update("jax_num_cpu_devices", 8)
+# The programs keep compiled code in the user's cache folder, which is none of the tests' business.
+jax.config.update("jax_enable_compilation_cache", False)
 # Strict dtype promotion is not set beside it: optax.adam (decay ** count) and flax.linen.BatchNorm with
 # dtype=bfloat16 raise under it (optax 0.2.8, flax 0.12.8).
 jax.config.update("jax_numpy_rank_promotion", "raise")

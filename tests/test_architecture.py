@@ -14,6 +14,7 @@ PACKAGE = "fr_jax"
 
 FLOORS = {
     "types": 1,
+    "group": 1,
     "stages": 2,
     "distributed": 2,
     "placement": 2,

@@ -35,6 +35,7 @@ HOW_NOT_WHAT = frozenset(
     {
         "balance",
         "checkpoint_every",
+        "compilation_cache",
         "coordinator",
         "cuts",
         "data_dir",

@@ -152,7 +152,7 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
 
 NOT_TO_VARY = {
     *("dataset", "data_dir", "devices", "preset", "model", "milestones"),
-    *("eval_every", "checkpoint_every", "log_every"),
+    *("eval_every", "checkpoint_every", "log_every", "compilation_cache"),
     *(field.name for field in dataclasses.fields(SharedSettings) if isinstance(field.default, bool)),
 }
 

@@ -18,6 +18,7 @@ from fr_jax.distributed import GroupError
 from fr_jax.experiments import processes
 from fr_jax.experiments.checks import check, check_fit, default_workdir, differences
 from fr_jax.experiments.command_line import Program, command, parse
+from fr_jax.experiments.compiled import keep_compiled
 from fr_jax.experiments.console import Console, Silent, announce
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
@@ -85,6 +86,7 @@ def run(
     """
     check(settings)
     processes.join(settings)
+    keep_compiled(settings.compilation_cache)
     group = distributed.group()
     request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
     if settings.workdir is not None:

@@ -115,6 +115,8 @@ class SharedSettings:
     """Steps between evaluations on the test set. Default: an epoch."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: an epoch, but no more than 200."""
+    compilation_cache: str = "auto"
+    """Folder where compiled code is kept for the next start; auto: in the user's cache folder; none: nowhere."""
     log_every: int = 10
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = None

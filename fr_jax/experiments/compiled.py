@@ -1,0 +1,54 @@
+"""Where the programs keep compiled code, so that the second start is cheap."""
+
+from __future__ import annotations
+
+import os
+import platform
+import zlib
+from pathlib import Path
+
+import jax
+
+from fr_jax.training.fetch import cache_folder
+
+__all__ = ["keep_compiled"]
+
+LARGEST_BYTES = 4 * 2**30
+LEAST_SECONDS = 0.1  # of compilation, for what is worth a file
+
+
+def keep_compiled(folder: str) -> Path | None:
+    """Makes JAX keep what it compiles, and look there first.
+
+    JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` for another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` for
+    none. In a run of several processes JAX lets process 0 alone write.
+
+    Args:
+      folder: a folder; ``"auto"`` for a part of the user's cache folder that is this kind of machine's own; or
+        ``"none"``.
+
+    Returns:
+      The folder, or None where nothing is kept.
+
+    Raises:
+      OSError: the folder cannot be made.
+    """
+    config = jax.config
+    if folder == "none" or not config.jax_enable_compilation_cache:
+        return None
+    if config.jax_compilation_cache_dir is None:
+        path = cache_folder() / "compiled" / this_machine() if folder == "auto" else Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        config.update("jax_compilation_cache_dir", str(path))
+        config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
+    return Path(str(config.jax_compilation_cache_dir))
+
+
+def this_machine() -> str:
+    """A name for this kind of machine: code compiled for one CPU may not run on another with the same home folder."""
+    features = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            features = next((line for line in file if line.startswith(("flags", "Features"))), features)
+    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
