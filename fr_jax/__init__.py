@@ -13,7 +13,8 @@ from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
-from fr_jax.balance import balance, layer_costs
+from fr_jax.balance import balance, balance_stages
+from fr_jax.costs import layer_costs, layer_flops, layer_times
 from fr_jax.placement import placement
 from fr_jax.stages import chain, from_linen, partition
 from fr_jax.types import Algorithm, Batch, Info, Stage, State
@@ -28,6 +29,7 @@ __all__ = [
     "State",
     "backprop",
     "balance",
+    "balance_stages",
     "blockprop",
     "chain",
     "ddg",
@@ -36,6 +38,8 @@ __all__ = [
     "from_linen",
     "gpipe",
     "layer_costs",
+    "layer_flops",
+    "layer_times",
     "models",
     "partition",
     "placement",

@@ -65,7 +65,11 @@ class Group:
         return [json.loads(text) for text in texts]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in process 0 (JSON), in every process; the others do not call it."""
+        """What ``make`` returns in process 0 (JSON), in every process; the others do not call it.
+
+        Where ``make`` asks JAX for something, let all processes call ``jax.devices()`` before: their backends wait for
+        each other when they start.
+        """
         return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
     def first_goes_first(self, make: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import optax
 
 import fr_jax as fr
+from fr_jax.costs import StageWork
 from fr_jax.experiments.settings import SharedSettings, TrainSettings
 from fr_jax.types import Algorithm, Stage
 
@@ -21,7 +22,7 @@ class Method(NamedTuple):
       title: its name for people.
       learning_rate: default step size for a residual network where K > 1.
       own: its own settings, and their defaults.
-      work: what a stage does in a step, in units of its forward pass (a backward pass is 2): each stage k < K, and K.
+      work: ``(settings, k) -> StageWork``, what stage k = 0..K-1 does in a step.
       make: ``(settings, stages, loss_fn, optimizer, examples, num_classes, **common) -> Algorithm``; ``examples`` is
         the size of the training set.
       note: what a reader of its training loss must know; empty for nothing.
@@ -30,7 +31,7 @@ class Method(NamedTuple):
     title: str
     learning_rate: float
     own: Mapping[str, Any]
-    work: Callable[[TrainSettings], tuple[float, float]]
+    work: Callable[[TrainSettings, int], StageWork]
     make: Callable[..., Algorithm]
     note: str = ""
 
@@ -75,15 +76,19 @@ def _gpipe(
     return fr.gpipe(stages, loss, optimizer, microbatches=s.microbatches or 1, **common)
 
 
-# Play 1, replay 1, backward 2; the last module's play is its replay. Where there is no replay: forward 1, backward 2.
-PLAY_AND_REPLAY = (4.0, 3.0)
-FORWARD_AND_BACKWARD = (3.0, 3.0)
+def _one_pass(s: TrainSettings, k: int) -> StageWork:
+    """Forward and backward, once."""
+    return StageWork()
 
 
-def _blockprop_work(s: TrainSettings) -> tuple[float, float]:
-    """Forward 1, W-step 3, and 2 for each h-step: a forward pass and the gradient for the input."""
-    h_steps = 2.0 * (s.h_steps or 0)
-    return 4.0 + h_steps, 3.0 + h_steps
+def _play_and_replay(s: TrainSettings, k: int) -> StageWork:
+    """A forward pass, and a replay; the last stage's play is its replay."""
+    return StageWork(plays=float(k < s.K - 1))
+
+
+def _blockprop_work(s: TrainSettings, k: int) -> StageWork:
+    """Stages but the last run forward; those but the first take h-steps; each does its W-step."""
+    return StageWork(plays=float(k < s.K - 1), input_passes=float(s.h_steps or 0) if k > 0 else 0.0)
 
 
 AGAINST_STALENESS = {"accumulate": 1, "gradient_shrinking": 1.0, "weight_prediction": 0.0}
@@ -93,28 +98,28 @@ METHODS: dict[str, Method] = {
         title="features replay",
         learning_rate=0.05,
         own={"batch_stats": "play", **AGAINST_STALENESS},
-        work=lambda s: PLAY_AND_REPLAY,
+        work=_play_and_replay,
         make=_fr,
     ),
     "bp": Method(
         title="back-propagation",
         learning_rate=0.1,
         own={"accumulate": 1},
-        work=lambda s: FORWARD_AND_BACKWARD,
+        work=_one_pass,
         make=_bp,
     ),
     "ddg": Method(
         title="DDG",
         learning_rate=0.05,
         own=AGAINST_STALENESS,
-        work=lambda s: FORWARD_AND_BACKWARD,
+        work=_one_pass,
         make=_ddg,
     ),
     "dni": Method(
         title="DNI",
         learning_rate=0.015,
         own={"synthesizer_hidden": None, "synthesizer_learning_rate": 1e-3, "label_conditioning": False},
-        work=lambda s: FORWARD_AND_BACKWARD,
+        work=_one_pass,
         make=_dni,
     ),
     "blockprop": Method(
@@ -129,7 +134,7 @@ METHODS: dict[str, Method] = {
         title="GPipe",
         learning_rate=0.1,
         own={"microbatches": 4},
-        work=lambda s: FORWARD_AND_BACKWARD,
+        work=_one_pass,
         make=_gpipe,
     ),
 }

@@ -1,274 +1,244 @@
 """Times one step of each method, side by side: ``python -m fr_jax.experiments.speed --K 2 --pinned``.
 
 Contestants take turns, round after round, so that a slow minute of the machine hits all of them; medians and ratios
-are reported. With ``--pinned`` each stage is a process of its own on a core of its own (``jax.distributed``), the only
-way to make one CPU device one core; without it all stages are devices of this process.
+are reported, the bound beside each. With ``--pinned`` each stage is a process of its own on a core of its own, the only
+way to make one CPU device one core; without it all stages are devices of this process. What the host spends to issue a
+step, and what it takes to send a feature, are measured by themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import os
-import platform
-import socket
-import statistics
-import subprocess
+import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.experimental import multihost_utils
 
 import fr_jax as fr
+from fr_jax.diagnostics.stage_times import Measured, median, stage_timer
+from fr_jax.distributed import GroupError, group, initialize
+from fr_jax.experiments.checks import choice
+from fr_jax.experiments.command_line import call
+from fr_jax.experiments.contestants import (
+    BASELINE,
+    DATA_PARALLEL,
+    OPTIMIZER,
+    Entry,
+    host_batch,
+    make_batch,
+    make_entry,
+    method_settings,
+    plain,
+    shared_costs,
+)
+from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.settings import SettingsError, SharedSettings
+from fr_jax.experiments.speed_picture import plot_speed
+from fr_jax.experiments.turns import as_rows, in_turns, machine, quietly, start_pinned, take_devices
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.metrics import write_json
-from fr_jax.types import Algorithm, Array, Batch, Stage
+from fr_jax.types import Stage
 
 __all__ = ["SpeedSettings", "main", "run"]
+
+CHOICES = (*METHODS, DATA_PARALLEL)
+HOPS = 20
+TRANSFER_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedSettings:
-    """Time one training step of a plain jitted optax step, back-propagation and features replay, side by side."""
+    """Time one training step of every method, side by side.
+
+    A plain jitted optax step, back-propagation on one device and features replay with K = 1 are always among them.
+    """
 
     K: int = 2
-    """Stages of features replay, and of back-propagation across devices."""
+    """Stages, and devices of data parallelism."""
+    methods: tuple[str, ...] = ("bp", "fr", "ddg", "gpipe", DATA_PARALLEL)
+    """Those to time on K devices: bp, fr, ddg, dni, blockprop, gpipe, and dp (data parallelism)."""
     model: str = "resnet20"
     """A name from fr_jax.models.MODELS."""
     batch_size: int = 128
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    dtype: str = "float32"
+    """Of the computation: float32 or bfloat16."""
+    microbatches: int = 4
+    """Of GPipe."""
     rounds: int = 9
     """How many times each contestant has its turn."""
     steps: int = 8
     """Steps of a turn."""
+    balance: str = "time"
+    """How each method's cuts are chosen: time (measured first), flops, or uniform."""
     cuts: tuple[int, ...] | None = None
-    """Explicit cuts; by default fr_jax.balance chooses them from measured times."""
+    """Explicit cuts, for all methods alike."""
     pinned: bool = False
     """One process a stage, each pinned to one core."""
     output: Path | None = None
-    """A JSON file for the numbers."""
-    process_id: int | None = None
-    """Set by --pinned in the processes that it starts."""
-    coordinator: str | None = None
-    """Set by --pinned in the processes that it starts: HOST:PORT."""
+    """A JSON file for the numbers; the picture gets its name with .png."""
 
 
-class Contestant(NamedTuple):
-    """Something to time: ``run(carry) -> (carry, loss)`` is one training step."""
-
-    name: str
-    run: Callable[[Any], tuple[Any, Array]]
-    carry: Any
-
-
-def plain_step(layers: Sequence[Stage], optimizer: optax.GradientTransformation, batch: Batch) -> Contestant:
-    """What one writes without this library: a jitted function with value_and_grad and an optax update."""
-    network = fr.chain(*layers)
-
-    def loss_fn(params: Any, model_state: Any, batch: Batch) -> tuple[Array, Any]:
-        outputs, model_state = network.apply(params, model_state, batch.inputs, train=True)
-        return cross_entropy(outputs, batch.targets), model_state
-
-    def step(carry: tuple, batch: Batch) -> tuple[tuple, Array]:
-        params, model_state, opt_state = carry
-        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), model_state, opt_state), loss
-
-    def init(key: Array) -> tuple:
-        params, model_state = network.init(key, jnp.zeros(batch.inputs.shape))
-        return params, model_state, optimizer.init(params)
-
-    jitted = jax.jit(step, donate_argnums=0)
-    here = batch.inputs.sharding
-    carry = jax.jit(init, out_shardings=here)(jax.random.key(0))
-    return Contestant("plain jitted optax step", lambda carry: jitted(carry, batch), carry)
+def check(settings: SpeedSettings) -> None:
+    """Raises SettingsError for the first setting that cannot be used."""
+    choice("model", settings.model, fr.models.MODELS)
+    choice("balance", settings.balance, ("time", "flops", "uniform"))
+    choice("dtype", settings.dtype, ("float32", "bfloat16"))
+    for method in settings.methods:
+        choice("methods", method, CHOICES)
+    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
+        if (value := getattr(settings, name)) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    parts = {"gpipe": settings.microbatches, DATA_PARALLEL: settings.K}
+    for method in settings.methods:
+        if settings.batch_size % parts.get(method, 1):
+            raise SettingsError(
+                f"--batch-size {settings.batch_size} cannot be split into the {parts[method]} equal parts of {method}. "
+                "Change it, or leave the method out."
+            )
 
 
-def contestant(name: str, algorithm: Algorithm, batch: Batch) -> Contestant:
-    """A method of this library."""
-
-    def run(state: Any) -> tuple[Any, Array]:
-        state, info = algorithm.step(state, batch)
-        return state, info.loss
-
-    return Contestant(name, run, algorithm.init(jax.random.key(0), batch))
-
-
-def make_contestants(settings: SpeedSettings) -> tuple[list[Contestant], tuple[int, ...]]:
-    """The four of them, and the cuts."""
-    K, first, spread = settings.K, fr.placement(1), fr.placement(settings.K)
-    layers = fr.models.MODELS[settings.model]()
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((settings.batch_size, 32, 32, 3)).astype(np.float32)
-    labels = rng.integers(0, 10, settings.batch_size).astype(np.int32)
-    # jit places an array on a device of another process, where device_put refuses.
-    batch = Batch(*jax.jit(lambda *arrays: arrays, out_shardings=first[0])(images, labels))
-    cuts = settings.cuts
-    if cuts is None:
-        costs = np.asarray(fr.layer_costs(layers, batch.inputs, "time", repeats=9))
-        cuts = fr.balance(_from_first_process(costs).tolist(), K, last_stage_weight=3 / 4)
-    optimizer = optax.sgd(0.01, momentum=0.9)
-    whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
-    methods = [
-        ("back-propagation, 1 device", fr.backprop, whole, first),
-        ("features replay, K = 1", fr.features_replay, whole, first),
-        (f"back-propagation, {K} devices", fr.backprop, stages, spread),
-        (f"features replay, K = {K}", fr.features_replay, stages, spread),
+def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
+    """All contestants, in the order of the table."""
+    shared = SharedSettings(
+        model=settings.model,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        balance=settings.balance,
+        microbatches=settings.microbatches,
+    )
+    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    entries = [
+        plain(layers, make_batch(settings.batch_size, fr.placement(1)[0])),
+        make_entry(shared, layers, "bp", 1, name=BASELINE),
+        make_entry(shared, layers, "fr", 1),
     ]
-    made = [
-        contestant(name, method(parts, cross_entropy, optimizer, placement=places, donate=True), batch)
-        for name, method, parts, places in methods
-    ]
-    return [plain_step(layers, optimizer, batch), *made], tuple(cuts)
+    costs = None
+    if settings.cuts is None and settings.balance != "uniform" and settings.K > 1:
+        quietly(f"costs of the layers: {settings.balance}")
+        costs = shared_costs(method_settings(shared, "bp", settings.K, None), layers, example)
+    for method in dict.fromkeys(settings.methods) if settings.K > 1 else ():
+        known = costs if method != "dni" else None  # its synthesizers are at the cuts
+        entries.append(make_entry(shared, layers, method, settings.K, cuts=settings.cuts, costs=known))
+    return entries
 
 
-def _from_first_process(array: np.ndarray) -> np.ndarray:
-    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
-
-
-def _meet() -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("speed")
-
-
-def turn(one: Contestant, steps: int) -> tuple[Contestant, float]:
-    """Seconds a step, from all processes idle to all processes idle."""
-    _meet()
-    start = time.perf_counter()
-    carry, loss = one.carry, None
-    for _ in range(steps):
-        carry, loss = one.run(carry)
-    mine = [x for x in jax.tree.leaves((carry, loss)) if isinstance(x, jax.Array) and x.is_fully_addressable]
-    jax.block_until_ready(mine)
-    _meet()
-    return one._replace(carry=carry), (time.perf_counter() - start) / steps
+def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Sequence[int]) -> list[dict[str, Any]]:
+    """What it takes to send each cut's feature to the next device, by itself."""
+    if not cuts:
+        return []
+    placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
+    batch = host_batch(settings.batch_size)
+    timer = stage_timer(stages, cross_entropy, OPTIMIZER, batch, kinds=(), placement=placement, hops=HOPS)
+    timer()
+    found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])
+    rows, h = [], jax.ShapeDtypeStruct(batch.inputs.shape, batch.inputs.dtype)
+    for cut, stage, seconds in zip(cuts, stages, found.times.features, strict=False):
+        params, state = jax.eval_shape(stage.init, jax.random.key(0), h)
+        h, _ = jax.eval_shape(stage.apply, params, state, h)
+        size = math.prod(h.shape) * h.dtype.itemsize
+        rows.append({"cut": cut, "bytes": size, "seconds": seconds, "processor_share": found.transfer_share})
+    return rows
 
 
 def measure(settings: SpeedSettings) -> dict[str, Any]:
-    """Warm-up, then interleaved rounds."""
-    contestants, cuts = make_contestants(settings)
-    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
-    for i, one in enumerate(contestants):
-        contestants[i], _ = turn(one, 2 * settings.K + 1)
-    for _ in range(settings.rounds):
-        for i, one in enumerate(contestants):
-            contestants[i], spent = turn(one, settings.steps)
-            seconds[one.name].append(spent)
-    baseline = statistics.median(seconds["back-propagation, 1 device"])
-    rows = {name: _statistics(times, baseline) for name, times in seconds.items()}
+    """Makes all contestants, and times them."""
+    layers = fr.models.MODELS[settings.model](dtype=jnp.dtype(settings.dtype))
+    entries = make_entries(settings, layers)
+    turns = in_turns(
+        [entry.contestant for entry in entries],
+        rounds=settings.rounds,
+        steps=settings.steps,
+        warm_up=2 * settings.K + 1,
+        log=quietly,
+    )
+    rows = as_rows(turns)
+    baseline = rows[BASELINE]["seconds_median"]
+    for entry in entries:
+        row = rows[entry.contestant.name]
+        speedup = baseline / row["seconds_median"]
+        row |= {"method": entry.method, "cuts": list(entry.cuts), "speedup": speedup, "bound": entry.bound}
+        row["share_of_bound"] = None if entry.bound is None else speedup / entry.bound
+        row["host_share_of_step"] = row["host_seconds_median"] / row["seconds_median"]
+    cut = next((entry.cuts for entry in entries if entry.method == "fr" and entry.cuts), ())
+    cut = cut or next((entry.cuts for entry in entries if entry.cuts), ())
     return {
         "model": settings.model,
         "batch_size": settings.batch_size,
+        "dtype": settings.dtype,
         "K": settings.K,
-        "cuts": list(cuts),
-        "bound_of_features_replay": (3 * settings.K + 1) / 4,
+        "balance": "given" if settings.cuts is not None else settings.balance,
         "placement": "one pinned process a stage" if settings.pinned else "devices of one process",
         "rounds": settings.rounds,
         "steps_per_round": settings.steps,
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **machine(),
+        "baseline": BASELINE,
         "results": rows,
-    }
-
-
-def _statistics(times: list[float], baseline: float) -> dict[str, Any]:
-    median = statistics.median(times)
-    return {
-        "seconds_median": median,
-        "seconds_min": min(times),
-        "seconds_max": max(times),
-        "speedup_over_back_propagation_on_1_device": baseline / median,
-        "rounds": times,
+        "transfers": measure_transfers(settings, layers, cut),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [f"{result['model']}, batch {result['batch_size']}, cuts {result['cuts']}, {result['placement']}", ""]
-    lines.append(f"{'':<28} {'s/step':>8} {'min':>7} {'max':>7} {'speedup':>8}")
+    head = f"{result['model']}, batch {result['batch_size']}, K = {result['K']}, {result['placement']}"
+    columns = ("s/step", "min", "max", "speedup", "bound", "share", "host ms", "of step", "busy", "cuts")
+    lines = [head, "host: to issue a step; busy: cores that each process's threads keep busy", ""]
+    lines.append(f"{'':<30}" + "".join(f"{name:>9}" for name in columns))
     for name, row in result["results"].items():
-        numbers = (row["seconds_median"], row["seconds_min"], row["seconds_max"])
-        speedup = row["speedup_over_back_propagation_on_1_device"]
-        lines.append(f"{name:<28} {numbers[0]:>8.4f} {numbers[1]:>7.4f} {numbers[2]:>7.4f} {speedup:>8.2f}")
-    lines.append(f"bound for features replay at K = {result['K']}: {result['bound_of_features_replay']:.2f}")
+        seconds = "".join(f"{row[f'seconds_{of}']:>9.4f}" for of in ("median", "min", "max"))
+        known = row["bound"] is not None
+        bounds = f"{row['bound']:>9.2f}{row['share_of_bound']:>9.1%}" if known else f"{'-':>9}{'-':>9}"
+        host = f"{row['host_seconds_median'] * 1e3:>9.2f}{row['host_share_of_step']:>9.1%}"
+        cuts = ",".join(map(str, row["cuts"])) or "-"
+        busy = "/".join(f"{one / row['seconds_median']:.0%}" for one in row["busy_seconds_median_by_process"])
+        lines.append(f"{name:<30}{seconds}{row['speedup']:>9.2f}{bounds}{host} {busy:>8}{cuts:>9}")
+    for row in result["transfers"]:
+        lines.append(
+            f"a feature of {row['bytes'] / 1e6:.2f} MB at cut {row['cut']} takes {row['seconds'] * 1e3:.1f} ms to the "
+            f"next device, whose processors are busy with it for {row['processor_share']:.0%} of that"
+        )
     return "\n".join(lines)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _join(settings: SpeedSettings) -> None:
-    """Makes this process one of the group, on a core of its own; before anything else is asked of JAX."""
-    assert settings.process_id is not None and settings.coordinator is not None
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[settings.process_id % len(cores)]})
-    host = settings.coordinator.rpartition(":")[0]
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{_free_port()}")
-    jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{host}:0"] * 4))
-    jax.distributed.initialize(settings.coordinator, settings.K, settings.process_id)
-
-
-def _start_group(settings: SpeedSettings, arguments: Sequence[str]) -> int:
-    command = [sys.executable, "-m", "fr_jax.experiments.speed", *arguments, "--coordinator"]
-    command.append(f"127.0.0.1:{_free_port()}")
-    group = [subprocess.Popen([*command, "--process-id", str(k)]) for k in range(settings.K)]
-    try:
-        while any(process.poll() is None for process in group):
-            if any(process.returncode for process in group):
-                print("fr_jax: a process of the group failed; ending the others.", file=sys.stderr)
-                return 1
-            time.sleep(0.2)
-        return int(any(process.returncode for process in group))
-    finally:
-        for process in group:
-            process.kill()
-
-
 def run(settings: SpeedSettings) -> dict[str, Any]:
-    """Measures in this process (or as one of a group), and prints and writes what the first process saw."""
-    if settings.process_id is not None:
-        _join(settings)
-    else:
-        with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
-            jax.config.update("jax_num_cpu_devices", settings.K)
-    result = measure(settings)
-    if jax.process_index() == 0:
+    """Measures in this process (or as one of a group), and prints, writes and draws what the first process saw.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    check(settings)
+    take_devices(settings.K)
+    try:
+        result = measure(settings)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
+    if group().index == 0:
         print(table(result), flush=True)
         if settings.output is not None:
             write_json(settings.output, result)
+            plot_speed(result, settings.output.with_suffix(".png"))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code."""
+    """The program. Returns its exit code: 0, or 2 for bad arguments."""
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    settings = tyro.cli(SpeedSettings, args=arguments, prog="python -m fr_jax.experiments.speed")
-    if settings.pinned and settings.process_id is None:
-        cores = len(os.sched_getaffinity(0))
-        if cores < settings.K:
-            print(
-                f"fr_jax: --pinned needs {settings.K} cores for --K {settings.K}; there are {cores}.", file=sys.stderr
-            )
-            return 2
-        return _start_group(settings, arguments)
-    run(settings)
+    settings = tyro.cli(SpeedSettings, args=arguments, prog=call("speed"))
+    try:
+        check(settings)
+        if settings.pinned and not initialize():
+            return start_pinned("fr_jax.experiments.speed", arguments, settings.K)
+        run(settings)
+    except (SettingsError, GroupError) as error:
+        group().fail(2)
+        print(f"fr_jax: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

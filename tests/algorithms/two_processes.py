@@ -1,23 +1,15 @@
-"""Run by test_processes.py, once a process: python two_processes.py [PROCESS_ID COORDINATOR TRANSFER_PORT]."""
+"""Run by test_processes.py, alone and as two processes."""
 
 import functools
 import json
-import sys
 
 import jax
 import numpy as np
 import optax
 
 import fr_jax as fr
+from fr_jax import distributed
 from fr_jax.placement import place
-
-
-def join(process_id, coordinator, transfer_port):
-    """Makes this process one of two."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{transfer_port}")
-    jax.config.update("jax_cross_host_transport_addresses", ",".join(["127.0.0.1:0"] * 4))
-    jax.distributed.initialize(coordinator, 2, int(process_id))
 
 
 def loss_fn(outputs, targets):
@@ -61,8 +53,6 @@ def run(method):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        join(*sys.argv[1:])
-    else:
+    if not distributed.initialize():
         jax.config.update("jax_num_cpu_devices", 2)
     print(json.dumps({name: run(method) for name, method in METHODS.items()}))

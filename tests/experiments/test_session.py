@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import fr_jax as fr
+from fr_jax.costs import LayerCost
 from fr_jax.experiments import session as session_module
 from fr_jax.experiments.checks import resolve
 from fr_jax.experiments.session import (
@@ -89,33 +90,49 @@ def digits() -> data.Dataset:
 
 
 def test_balance_chooses_the_cuts(digits, monkeypatch):
-    layers = 6
     uniform = build(TrainSettings(K=3, model="mlp", balance="uniform"), digits)
     assert uniform.cuts == (2, 4)
     by_flops = build(TrainSettings(K=3, model="mlp"), digits)
-    assert by_flops.cuts == fr.balance(by_flops.costs, 3, last_stage_weight=3 / 4)
+    assert max(stage_work(by_flops)) <= max(stage_work(uniform))
     explicit = build(TrainSettings(K=3, model="mlp", cuts=(1, 5)), digits)
     assert explicit.cuts == (1, 5)
     assert build(TrainSettings(K=3, model="mlp"), digits, saved_cuts=(3, 4)).cuts == (3, 4)
-    measured = [1.0, 1.0, 1.0, 10.0, 1.0, 1.0]
+    measured, examples = [LayerCost(1.0, 2.0, 3.0)] * 6, []
 
-    def layer_costs(given, example, measure="flops"):
-        assert len(given) == layers
-        return measured if measure == "time" else by_flops.costs
+    def layer_times(layers, example, repeats):
+        assert len(layers) == 6
+        examples.append(example.shape[0])
+        return measured
 
-    monkeypatch.setattr(session_module.fr, "layer_costs", layer_costs)
-    expected = fr.balance(measured, 3, last_stage_weight=3 / 4)
-    assert expected != by_flops.cuts
-    assert build(TrainSettings(K=3, model="mlp", balance="time"), digits).cuts == expected
+    monkeypatch.setattr(fr, "layer_times", layer_times)
+    # Of equal layers: the first needs no input gradient (1 less), the last stage does not play (3 a layer, not 4).
+    assert build(TrainSettings(K=3, model="mlp", balance="time"), digits).cuts == (2, 4)
+    measured[2:4] = [LayerCost(10.0, 20.0, 30.0)] * 2
+    assert build(TrainSettings(K=3, model="mlp", balance="time"), digits).cuts == (2, 3)
+    build(TrainSettings(K=3, model="mlp", balance="time", data_parallel=2), digits)
+    assert examples == [64, 64, 32]
 
 
 def test_stage_work_counts_what_the_method_does(digits):
-    replay = build(TrainSettings(K=2, model="mlp", cuts=(2,)), digits)
-    assert stage_work(replay) == pytest.approx([sum(replay.costs[:2]) * 4 / 3, sum(replay.costs[2:])])
-    back = build(TrainSettings(K=2, model="mlp", cuts=(2,), method="bp"), digits)
-    assert stage_work(back) == pytest.approx([sum(back.costs[:2]), sum(back.costs[2:])])
-    alone = build(TrainSettings(K=1, model="mlp"), digits)
-    assert stage_work(alone) == pytest.approx([sum(alone.costs)])
+    def work(**settings):
+        session = build(TrainSettings(model="mlp", **settings), digits)
+        return stage_work(session), session.costs.layers
+
+    sums = lambda layers, field: sum(getattr(layer, field) for layer in layers)
+    back, layers = work(K=2, cuts=(2,), method="bp")
+    first = layers[0].weights_gradient + layers[1].both_gradients
+    last = sums(layers[2:], "both_gradients")
+    assert back == pytest.approx([first, last])
+    assert work(K=2, cuts=(2,), method="ddg")[0] == back == work(K=2, cuts=(2,), method="gpipe")[0]
+    play = sums(layers[:2], "forward")
+    assert work(K=2, cuts=(2,))[0] == pytest.approx([first + play, last])
+    assert work(K=1)[0] == pytest.approx([first + last])
+    h_step = sums(layers[2:], "input_gradient")
+    blocks = work(K=2, cuts=(2,), method="blockprop", h_steps=3)[0]
+    assert blocks == pytest.approx([first + play, last + 3 * h_step])
+    # A synthesizer of three dense layers of the width of the feature, 256, without input gradient of its first.
+    synthesizer = work(K=2, cuts=(2,), method="dni")[0][0] - first
+    assert synthesizer == pytest.approx((2 + 3 + 3) * 2 * 64 * 256**2, rel=0.05)
 
 
 def test_devices_go_round_robin(digits):

@@ -5,34 +5,75 @@ import sys
 import pytest
 
 from fr_jax.experiments import speed
+from fr_jax.experiments.contestants import BASELINE, bound
 
-CONTESTANTS = [
-    "plain jitted optax step",
-    "back-propagation, 1 device",
-    "features replay, K = 1",
-    "back-propagation, 2 devices",
-    "features replay, K = 2",
-]
+CONTESTANTS = {
+    "plain jitted optax step": 1,
+    "back-propagation, 1 device": 1,
+    "features replay, K = 1": 1,
+    "back-propagation, 2 devices": 1,
+    "features replay, K = 2": 1.75,
+    "DDG, K = 2": 2,
+    "GPipe, K = 2, M = 4": 1.6,
+    "data parallelism, 2 devices": 2,
+}
 
 
-def check(result):
-    assert list(result["results"]) == CONTESTANTS
-    assert len(result["cuts"]) == 1
-    baseline = result["results"]["back-propagation, 1 device"]
-    assert baseline["speedup_over_back_propagation_on_1_device"] == 1
-    for row in result["results"].values():
+def check(result, processes):
+    assert {name: row["bound"] for name, row in result["results"].items()} == CONTESTANTS
+    baseline = result["results"][BASELINE]
+    assert baseline["speedup"] == 1
+    for name, row in result["results"].items():
         assert len(row["rounds"]) == result["rounds"] == 3
         assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
-        assert row["speedup_over_back_propagation_on_1_device"] == pytest.approx(
-            baseline["seconds_median"] / row["seconds_median"]
-        )
+        assert row["speedup"] == pytest.approx(baseline["seconds_median"] / row["seconds_median"])
+        assert row["share_of_bound"] == pytest.approx(row["speedup"] / row["bound"])
+        assert row["host_seconds_median"] > 0 and row["host_cpu_seconds_median"] >= 0
+        assert row["host_share_of_step"] == row["host_seconds_median"] / row["seconds_median"]
+        assert len(row["busy_seconds_median_by_process"]) == processes
+        assert len(row["cuts"]) == (name in [*CONTESTANTS][3:7])
+    (transfer,) = result["transfers"]
+    assert transfer["cut"] == result["results"]["features replay, K = 2"]["cuts"][0]
+    assert transfer["bytes"] == 128 * 256 * 4 and transfer["seconds"] > 0
 
 
 def test_contestants_take_turns_in_one_process(tmp_path, capsys):
     output = tmp_path / "speed.json"
-    assert speed.main(["--model", "mlp", "--rounds", "3", "--steps", "2", "--output", str(output)]) == 0
-    check(json.loads(output.read_text()))
-    assert "bound for features replay at K = 2: 1.75" in capsys.readouterr().out
+    arguments = ["--model", "mlp", "--rounds", "3", "--steps", "2", "--output", str(output)]
+    assert speed.main(arguments) == 0
+    check(json.loads(output.read_text()), processes=1)
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "features replay, K = 2" in printed and "a feature of 0.13 MB at cut 1 takes" in printed
+
+
+def test_given_cuts_and_methods_without_a_bound(capsys):
+    settings = speed.SpeedSettings(model="mlp", K=3, cuts=(2, 3), methods=("dni",), rounds=1, steps=1, batch_size=8)
+    result = speed.run(settings)
+    row = result["results"]["DNI, K = 3"]
+    assert row["cuts"] == [2, 3] and row["bound"] is row["share_of_bound"] is None
+    assert [one["cut"] for one in result["transfers"]] == [2, 3]
+
+
+def test_bounds_are_the_closed_forms():
+    assert [bound("fr", K, 1) for K in (1, 2, 4, 8)] == [1, 1.75, 3.25, 6.25]
+    assert [bound("gpipe", K, M) for K, M in ((1, 3), (4, 1), (4, 4))] == [1, 1, 16 / 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet21"], "--model resnet21 is unknown"),
+        (["--methods", "frr"], "--methods frr is unknown"),
+        (["--rounds", "0"], "--rounds 0 is out of range"),
+        (["--batch-size", "130"], "cannot be split into the 4 equal parts of gpipe"),
+        (["--model", "mlp", "--K", "7", "--methods", "fr"], "K = 7 stages were asked of"),
+        (["--K", "4096", "--pinned", "--methods", "fr"], "--pinned needs 4096 cores for --K 4096"),
+    ],
+)
+def test_bad_arguments_are_one_message(arguments, said, capsys):
+    assert speed.main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -41,4 +82,4 @@ def test_one_pinned_process_a_stage(tmp_path, program_env):
     command = [sys.executable, "-m", "fr_jax.experiments.speed", "--pinned", "--model", "mlp", "--rounds", "3"]
     done = subprocess.run([*command, "--output", str(output)], env=program_env, capture_output=True, timeout=250)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    check(json.loads(output.read_text()))
+    check(json.loads(output.read_text()), processes=2)

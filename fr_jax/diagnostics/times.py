@@ -1,0 +1,187 @@
+"""How long the functions of a module take, and what crosses between modules: what schedules are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = [
+    "ModuleTimes",
+    "Times",
+    "balanced_shares",
+    "ring_all_reduce_seconds",
+    "times_of_costs",
+    "transfer_seconds",
+]
+
+
+class ModuleTimes(NamedTuple):
+    """Seconds that the functions of one module take for one mini-batch; NaN for what was not measured.
+
+    Attributes:
+      play: the forward pass that keeps nothing (features replay).
+      replay: forward again, backward and update, one function (features replay).
+      forward: the forward pass that keeps its VJP.
+      backward: applying that VJP.
+      update: the optimizer.
+      last: forward, loss, backward and update, one function.
+      gradient: the same without the update (GPipe).
+      accumulate: adding up a microbatch's gradients (GPipe).
+      synthesize: the forward pass of the module's synthesizer (DNI).
+      learn: the synthesizer's gradient and update (DNI).
+    """
+
+    play: float = math.nan
+    replay: float = math.nan
+    forward: float = math.nan
+    backward: float = math.nan
+    update: float = math.nan
+    last: float = math.nan
+    gradient: float = math.nan
+    accumulate: float = math.nan
+    synthesize: float = math.nan
+    learn: float = math.nan
+
+
+class Times(NamedTuple):
+    """What a method's schedule is made from.
+
+    Attributes:
+      modules: K entries.
+      features: K-1 entries, the seconds in which h_k gets from module k to k+1.
+      gradients: K-1 entries, the seconds in which delta_k gets back.
+    """
+
+    modules: tuple[ModuleTimes, ...]
+    features: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+
+def times_of_costs(
+    costs: Sequence[float],
+    transfers: Sequence[float] | float = 0.0,
+    *,
+    synthesizers: Sequence[float] | float = 0.0,
+    update: float = 0.0,
+) -> Times:
+    """Times by the rule that a backward pass takes twice as long as a forward pass.
+
+    Args:
+      costs: one a module, the seconds of its forward and backward pass together; any other unit does as well.
+      transfers: seconds for a feature to cross a cut, and for its gradient to come back: one for all, or K-1.
+      synthesizers: seconds of forward and backward pass of each module's synthesizer: one for all, or K-1.
+      update: seconds of each module's update; in ``replay`` and ``last`` it is included.
+
+    Returns:
+      The times; what GPipe adds up costs nothing.
+
+    Raises:
+      ValueError: the numbers of costs, transfers and synthesizers do not fit.
+
+    Example:
+      >>> times = times_of_costs([3.0, 6.0], transfers=0.5)
+      >>> times.modules[0].play, times.modules[0].replay, times.modules[1].last, times.features
+      (1.0, 3.0, 6.0, (0.5,))
+    """
+    K = len(costs)
+    crossing = _for_each_cut("transfers", transfers, K)
+    own = (*_for_each_cut("synthesizers", synthesizers, K), 0.0)
+    modules = tuple(
+        ModuleTimes(
+            play=cost / 3,
+            replay=cost + update,
+            forward=cost / 3,
+            backward=2 * cost / 3,
+            update=update,
+            last=cost + update,
+            gradient=cost,
+            accumulate=0.0,
+            synthesize=synthesizer / 3,
+            learn=2 * synthesizer / 3,
+        )
+        for cost, synthesizer in zip(costs, own, strict=True)
+    )
+    return Times(modules, crossing, crossing)
+
+
+def _for_each_cut(name: str, given: Sequence[float] | float, K: int) -> tuple[float, ...]:
+    if K < 1:
+        raise ValueError("no costs were given; there is one for each of K modules, at least 1.")
+    values = tuple(given) if isinstance(given, Sequence) else (given,) * (K - 1)
+    if len(values) != K - 1:
+        raise ValueError(
+            f"{len(values)} {name} were given for {K} modules; there is one for each of the K-1 = {K - 1} cuts. "
+            "Pass that many, or one number for all."
+        )
+    return values
+
+
+def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, ...]:
+    """The shares of a network, adding up to 1, that an ideal cut gives its K modules.
+
+    Args:
+      K: number of modules.
+      last_stage_weight: what a unit of cost counts in the last module (:func:`fr_jax.balance`): 3/4 for features
+        replay.
+
+    Raises:
+      ValueError: K is less than 1, or the weight is not positive.
+
+    Example:
+      >>> [round(7 * share, 6) for share in balanced_shares(2, last_stage_weight=3 / 4)]
+      [3.0, 4.0]
+    """
+    if K < 1 or not last_stage_weight > 0:
+        raise ValueError(
+            f"K = {K} and last_stage_weight = {last_stage_weight} were given; K must be at least 1, and the weight "
+            "positive."
+        )
+    total = K - 1 + 1 / last_stage_weight
+    return (1 / total,) * (K - 1) + (1 / last_stage_weight / total,)
+
+
+def transfer_seconds(size: float, bandwidth: float, latency: float = 0.0) -> float:
+    """Seconds of a message: latency + size / bandwidth.
+
+    Args:
+      size: bytes.
+      bandwidth: bytes a second.
+      latency: seconds.
+
+    Raises:
+      ValueError: the bandwidth is not positive, or the others are negative.
+
+    Example:
+      >>> transfer_seconds(8e6, bandwidth=1e9, latency=0.001)
+      0.009000000000000001
+    """
+    if not (bandwidth > 0 and size >= 0 and latency >= 0):
+        raise ValueError(
+            f"size = {size}, bandwidth = {bandwidth} and latency = {latency} were given; the bandwidth must be above "
+            "0, the others at least 0."
+        )
+    return latency + size / bandwidth
+
+
+def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float, latency: float = 0.0) -> float:
+    """Seconds in which D devices in a ring add up what each holds: 2 (D-1) messages of a D-th of it, one by one.
+
+    That is 2 (D-1)/D size / bandwidth without latency (Patarasuk, Yuan 2009).
+
+    Args:
+      size: bytes that each device holds.
+      devices: D.
+      bandwidth: bytes a second of each link.
+      latency: seconds of each message.
+
+    Raises:
+      ValueError: ``devices`` is less than 1, the bandwidth is not positive, or the others are negative.
+
+    Example:
+      >>> ring_all_reduce_seconds(8e6, devices=2, bandwidth=8e6)
+      1.0
+    """
+    if devices < 1:
+        raise ValueError(f"devices = {devices} was given; it must be at least 1.")
+    return 2 * (devices - 1) * transfer_seconds(size / devices, bandwidth, latency)

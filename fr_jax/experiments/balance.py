@@ -1,0 +1,228 @@
+"""Times a step for every place to cut: ``python -m fr_jax.experiments.balance --K 2 --pinned``.
+
+Every choice of cuts has its turn in every round. Beside the best stand the cuts that ``--balance`` chooses by times, by
+operations and by equal numbers of layers, and how much slower than the best they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+import fr_jax as fr
+from fr_jax.distributed import GroupError, group, initialize
+from fr_jax.experiments.checks import choice
+from fr_jax.experiments.command_line import call
+from fr_jax.experiments.contestants import make_entry, method_settings, shared_costs
+from fr_jax.experiments.cuts import choose_cuts, stage_costs
+from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.settings import SettingsError, SharedSettings
+from fr_jax.experiments.turns import as_rows, in_turns, machine, quietly, start_pinned, take_devices
+from fr_jax.training.files import write_atomically
+from fr_jax.training.metrics import write_json
+from fr_jax.training.plots import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["BalanceSettings", "main", "run"]
+
+MEASURES = ("time", "flops", "uniform")
+MOST_CHOICES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceSettings:
+    """Time one training step for every choice of cuts, and compare those that --balance chooses with the best."""
+
+    K: int = 2
+    """Stages."""
+    method: str = "fr"
+    """fr, bp, ddg, dni, blockprop or gpipe."""
+    model: str = "resnet20"
+    """A name from fr_jax.models.MODELS."""
+    batch_size: int = 128
+    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    rounds: int = 5
+    """How many times each choice has its turn."""
+    steps: int = 4
+    """Steps of a turn."""
+    first: int = 1
+    """No cut before this layer (to leave out what is hopeless, or to divide a long measurement)."""
+    last: int | None = None
+    """No cut after this layer. Default: the network's last."""
+    pinned: bool = False
+    """One process a stage, each pinned to one core."""
+    output: Path | None = None
+    """A JSON file for the numbers; the picture gets its name with .png."""
+
+
+def check(settings: BalanceSettings) -> None:
+    """Raises SettingsError for the first setting that cannot be used."""
+    choice("model", settings.model, fr.models.MODELS)
+    choice("method", settings.method, METHODS)
+    for name in ("batch_size", "rounds", "steps", "first"):
+        if (value := getattr(settings, name)) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    if settings.K < 2:
+        raise SettingsError(f"--K {settings.K} leaves nothing to cut; it must be at least 2.")
+
+
+def choices_of_cuts(settings: BalanceSettings, layers: int) -> list[tuple[int, ...]]:
+    """All of them.
+
+    Raises:
+      SettingsError: there are none, or too many to time.
+    """
+    last = min(settings.last or layers - 1, layers - 1)
+    places = range(settings.first, last + 1)
+    found = math.comb(len(places), settings.K - 1)
+    if not 1 <= found <= MOST_CHOICES:
+        raise SettingsError(
+            f"--K {settings.K} can be cut in {found} ways at the {len(places)} places of --model {settings.model} "
+            f"between --first {settings.first} and --last {last}; it must be 1 to {MOST_CHOICES}. Change one of them."
+        )
+    return list(itertools.combinations(places, settings.K - 1))
+
+
+def measure(settings: BalanceSettings) -> dict[str, Any]:
+    """Costs of the layers, the cuts they choose, and a step's time for all cuts."""
+    layers = fr.models.MODELS[settings.model]()
+    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    all_cuts = choices_of_cuts(settings, len(layers))
+    shared = SharedSettings(model=settings.model, batch_size=settings.batch_size)
+    own = method_settings(shared, settings.method, settings.K, None)
+    chosen, predicted = {}, {}
+    for name in MEASURES:
+        by = dataclasses.replace(own, balance=name)
+        quietly(f"balance: {name}")
+        costs = None if name == "uniform" else shared_costs(by, layers, example)
+        chosen[name] = choose_cuts(by, layers, example, costs)
+        if costs is not None:
+            predicted[name] = [stage_costs(by, costs, cuts) for cuts in all_cuts]
+    entries = [make_entry(shared, layers, settings.method, settings.K, cuts=cuts) for cuts in all_cuts]
+    named = [entry.contestant._replace(name=",".join(map(str, entry.cuts))) for entry in entries]
+    turns = in_turns(named, rounds=settings.rounds, steps=settings.steps, warm_up=2 * settings.K + 1, log=quietly)
+    rows = as_rows(turns)
+    for i, (row, cuts) in enumerate(zip(rows.values(), all_cuts, strict=True)):
+        row |= {"cuts": list(cuts), "stage_seconds": predicted["time"][i], "stage_flops": predicted["flops"][i]}
+    best = min(rows.values(), key=lambda row: row["seconds_median"])
+    picked = {}
+    for name, cuts in chosen.items():
+        row = rows.get(",".join(map(str, cuts)))
+        over = None if row is None else row["seconds_median"] / best["seconds_median"]
+        picked[name] = {"cuts": list(cuts), "times_the_best": over}
+    return {
+        "model": settings.model,
+        "method": settings.method,
+        "batch_size": settings.batch_size,
+        "K": settings.K,
+        "layers": len(layers),
+        "placement": "one pinned process a stage" if settings.pinned else "devices of one process",
+        "rounds": settings.rounds,
+        "steps_per_round": settings.steps,
+        **machine(),
+        "best": best["cuts"],
+        "chosen": picked,
+        "results": rows,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as text."""
+    head = f"{result['model']}, {result['method']}, batch {result['batch_size']}, K = {result['K']}"
+    lines = [f"{head}, {result['placement']}", ""]
+    lines.append(f"{'cuts':>12} {'s/step':>8} {'min':>8} {'max':>8}   seconds of each stage by its layers' times")
+    for name, row in result["results"].items():
+        seconds = " ".join(f"{row[f'seconds_{of}']:>8.4f}" for of in ("median", "min", "max"))
+        stages = " ".join(f"{one:.4f}" for one in row["stage_seconds"])
+        lines.append(f"{name:>12} {seconds}   {stages}{'   best' if row['cuts'] == result['best'] else ''}")
+    for name, row in result["chosen"].items():
+        over = row["times_the_best"]
+        text = "which was not timed" if over is None else f"{over:.3f} times the best"
+        lines.append(f"--balance {name:<8} cuts {','.join(map(str, row['cuts']))}: {text}")
+    return "\n".join(lines)
+
+
+def figure(result: Mapping[str, Any]) -> Figure:
+    """A step's time against the cuts, the predicted slowest stage below it, and the cuts that are chosen."""
+    from matplotlib.figure import Figure
+
+    rows = list(result["results"].values())
+    places = range(len(rows))
+    drawing = Figure(figsize=(10, 5), layout="constrained")
+    axes = drawing.subplots()
+    low, high = ([row[f"seconds_{of}"] for row in rows] for of in ("min", "max"))
+    axes.fill_between(places, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.plot(places, [row["seconds_median"] for row in rows], "o-", color=COLOURS[0], label="a step, measured")
+    slowest = [max(row["stage_seconds"]) for row in rows]
+    axes.plot(places, slowest, "--", color="0.4", label="its slowest stage, by the times of the layers")
+    for i, (name, chosen) in enumerate(result["chosen"].items()):
+        at = next((place for place in places if rows[place]["cuts"] == chosen["cuts"]), None)
+        if at is not None:
+            label = f"--balance {name}: {chosen['times_the_best']:.2f} times the best"
+            style = {"markersize": 13 + 6 * i, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": "none"}
+            axes.plot(at, rows[at]["seconds_median"], "o", color=COLOURS[i + 1], label=label, **style)
+    axes.set_xticks(places, [",".join(map(str, row["cuts"])) for row in rows], rotation=90 if len(rows) > 30 else 0)
+    axes.set_xlabel(
+        "first layer of the second stage" if result["K"] == 2 else "first layers of the stages after the first"
+    )
+    axes.set_ylabel("seconds a step")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    title = f"{result['model']}, {METHODS[result['method']].title}, K = {result['K']}, {result['placement']}"
+    axes.set_title(title, fontsize=12, fontweight="bold")
+    drawing.supxlabel(f"{result['machine']}, jax {result['jax']}, {result['date']}", fontsize=8, color="0.35")
+    return drawing
+
+
+def run(settings: BalanceSettings) -> dict[str, Any]:
+    """Measures in this process (or as one of a group), and prints, writes and draws what the first process saw.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    check(settings)
+    take_devices(settings.K)
+    result = measure(settings)
+    if group().index == 0:
+        print(table(result), flush=True)
+        if settings.output is not None:
+            write_json(settings.output, result)
+            picture = io.BytesIO()
+            figure(result).savefig(picture, format="png", dpi=150)
+            write_atomically(settings.output.with_suffix(".png"), picture.getvalue())
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, or 2 for bad arguments."""
+    import tyro
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    settings = tyro.cli(BalanceSettings, args=arguments, prog=call("balance"))
+    try:
+        check(settings)
+        if settings.pinned and not initialize():
+            return start_pinned("fr_jax.experiments.balance", arguments, settings.K)
+        run(settings)
+    except (SettingsError, GroupError) as error:
+        group().fail(2)
+        print(f"fr_jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Predicts a step from measured parts, and measures it: ``python -m fr_jax.experiments.prediction --K 2``.
+
+Every module's functions and the transfers are timed alone (``fr_jax.diagnostics.stage_times``), and the schedule of
+each method is simulated with these times; then the method itself runs. Measurements take turns, round after round. One
+device is one core only where each stage is a process of its own:
+
+    python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.prediction --K 2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import io
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import fr_jax as fr
+from fr_jax import distributed
+from fr_jax.diagnostics.gantt import gantt_figure
+from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
+from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
+from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
+from fr_jax.placement import place
+from fr_jax.training.classification import cross_entropy
+from fr_jax.training.files import write_atomically
+from fr_jax.training.metrics import write_json
+from fr_jax.types import Batch
+
+__all__ = ["PredictionSettings", "main", "measure", "table"]
+
+ONE = "one device"
+TITLES = {"fr": "features replay", "ddg": "DDG", "dni": "DNI", "gpipe": "GPipe", "bp": "back-propagation"}
+TIMERS = {"fr": "at once", "ddg": "at once", "dni": "at once", "gpipe": "microbatch", "bp": "in turns"}
+"""How the stages are timed for a method: all at once, one after the other, or at once with a microbatch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionSettings:
+    """Predict the seconds of a step from measured stages and transfers, and measure the step."""
+
+    K: int = 2
+    """Stages."""
+    methods: tuple[Literal["fr", "ddg", "dni", "gpipe", "bp"], ...] = ("fr", "ddg", "bp")
+    """What to predict; back-propagation on one device is always there."""
+    model: str = "resnet20"
+    """A name from fr_jax.models.MODELS."""
+    batch_size: int = 128
+    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    microbatches: int = 4
+    """Of GPipe."""
+    rounds: int = 5
+    """How many times everything is measured; medians count."""
+    steps: int = 8
+    """Steps of a method in a round."""
+    cuts: tuple[int, ...] | None = None
+    """Explicit cuts; by default fr_jax.balance chooses them from measured times, for features replay."""
+    output: Path | None = None
+    """A folder for prediction.json and prediction.png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
+
+
+class Contestant(NamedTuple):
+    """A method: its schedule, what it is made from, and the method itself (an ``Algorithm``, and its state)."""
+
+    schedule: Callable[[Measured, int], tuple[Task, ...]]
+    timer: str
+    method: fr.Algorithm
+    state: Any
+
+
+def refusal(settings: PredictionSettings) -> str | None:
+    """What is wrong with the settings, or None."""
+    if settings.model not in fr.models.MODELS:
+        return f"--model {settings.model} is unknown; it can be {', '.join(fr.models.MODELS)}."
+    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
+        if getattr(settings, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(settings, name)}: give 1 or more."
+    if "gpipe" in settings.methods and settings.batch_size % settings.microbatches:
+        return f"--batch-size {settings.batch_size} cannot be split into {settings.microbatches} --microbatches."
+    layers = len(fr.models.MODELS[settings.model]())
+    if layers < settings.K:
+        return f"--K {settings.K}: {settings.model} has {layers} layers. Use at most that many."
+    cuts = settings.cuts
+    if cuts is not None and (len(cuts) != settings.K - 1 or [0, *cuts, layers] != sorted({0, *cuts, layers})):
+        return f"--cuts {' '.join(map(str, cuts))}: give K-1 = {settings.K - 1} increasing places, 1 to {layers - 1}."
+    if settings.output is not None and not settings.overwrite:
+        there = [name for name in ("prediction.json", "prediction.png") if (settings.output / name).exists()]
+        if there:
+            return f"--output {settings.output} has {', '.join(there)} already. Add --overwrite, or choose another."
+    return None
+
+
+def _batch(examples: int) -> Batch:
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((examples, 32, 32, 3)).astype(np.float32)
+    batch: Any = images, rng.integers(0, 10, examples).astype(np.int32)
+    return Batch(*batch)
+
+
+def _schedule_of(name: str, microbatches: int) -> Callable[[Measured, int], tuple[Task, ...]]:
+    if name == "gpipe":
+        return lambda measured, steps: gpipe(measured.times, steps, microbatches)
+    return lambda measured, steps: SCHEDULES[name](measured.times, steps)
+
+
+def prepare(settings: PredictionSettings) -> tuple[dict[str, Contestant], dict[str, Callable], tuple[int, ...]]:
+    """The contestants, the timers of their parts, and the cuts."""
+    layers, batch = fr.models.MODELS[settings.model](), _batch(settings.batch_size)
+    cuts = settings.cuts
+    if cuts is None:
+        costs = fr.layer_costs(layers, batch.inputs, "time", repeats=9)
+        cuts = fr.balance(distributed.group().from_first(lambda: costs), settings.K, last_stage_weight=3 / 4)
+    optimizer, first, spread = optax.sgd(0.01, momentum=0.9), fr.placement(1), fr.placement(settings.K)
+    whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
+    own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
+    timers = {ONE: stage_timer(whole, cross_entropy, optimizer, batch, kinds=["last"], placement=first)}
+    micro = _batch(settings.batch_size // settings.microbatches)
+    for timer in dict.fromkeys(TIMERS[name] for name in settings.methods):
+        kinds = {kind for name in settings.methods if TIMERS[name] == timer for kind in KINDS_OF[name]}
+        options: dict[str, Any] = own | {"kinds": kinds, "placement": spread}
+        options |= {"together": timer != "in turns", "keep_weights": timer == "at once"}
+        part = micro if timer == "microbatch" else batch
+        timers[timer] = stage_timer(stages, cross_entropy, optimizer, part, **options)
+    makers: dict[str, Callable] = {
+        "fr": fr.features_replay,
+        "ddg": fr.ddg,
+        "dni": functools.partial(fr.dni, **own),
+        "gpipe": functools.partial(fr.gpipe, microbatches=settings.microbatches),
+        "bp": fr.backprop,
+    }
+    made = {ONE: (fr.backprop(whole, cross_entropy, optimizer, placement=first, donate=True), "bp", ONE)}
+    for name in settings.methods:
+        method = makers[name](stages, cross_entropy, optimizer, placement=spread, donate=True)
+        made[name] = method, name, TIMERS[name]
+    contestants = {}
+    for name, (method, schedule, timer) in made.items():
+        state = method.init(jax.random.key(0), batch)
+        contestants[name] = Contestant(_schedule_of(schedule, settings.microbatches), timer, method, state)
+    return contestants, timers, tuple(cuts)
+
+
+def turn(one: Contestant, batch: Batch, steps: int) -> tuple[Contestant, float]:
+    """Seconds a step, from all processes idle to all processes idle."""
+    group = distributed.group()
+    group.exchange(None)
+    start = time.perf_counter()
+    state, info = one.state, None
+    for _ in range(steps):
+        state, info = one.method.step(state, batch)
+    mine = [x for x in jax.tree.leaves((state, info)) if isinstance(x, jax.Array) and x.is_fully_addressable]
+    jax.block_until_ready(mine)
+    seconds = max(group.exchange(time.perf_counter() - start))
+    return one._replace(state=state), seconds / steps
+
+
+def predicted(one: Contestant, measured: Measured, K: int, steps: int) -> float:
+    """What :func:`turn` should find: devices start idle, with the features of earlier steps in their histories."""
+    tasks = resumed(one.schedule(measured, K + steps), K)
+    return float(simulate(occupying(tasks, measured.transfer_share)).end.max()) / steps
+
+
+def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
+    """Predicts and measures.
+
+    Returns:
+      What goes into prediction.json, and a PNG file with the timelines of the median times.
+    """
+    K, steps = settings.K, settings.steps
+    contestants, timers, cuts = prepare(settings)
+    batch = Batch(*(place(x, fr.placement(K)[0]) for x in _batch(settings.batch_size)[:2]))
+    for name, one in contestants.items():
+        contestants[name], _ = turn(one, batch, 2 * K + 1)
+    found: dict[str, list[Measured]] = {name: [] for name in timers}
+    rows: dict[str, dict[str, list[float]]] = {name: {"predicted": [], "measured": []} for name in contestants}
+    for _ in range(settings.rounds):
+        for name, timer in timers.items():
+            found[name].append(timer())
+        for name, one in contestants.items():
+            contestants[name], seconds = turn(one, batch, steps)
+            rows[name]["measured"].append(seconds)
+            rows[name]["predicted"].append(predicted(one, found[one.timer][-1], K, steps))
+    parts = {name: median(all_rounds) for name, all_rounds in found.items()}
+    timelines = {
+        name: simulate(occupying(one.schedule(parts[one.timer], 4 * K + 8), parts[one.timer].transfer_share))
+        for name, one in contestants.items()
+    }
+    baseline = statistics.median(rows[ONE]["measured"])
+    result = {
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
+        "cuts": list(cuts),
+        "processes": distributed.group().size,
+        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}",
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "results": {name: _summary(row, summarise(timelines[name])) for name, row in rows.items()},
+        "parts": {name: _as_json(measured) for name, measured in parts.items()},
+        "transfer_compute_ratio": {
+            name: statistics.fmean(measured.times.features) / baseline
+            for name, measured in parts.items()
+            if measured.times.features
+        },
+    }
+    title = f"{settings.model}, batch {settings.batch_size}, K = {K}, simulated with measured times"
+    charts = {_title(name, settings): timeline for name, timeline in timelines.items()}
+    one_step, file = summarise(timelines[ONE]).step_seconds, io.BytesIO()
+    gantt_figure(charts, title=title, seconds=4 * one_step, reference=one_step).savefig(file, format="png", dpi=130)
+    return result, file.getvalue()
+
+
+def _summary(row: dict[str, list[float]], steady: Any) -> dict[str, Any]:
+    guess, seen = statistics.median(row["predicted"]), statistics.median(row["measured"])
+    return {
+        "predicted_seconds": guess,
+        "measured_seconds": seen,
+        "predicted_over_measured": guess / seen,
+        "predicted_steady_seconds": steady.step_seconds,
+        "predicted_bubble": steady.bubble,
+        "rounds": row,
+    }
+
+
+def _as_json(measured: Measured) -> dict[str, Any]:
+    modules = [{k: v for k, v in one._asdict().items() if v == v} for one in measured.times.modules]  # without NaN
+    features = list(measured.times.features)
+    return {"modules": modules, "transfer_seconds": features, "transfer_share": measured.transfer_share}
+
+
+def _title(name: str, settings: PredictionSettings) -> str:
+    if name == ONE:
+        return "back-propagation, one device"
+    return TITLES[name] + (f", M = {settings.microbatches}" if name == "gpipe" else "")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    own = result["settings"]
+    lines = [
+        f"{own['model']}, batch {own['batch_size']}, K = {own['K']}, cuts {result['cuts']}, {result['processes']} "
+        "process(es)",
+        f"{'':<12} {'predicted s':>12} {'measured s':>11} {'ratio':>7} {'bubble':>7}",
+    ]
+    for name, row in result["results"].items():
+        lines.append(
+            f"{name:<12} {row['predicted_seconds']:>12.4f} {row['measured_seconds']:>11.4f} "
+            f"{row['predicted_over_measured']:>7.3f} {100 * row['predicted_bubble']:>5.1f} %"
+        )
+    for name, ratio in result["transfer_compute_ratio"].items():
+        share = result["parts"][name]["transfer_share"]
+        lines.append(f"transfer/compute ratio ({name}): {ratio:.4f}; a transfer keeps each core busy for {share:.0%}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    import tyro
+
+    settings = tyro.cli(PredictionSettings, args=arguments, prog="python -m fr_jax.experiments.prediction")
+    if problem := refusal(settings):
+        print(f"fr_jax: {problem}", file=sys.stderr)
+        return 2
+    try:
+        if not distributed.initialize():
+            with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
+                jax.config.update("jax_num_cpu_devices", settings.K)
+    except distributed.GroupError as error:
+        print(f"fr_jax: {error}", file=sys.stderr)
+        return error.exit_code
+    result, picture = measure(settings)
+    if not distributed.is_first():
+        return 0
+    print(table(result), flush=True)
+    if settings.output is not None:
+        try:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            write_json(settings.output / "prediction.json", result)
+            write_atomically(settings.output / "prediction.png", picture)
+        except OSError as error:
+            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

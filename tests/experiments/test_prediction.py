@@ -1,0 +1,61 @@
+"""The program that predicts a step and measures it, ``fr_jax.experiments.prediction``."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fr_jax.experiments import prediction
+
+SMALL = ["--model", "mlp", "--batch-size", "8", "--rounds", "2", "--steps", "2"]
+
+
+def check(output, methods):
+    assert sorted(path.name for path in output.iterdir()) == ["prediction.json", "prediction.png"]
+    assert (output / "prediction.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((output / "prediction.json").read_text())
+    assert set(result["results"]) == {prediction.ONE, *methods}
+    for row in result["results"].values():
+        assert len(row["rounds"]["predicted"]) == len(row["rounds"]["measured"]) == 2
+        # No bound on the error: tests run on machines that do other things as well.
+        assert row["predicted_over_measured"] == pytest.approx(row["predicted_seconds"] / row["measured_seconds"])
+        assert 0 < row["predicted_steady_seconds"] < 10 and 0 <= row["predicted_bubble"] < 1
+    return result
+
+
+def test_predicts_and_measures_all_methods_in_one_process(tmp_path, capsys):
+    output, methods = tmp_path / "new", ["fr", "ddg", "dni", "gpipe", "bp"]
+    assert prediction.main([*SMALL, "--methods", *methods, "--cuts", "2", "--output", str(output)]) == 0
+    result = check(output, methods)
+    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, "at once", "in turns", "microbatch"}
+    assert set(result["parts"]["at once"]["modules"][1]) == {"last", "update"}
+    assert "predicted s" in capsys.readouterr().out
+    assert prediction.main([*SMALL, "--output", str(output)]) == 2
+    assert "has prediction.json, prediction.png already. Add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_process_a_stage(tmp_path, program_env):
+    output = tmp_path / "output"
+    command = [sys.executable, "-m", "fr_jax.launch", "--processes", "2", "--no-pin", "--"]
+    command += ["-m", "fr_jax.experiments.prediction", *SMALL, "--output", str(output)]
+    done = subprocess.run(command, env=program_env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert check(output, ["fr", "ddg", "bp"])["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet21"], "--model resnet21 is unknown; it can be mlp"),
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--K", "40"], "--K 40: resnet20 has 11 layers"),
+        (["--cuts", "0"], "--cuts 0: give K-1 = 1 increasing places, 1 to 10"),
+        (["--K", "3", "--cuts", "4", "2"], "--cuts 4 2: give K-1 = 2 increasing places"),
+        (["--methods", "gpipe", "--microbatches", "3"], "--batch-size 128 cannot be split into 3 --microbatches"),
+    ],
+)
+def test_bad_settings_end_with_2(arguments, message, capsys):
+    assert prediction.main(arguments) == 2
+    assert message in capsys.readouterr().err
