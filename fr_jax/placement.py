@@ -119,7 +119,7 @@ def put(x: PyTree, sharding: Sharding | None) -> PyTree:
             return jax.device_put(np.array(leaf), sharding)
         if sharding is None:
             return leaf
-        if leaf.is_fully_addressable or sharding.is_fully_addressable or leaf.sharding == sharding:
+        if sharding.is_fully_addressable or leaf.is_fully_addressable or leaf.sharding == sharding:
             return jax.device_put(leaf, sharding)
         return _put_among_processes(leaf, sharding)
 

@@ -7,8 +7,9 @@ At iteration t, for modules k = 1..K with weights w_k and inputs h_{k-1} (h_0 = 
     send      delta_{k-1}^t = (dh_k^t / dh_{k-1}) . delta_k^t  to module k-1             (eq. 3)
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t                                         (eq. 2)
 
-Module K's delta is the gradient of the loss. Module k waits for delta_k^t of the same iteration. Where all modules
-live on the same device, the whole iteration is one jitted function.
+Module K's delta is the gradient of the loss. Module k waits for delta_k^t of the same iteration; its VJP is kept until
+then, without weights, which are still there. Where all modules live on the same device, the whole iteration is one
+jitted function.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def make_parts(
         donate=donate,
     )
     return Parts(
-        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
+        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
         updates=tuple(steps.make_update(optimizers[k], shardings[k], donate=donate) for k in below),
         last=last,
@@ -117,11 +118,13 @@ def step(parts: Parts, setup: Setup, state: BackpropState, batch: Batch) -> tupl
     streams[fused] = [s._replace(count=count) for s, count in zip(streams[fused], top.counts, strict=True)]
     grads[fused], norms[fused], delta = top.grads or (), top.gradient_norms, top.delta
     h = vjp = None  # nothing here keeps alive what has been used
+    top = top._replace(delta=None)
 
     for k in reversed(range(below)):
-        found, delta = parts.pulls[k](vjps.pop(), put(delta, shardings[k]))
+        found, delta = parts.pulls[k](vjps.pop(), put(delta, shardings[k]), params[k])
         params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
         grads[k] = top.grads and found
+        found = None
 
     state = BackpropState(
         step=state.step + 1,

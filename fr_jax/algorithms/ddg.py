@@ -147,6 +147,8 @@ def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDG
     params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
     streams[-1] = streams[-1]._replace(count=top.counts[0])
     grads[-1], norms[-1], delta = top.grads and top.grads[0], top.gradient_norms[0], top.delta
+    h = vjp = w_hat = None  # nothing here keeps alive what has been used
+    top = top._replace(delta=None)
 
     # The others: gradient by the oldest VJP, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
@@ -158,6 +160,7 @@ def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDG
             found, delta = parts.pulls[k](vjp, state.deltas[k])
             params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
             grads[k] = top.grads and found
+            found = None
 
     state = DDGState(
         step=t + 1,

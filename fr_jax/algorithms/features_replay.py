@@ -154,6 +154,8 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
     params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
     streams[-1] = streams[-1]._replace(count=top.counts[0])
     grads[-1], norms[-1], delta = top.grads and top.grads[0], top.gradient_norms[0], top.delta
+    h = w_hat = None  # nothing here keeps alive what has been used
+    top = top._replace(delta=None)
 
     # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
@@ -162,9 +164,9 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
         h_s, history[k] = fifo.pop(history[k])
         delta = None
         if t + (k + 1) - K >= 0:
-            new = parts.replays[k](params[k], model_state[k], opt_state[k], streams[k], h_s, state.deltas[k])
-            params[k], model_state[k], opt_state[k] = new.params, new.model_state, new.opt_state
-            grads[k], norms[k], delta = new.grads, new.gradient_norm, new.delta
+            params[k], model_state[k], opt_state[k], delta, grads[k], norms[k] = parts.replays[k](
+                params[k], model_state[k], opt_state[k], streams[k], h_s, state.deltas[k]
+            )
 
     state = FeaturesReplayState(
         step=t + 1,

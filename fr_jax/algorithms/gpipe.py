@@ -13,7 +13,7 @@ microbatch through one module, an iteration takes (M+K-1)(f+b), a speedup over o
 gradient of back-propagation, with which the method is identical but for batch normalisation.
 
 Module K does both of its passes over microbatch m at once, which takes no longer. The others keep M VJPs inside a
-step, nothing between steps.
+step, without weights, which do not change until its end; nothing between steps.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def make_parts(
     return Parts(
         split_inputs=make_split(shardings[0], M),
         split_targets=make_split(shardings[-1], M),
-        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
+        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
         last=steps.make_loss_gradient(
             stages[-1], loss_fn, shardings[-1], metrics_fn=metrics_fn, input_gradient=len(stages) > 1
@@ -144,32 +144,32 @@ def step(
     deltas: list[PyTree | None] = []
 
     # Forward, all microbatches; module K also backward.
-    inputs = parts.split_inputs(put(batch.inputs, shardings[0]))
-    targets = parts.split_targets(put(batch.targets, shardings[-1]))
-    for m in range(M):
-        h = inputs[m]
+    inputs = list(parts.split_inputs(put(batch.inputs, shardings[0])))
+    targets = list(parts.split_targets(put(batch.targets, shardings[-1])))
+    while inputs:
+        h = inputs.pop(0)
         for k in range(K - 1):
             h, vjp, model_state[k], count = parts.forwards[k](params[k], model_state[k], streams[k], h)
             vjps[k].append(vjp)
-            h = put(h, shardings[k + 1])
-            streams[k] = streams[k]._replace(count=count)
-        found, delta, model_state[-1], count = parts.last(params[-1], model_state[-1], streams[-1], h, targets[m])
+            h, streams[k] = put(h, shardings[k + 1]), streams[k]._replace(count=count)
+        found, delta, model_state[-1], count = parts.last(params[-1], model_state[-1], streams[-1], h, targets.pop(0))
         streams[-1] = streams[-1]._replace(count=count)
         totals[-1] = parts.accumulates[-1](totals[-1], found)
         deltas.append(delta)
-    h = vjp = inputs = targets = None  # nothing here keeps alive what has been used
+        h = vjp = found = delta = None  # nothing here keeps alive what has been used
 
     # Backward, all microbatches, in the order in which module K has sent them.
     while deltas:
         delta = deltas.pop(0)
         for k in reversed(range(K - 1)):
-            grads_k, delta = parts.pulls[k](vjps[k].pop(0), put(delta, shardings[k]))
-            totals[k] = parts.accumulates[k](totals[k], grads_k)
+            found, delta = parts.pulls[k](vjps[k].pop(0), put(delta, shardings[k]), params[k])
+            totals[k], found = parts.accumulates[k](totals[k], found), None
 
     # One update a module.
     totals[-1], loss, metrics = totals[-1]
+    grads = tuple(totals) if return_grads else None
     for k in reversed(range(K)):
-        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], totals[k])
+        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], totals.pop())
 
     state = GPipeState(
         step=state.step + 1,
@@ -179,7 +179,7 @@ def step(
         streams=tuple(streams),
         batch_spec=state.batch_spec,
     )
-    return state, Info(loss, tuple(totals) if return_grads else None, steps.named_norms(norms) | metrics)
+    return state, Info(loss, grads, steps.named_norms(norms) | metrics)
 
 
 def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None]) -> None:

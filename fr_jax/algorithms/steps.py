@@ -7,6 +7,7 @@ With ``donate`` the buffers of what is replaced are given back to XLA.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -167,10 +168,38 @@ def make_train(
     return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
 
-def make_forward(stage: Stage, *, input_gradient: bool) -> Callable:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Stands in a VJP for a leaf of its module's ``params`` (a pytree without leaves).
+
+    Attributes:
+      leaf: which one, in the order of ``jax.tree.leaves(params)``.
+    """
+
+    leaf: int
+
+
+def without_weights(vjp: PyTree, params: PyTree) -> PyTree:
+    """The VJP of a jitted function with a :class:`Weight` for every residual that *is* a leaf of ``params``.
+
+    A jitted function returns such a residual as a new array: a copy of the weight.
+    """
+    place = {id(leaf): Weight(i) for i, leaf in enumerate(jax.tree.leaves(params))}
+    return jax.tree.map(lambda residual: place.get(id(residual), residual), vjp)
+
+
+def with_weights(vjp: PyTree, params: PyTree) -> PyTree:
+    """The VJP that :func:`without_weights` took apart, at ``params``."""
+    leaves, is_weight = jax.tree.leaves(params), lambda node: isinstance(node, Weight)
+    return jax.tree.map(lambda node: leaves[node.leaf] if is_weight(node) else node, vjp, is_leaf=is_weight)
+
+
+def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = True) -> Callable:
     """``(params, model_state, stream, h_in) -> (h_out, vjp, model_state, count)``: a play that keeps its VJP.
 
-    ``vjp`` is a pytree: its leaves are the residuals, stored activations and weights.
+    ``vjp`` is a pytree: its leaves are the residuals, stored activations and copies of the weights that it needs; no
+    weights without ``keep_weights``, for a pull that is given the same weights.
     """
 
     def forward(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
@@ -183,16 +212,19 @@ def make_forward(stage: Stage, *, input_gradient: bool) -> Callable:
             h_out, vjp, new_state = jax.vjp(run, params, h_in, has_aux=True)
         else:
             h_out, vjp, new_state = jax.vjp(lambda p: run(p, h_in), params, has_aux=True)
-        return h_out, vjp, new_state, stream.count + 1
+        return h_out, vjp if keep_weights else without_weights(vjp, params), new_state, stream.count + 1
 
     return jax.jit(forward)
 
 
 def make_pull(sharding: Sharding | None, *, input_gradient: bool) -> Callable:
-    """``(vjp, delta) -> (grads, delta_in)``: a module's backward pass, equation (3)."""
+    """``(vjp, delta, params) -> (grads, delta_in)``: a module's backward pass, equation (3).
 
-    def pull(vjp: Callable, delta: PyTree) -> tuple[PyTree, PyTree | None]:
-        grads, *delta_in = vjp(delta)
+    ``params`` are those of the forward pass, for a VJP that was made without weights; for others leave them out.
+    """
+
+    def pull(vjp: Callable, delta: PyTree, params: PyTree = ()) -> tuple[PyTree, PyTree | None]:
+        grads, *delta_in = with_weights(vjp, params)(delta)
         return grads, delta_in[0] if input_gradient else None
 
     return jax.jit(pull, out_shardings=(replicated(sharding), sharding))

@@ -1,0 +1,170 @@
+"""What is alive between steps and at every call inside a step: ``jax.live_arrays`` beside what the equations need."""
+
+import gc
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fr_jax as fr
+from fr_jax.algorithms import steps
+from fr_jax.diagnostics.memory import step_memory
+
+B, K, M = 12, 3, 3  # no other test has 12 examples of these widths
+WIDTHS = (5, 7, 11, 3)  # x, h_1, h_2, h_3: every array of this test is known by its shape
+FUNCTIONS = ("play", "replay", "train", "forward", "pull", "update", "loss_gradient")
+
+
+METHODS = {
+    "bp": fr.backprop,
+    "fr": fr.features_replay,
+    "ddg": fr.ddg,
+    "gpipe": lambda *args, **kwargs: fr.gpipe(*args, microbatches=M, **kwargs),
+}
+
+
+def squared_error(y, z):
+    return jnp.mean((y - z) ** 2)
+
+
+@pytest.fixture
+def make(naive):
+    def make(method, devices, donate):
+        stages = [naive.dense(width).stage for width in WIDTHS[1:]]
+        placement = fr.placement(K, jax.devices()[:devices])
+        return METHODS[method](stages, squared_error, optax.adam(0.1), placement=placement, donate=donate)
+
+    return make
+
+
+def new_batch(t):
+    rng = np.random.default_rng(t)
+    return fr.Batch(*(rng.uniform(-1, 1, (B, width)).astype(np.float32) for width in (WIDTHS[0], WIDTHS[-1])))
+
+
+def live():
+    gc.collect()
+    return jax.live_arrays()
+
+
+def shapes(arrays):
+    """How many arrays there are of each shape, by device."""
+    return Counter((next(iter(array.devices())).id, array.shape) for array in arrays)
+
+
+@pytest.fixture
+def count_new():
+    """Bytes, or shapes, of the arrays that are alive now and were not before the test."""
+    before = {id(array): array for array in live()}  # held, so that no other array is given the same id
+    return lambda measure: measure([array for array in live() if id(array) not in before])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("devices", [1, K])
+def test_features_replay_keeps_what_its_equations_need(make, count_new, devices, donate):
+    """Module k: K-k inputs, one delta. Weights, and Adam's two moments of them."""
+    algorithm = make("fr", devices, donate)
+    state = algorithm.init(jax.random.key(1), new_batch(0))
+    sizes = []
+    for t in range(50):
+        state, info = algorithm.step(state, new_batch(t))
+        jax.block_until_ready((state.params, info))
+        sizes.append(count_new(lambda arrays: sum(array.nbytes for array in arrays)))
+    assert len(set(sizes[K:])) == 1 and max(sizes) == sizes[-1]
+    found, expected = count_new(shapes), Counter()
+    for k in range(1, K + 1):
+        device = (k - 1) % devices
+        expected[device, (B, WIDTHS[k - 1])] += K - k
+        expected[device, (B, WIDTHS[k])] += k < K
+        expected[device, (WIDTHS[k - 1], WIDTHS[k])] += 3
+    assert {key: found[key] for key in expected} == dict(expected)
+    assert not any(shape[:1] == (B,) for device, shape in set(found) - set(expected))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_grows(make, count_new, method, donate):
+    algorithm = make(method, K, donate)
+    state = algorithm.init(jax.random.key(1), new_batch(0))
+    sizes = []
+    for t in range(3 * K):
+        state, _ = algorithm.step(state, new_batch(t))
+        jax.block_until_ready(state.params)
+        sizes.append(count_new(lambda arrays: sum(array.nbytes for array in arrays)))
+    assert len(set(sizes[K:])) == 1
+
+
+@pytest.fixture
+def calls(monkeypatch, count_new):
+    """``(function, bytes by device, shapes by device)`` of what is alive, for each jitted function that is called."""
+    seen = []
+
+    def spied(name, make):
+        def make_spied(*args, **kwargs):
+            function = make(*args, **kwargs)
+
+            def call(*args):
+                if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+                    found = Counter()
+                    for array in count_new(list):
+                        found[f"cpu:{next(iter(array.devices())).id}"] += array.nbytes
+                    seen.append((name, found, count_new(shapes)))
+                return function(*args)
+
+            return call
+
+        return make_spied
+
+    for name in FUNCTIONS:
+        monkeypatch.setattr(steps, f"make_{name}", spied(name, getattr(steps, f"make_{name}")))
+    return seen
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("devices", [1, K])
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_a_step_nothing_outlives_its_last_use(make, calls, method, devices, donate):
+    """At every call: exactly what a later call or the caller still needs, as found by tracing the step."""
+    algorithm = make(method, devices, donate)
+    batch = jax.device_put(new_batch(0), jax.devices()[0])
+    state = algorithm.init(jax.random.key(1), batch)
+    for _ in range(K + 1):
+        state, info = algorithm.step(state, jax.tree.map(jnp.copy, batch))
+    del info
+    calls.clear()
+    state, _ = algorithm.step(state, batch)
+    expected = [call for call in step_memory(algorithm, batch).calls if call.name in FUNCTIONS]
+    assert [name for name, _, _ in calls] == [call.name for call in expected]
+    surplus = [
+        (call.name, call.device, live[call.device] - call.live)
+        for (_, live, _), call in zip(calls, expected, strict=True)
+    ]
+    assert surplus == [(call.name, call.device, 0) for call in expected]
+
+
+@pytest.mark.parametrize("method", ["bp", "gpipe"])
+def test_residuals_hold_no_weights(make, calls, method):
+    """One array of the shape of module k's weights, and Adam's moments, however many VJPs are waiting."""
+    algorithm = make(method, K, True)
+    batch = new_batch(0)
+    state = algorithm.init(jax.random.key(1), batch)
+    calls.clear()
+    algorithm.step(state, batch)
+    pulls = [found for name, _, found in calls if name == "pull"]
+    assert len(pulls) == (K - 1) * (M if method == "gpipe" else 1)
+    for k in range(K - 1):
+        assert pulls[0][k, (WIDTHS[k], WIDTHS[k + 1])] == 3
+
+
+def test_ddg_holds_old_weights_without_biases(make, count_new):
+    algorithm = make("ddg", K, True)
+    state = algorithm.init(jax.random.key(1), new_batch(0))
+    for t in range(2 * K):
+        state, _ = algorithm.step(state, new_batch(t))
+    found = count_new(shapes)
+    # Module 1 needs no gradient of its input, and no weights for its VJP.
+    assert [found[k, (WIDTHS[k], WIDTHS[k + 1])] for k in range(K)] == [3, 3 + 1, 3]
+    assert [found[k, (WIDTHS[k + 1],)] for k in range(K)] == [3, 3, 3]

@@ -1,0 +1,102 @@
+"""The program that compares memory, ``fr_jax.experiments.memory``."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fr_jax as fr
+from fr_jax.experiments import memory
+from fr_jax.experiments.memory_methods import CONTESTANTS, checkpointed, recomputing
+
+SMALL = ["--models", "mlp", "--K", "1", "3", "--batch-size", "4"]
+
+
+def test_writes_numbers_and_a_picture_once(tmp_path, capsys):
+    output = tmp_path / "new" / "folder"
+    arguments = [*SMALL, "--methods", "bp", "fr", "ddg", "--output", str(output)]
+    assert memory.main(arguments) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["memory.json", "memory.png"]
+    assert (output / "memory.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((output / "memory.json").read_text())
+    rows = {(row["K"], row["method"]): row for row in result["rows"]}
+    assert len(rows) == 2 * 3
+    assert rows[1, "bp"]["ratio"] == rows[1, "ddg"]["ratio"] == 1
+    for row in rows.values():
+        assert row["total"] == sum(row["peak"].values()) == sum(sum(d["peak"].values()) for d in row["devices"])
+        assert row["activations"] < row["total"]
+        assert len(row["stages"]) == len(row["devices"]) == row["K"] == len(row["cuts"]) + 1
+        assert {"name", "temporaries", "live"} <= set(row["calls"][0])
+    assert rows[3, "fr"]["table_1"] > rows[3, "bp"]["table_1"] == 1
+    printed = capsys.readouterr().out
+    assert "table 1" in printed and printed.count("mlp") >= 6
+
+    assert memory.main(arguments) == 2
+    assert f"--output {output} holds memory.json and memory.png" in capsys.readouterr().err
+    (output / "memory.png").unlink()
+    assert memory.main([*arguments, "--overwrite"]) == 0
+    assert (output / "memory.png").exists()
+
+
+def test_every_contestant_without_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert memory.main(["--models", "mlp", "--K", "2", "--batch-size", "4", "--methods", *CONTESTANTS]) == 0
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert all(f" {name} " in printed for name in CONTESTANTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "resnet2"], "--models resnet2: give one or more, each once, of mlp, resnet18"),
+        (["--methods", "fr", "fr"], "--methods fr fr: give one or more, each once, of bp, fr"),
+        (["--K", "2", "1"], "--K 2 1: give one or more increasing whole numbers, each 1 or more"),
+        (["--K", "0"], "--K 0: give one or more increasing whole numbers"),
+        (["--models", "mlp", "--K", "7"], "--K 7: mlp has 6 layers, so K can be 1 to 6"),
+        (["--batch-size", "6"], "--batch-size 6 --microbatches 4: both must be 1 or more, and the second must divide"),
+    ],
+)
+def test_bad_settings_end_with_2(arguments, message, capsys):
+    assert memory.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_that_is_a_file_ends_with_2(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert memory.main([*SMALL, "--output", str(path)]) == 2
+    assert f"--output {path} cannot be a folder" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_what_recomputes_is_back_propagation(K):
+    layers = fr.models.mlp(num_classes=2, depth=3, width=5, dropout_rate=0.3)
+    stages = fr.partition(layers, range(1, K))
+    common = {"placement": fr.placement(K, jax.devices()[:1]), "donate": True}
+    loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    # The wrapped stages are no chains, and would draw other weights.
+    plain = fr.backprop(stages, loss_fn, optimizer, **common)
+    others = [
+        recomputing(stages, loss_fn, optimizer, **common),
+        fr.backprop([checkpointed(stage) for stage in stages], loss_fn, optimizer, **common),
+    ]
+    rng = np.random.default_rng(0)
+    batches = [fr.Batch(*(rng.uniform(-1, 1, (6, n)).astype(np.float32) for n in (4, 2))) for _ in range(4)]
+    start = lambda: plain.init(jax.random.key(0), batches[0])
+    expected, losses = start(), []
+    for batch in batches:
+        expected, info = plain.step(expected, batch)
+        losses.append(info.loss)
+    for algorithm in others:
+        state = start()
+        for batch, loss in zip(batches, losses, strict=True):
+            state, info = algorithm.step(state, batch)
+            np.testing.assert_allclose(info.loss, loss, rtol=1e-5)
+        chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5, atol=1e-6)
