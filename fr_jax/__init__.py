@@ -5,7 +5,7 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 ``init``, ``step`` and ``predict``.
 """
 
-from fr_jax import models
+from fr_jax import distributed, models
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
@@ -33,6 +33,7 @@ __all__ = [
     "blockprop",
     "chain",
     "ddg",
+    "distributed",
     "dni",
     "features_replay",
     "from_linen",

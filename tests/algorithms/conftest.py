@@ -12,6 +12,14 @@ import pytest
 import fr_jax as fr
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """These tests compile hundreds of small functions and run each a few times: XLA need not optimise them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def naive() -> ModuleType:
     """The oracles of naive.py, which stands beside this file and is no package (pytest's import mode is importlib)."""

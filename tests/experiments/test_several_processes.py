@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +104,20 @@ def test_a_killed_process_ends_the_other(pair, tmp_path, victim):
     said = (tmp_path / f"log{1 - victim}").read_text()
     assert "another task died" in said or "can no longer be reached" in said, said
     assert "ends the others within 5 s" in (tmp_path / "log0").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_stops_all_after_the_same_step_and_saves(program_env, run, tmp_path):
+    words = [sys.executable, *LAUNCH, *PROGRAM, *SMALL, "--steps", str(10**6), "--workdir", str(tmp_path / "run")]
+    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4')
+    group.send_signal(signal.SIGINT)
+    out, err = group.communicate(timeout=100)
+    assert group.returncode == 130, err
+    assert "everything is saved. Continue with" in out
+    assert "python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.cifar" in out
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.steps()
 
 
 @pytest.mark.timeout(300)
