@@ -6,6 +6,7 @@ import os
 import platform
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -33,7 +34,7 @@ def keep_compiled(folder: str) -> Path | None:
     Raises:
       OSError: the folder cannot be made.
     """
-    config = jax.config
+    config: Any = jax.config
     if folder == "none" or not config.jax_enable_compilation_cache:
         return None
     if config.jax_compilation_cache_dir is None:

@@ -66,8 +66,9 @@ def load_data(settings: TrainSettings, preferred: str) -> data.Dataset:
 
     dataset = group.first_goes_first(load)
     if group.size > 1:
-        arrays = [x for x in dataset if isinstance(x, np.ndarray)]
-        group.check_same("data set", [dataset.name, *(zlib.crc32(np.ascontiguousarray(x)) for x in arrays)])
+        arrays = [np.ascontiguousarray(x) for x in dataset if isinstance(x, np.ndarray)]
+        checksums = [zlib.crc32(x.reshape(-1).view(np.uint8).data) for x in arrays]
+        group.check_same("data set", [dataset.name, *checksums])
     return dataset
 
 

@@ -147,7 +147,7 @@ class MetricsReader:
 
     def _agree(self, stop: StopRequest) -> None:
         """Brings together what the processes have read; each has read the same steps."""
-        told = self._group.exchange([self._untold, stop.signal])
+        told: list[Any] = self._group.exchange([self._untold, stop.signal])
         self._untold = []
         for parts in zip(*(steps for steps, _ in told), strict=True):
             self._take(parts[0][0], {name: number for _, numbers in parts for name, number in numbers.items()})
