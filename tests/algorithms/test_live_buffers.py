@@ -26,6 +26,15 @@ METHODS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """What is alive before a test is left out of its many garbage collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def squared_error(y, z):
     return jnp.mean((y - z) ** 2)
 
