@@ -21,6 +21,8 @@ __all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"
 HEARTBEAT_SECONDS = 60
 """After so long without a sign of life of one process, the others end."""
 JOIN_SECONDS = 300
+LEAVE_SECONDS = 20
+"""How long a process that ends waits for the others to end too."""
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "FR_JAX_COORDINATOR", "FR_JAX_NUM_PROCESSES", "FR_JAX_PROCESS_ID"
 
 
@@ -74,7 +76,7 @@ def initialize(
             *known,
             initialization_timeout=join_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
-            shutdown_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=min(heartbeat_seconds, LEAVE_SECONDS),
             cluster_detection_method=None if detect else "deactivate",
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -154,7 +156,12 @@ def _cluster_host(join_seconds: int) -> str:
 
 def _prepare_cpu_transfers(host: str) -> None:
     """Sockets for what CPU devices send each other; an explicit port each, because port 0 hangs (jax 0.10.2)."""
-    mine = address_towards(host)
+    mine = address_towards(host.strip("[]"))
+    if mine.startswith("127.") and host != "localhost" and not host.startswith("127."):
+        raise OSError(
+            f"{host} is {mine} on this machine, which others cannot reach: give its IP address, or 127.0.0.1 if all "
+            "processes run here"
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cross_host_transfer_socket_address", f"{mine}:{free_port(mine)}")
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{mine}:0"] * 4))

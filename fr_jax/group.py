@@ -57,7 +57,10 @@ class Group:
             return [value]
         meeting, self._meetings = self._meetings, self._meetings + 1
         text = json.dumps(value)
-        _client().key_value_set(f"fr_jax/{meeting}/{self.index}", text)
+        try:
+            _client().key_value_set(f"fr_jax/{meeting}/{self.index}", text)
+        except jax.errors.JaxRuntimeError as error:
+            raise _unreachable(error) from error
         texts = [text if index == self.index else self._get(f"fr_jax/{meeting}/{index}") for index in range(self.size)]
         if meeting:  # all are here, so all have left the meeting before
             with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -107,7 +110,7 @@ class Group:
                 return _client().blocking_key_value_get(key, LOOK_MILLISECONDS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    raise GroupError(f"process 0 can no longer be reached ({str(error).splitlines()[0]}).") from error
+                    raise _unreachable(error) from error
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 index, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
                 raise GroupError(f"process {index} failed; see what it said.", exit_code, said=True)
@@ -126,6 +129,10 @@ def joined() -> Any:
 
 def _client() -> Any:
     return joined().client
+
+
+def _unreachable(error: Exception) -> GroupError:
+    return GroupError(f"process 0 can no longer be reached ({str(error).splitlines()[0]}).")
 
 
 def _difference(other: Any, first: Any) -> str:

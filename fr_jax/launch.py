@@ -21,11 +21,13 @@ from typing import BinaryIO
 
 from fr_jax.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID, free_port
 
-__all__ = ["LaunchError", "main", "start", "wait"]
+__all__ = ["LAUNCHED_BY", "LaunchError", "main", "start", "wait"]
 
 GRACE_SECONDS = 5.0
 """Between the first process that fails and the end of those that have not ended by themselves."""
 POLL_SECONDS = 0.1
+LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
+"""Environment variable of the processes: the command that starts the group."""
 
 # What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
 _PREPARE = """
@@ -82,7 +84,8 @@ def count_gpus() -> int:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([one for one in visible.split(",") if one.strip()])
+        ids = [one.strip() for one in visible.split(",")]
+        return next((i for i, one in enumerate(ids) if one in ("", "-1", "NoDevFiles")), len(ids))
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -106,7 +109,7 @@ def start(
       from the terminal.
 
     Raises:
-      LaunchError: ``processes`` is below 1, or there are not enough cores to pin that many.
+      LaunchError: ``processes`` is below 1, or there are not enough GPUs, or cores to pin that many.
     """
     if processes < 1:
         raise LaunchError(f"--processes {processes} is out of range; it must be at least 1.")
@@ -114,10 +117,16 @@ def start(
     available = sorted(os.sched_getaffinity(0)) if pin and hasattr(os, "sched_setaffinity") else None
     shares = [None if available is None else cores_of(i, processes, available) for i in range(processes)]
     gpus = count_gpus()
+    if 0 < gpus < processes and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        raise LaunchError(
+            f"--processes {processes} need a GPU each, and there are {gpus}. Use at most {gpus}, or set "
+            "JAX_PLATFORMS=cpu."
+        )
     output = subprocess.PIPE if mark else None
     group = []
+    by = f"python -m fr_jax.launch --processes {processes}{'' if pin else ' --no-pin'}"
     for i, cores in enumerate(shares):
-        own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i)}
+        own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i), LAUNCHED_BY: by}
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **own}
         if mark and sys.stdout.isatty():
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(_mark(i))))
@@ -179,6 +188,8 @@ def _wait_for_all(group: Sequence[subprocess.Popen], forwarded: list[int]) -> in
                     _say(f"process {i} was ended by {signal.Signals(-status).name}; the others cannot go on.")
                 if not forwarded:
                     deadline = time.monotonic() + GRACE_SECONDS
+        if len(forwarded) > 1:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if running and time.monotonic() > deadline:
             _say(f"process {', '.join(map(str, sorted(running)))} did not end by itself, and is killed.")
             for i in running:

@@ -126,6 +126,10 @@ def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert launch.count_gpus() == 2
+    with pytest.raises(launch.LaunchError, match="--processes 3 need a GPU each, and there are 2"):
+        launch.start(["x.py"], 3, pin=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert launch.count_gpus() == 0
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert launch.count_gpus() == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import zlib
@@ -41,8 +42,10 @@ def keep_compiled(folder: str) -> Path | None:
         path = cache_folder() / "compiled" / this_machine() if folder == "auto" else Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         config.update("jax_compilation_cache_dir", str(path))
-        config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
-        config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ and importlib.util.find_spec("filelock"):
+            config.update("jax_compilation_cache_max_size", LARGEST_BYTES)  # JAX needs filelock for a limit
     return Path(str(config.jax_compilation_cache_dir))
 
 

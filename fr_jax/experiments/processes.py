@@ -12,8 +12,26 @@ import numpy as np
 
 from fr_jax import distributed
 from fr_jax.experiments.checks import HOW_NOT_WHAT
-from fr_jax.experiments.settings import SettingsError, TrainSettings
+from fr_jax.experiments.settings import SettingsError, TrainSettings, as_json
+from fr_jax.launch import LAUNCHED_BY
 from fr_jax.training import data
+
+OF_ONE_PROCESS = frozenset(
+    {
+        "compilation_cache",
+        "coordinator",
+        "data_dir",
+        "distributed",
+        "heartbeat",
+        "num_processes",
+        "overwrite",
+        "process_id",
+        "profile",
+        "tensorboard",
+        "workdir",
+    }
+)
+"""Settings that may differ between the processes of a run."""
 
 __all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data"]
 
@@ -38,6 +56,8 @@ def join(settings: TrainSettings) -> None:
             f"{group.size} processes are too many for --K {settings.K} stages of {settings.data_parallel} device(s); "
             f"each must have a device of some stage. Use at most {needed} processes, or a larger --K."
         )
+    alike = {name: value for name, value in as_json(settings).items() if name not in OF_ONE_PROCESS}
+    group.check_same("setting", alike)
     if group.size > 1 and group.index == 0:
         seconds = settings.heartbeat
         print(f"{group.size} processes; one that dies or cannot be reached ends the others within {seconds} s.")
@@ -45,10 +65,9 @@ def join(settings: TrainSettings) -> None:
 
 def launched(command: str) -> str:
     """The command that starts this run again, on all processes where ``fr_jax.launch`` made them."""
-    if distributed.group().size == 1 or distributed.NUM_PROCESSES not in os.environ:
+    if distributed.group().size == 1 or LAUNCHED_BY not in os.environ:
         return command
-    processes = os.environ[distributed.NUM_PROCESSES]
-    return f"python -m fr_jax.launch --processes {processes} -- {command.removeprefix('python ')}"
+    return f"{os.environ[LAUNCHED_BY]} -- {command.removeprefix('python ')}"
 
 
 def load_data(settings: TrainSettings, preferred: str) -> data.Dataset:
@@ -100,7 +119,13 @@ def choose_devices(settings: TrainSettings) -> list[jax.Device]:
     wanted = min(settings.devices or needed, len(available))
     if distributed.group().size == 1:
         return available[:wanted]
-    return spread(_from_each_process(available, wanted), needed, settings.data_parallel)
+    chosen = spread(_from_each_process(available, wanted), needed, settings.data_parallel)
+    if len({device.process_index for device in chosen}) < distributed.group().size:
+        raise SettingsError(
+            f"{len(set(chosen))} devices for --K {settings.K} stages leave a process without a stage. Use more "
+            "--devices, or fewer processes."
+        )
+    return chosen
 
 
 def _from_each_process(available: list[jax.Device], wanted: int) -> list[jax.Device]:

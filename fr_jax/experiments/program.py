@@ -89,9 +89,8 @@ def run(
     keep_compiled(settings.compilation_cache)
     group = distributed.group()
     request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
-    if settings.workdir is not None:
-        early = RunFolder(settings.workdir)
-        group.from_first(lambda: early.check_free(resume=settings.resume, overwrite=settings.overwrite))
+    early = RunFolder(settings.workdir) if settings.workdir is not None else None
+    group.from_first(lambda: early and early.check_free(resume=settings.resume, overwrite=settings.overwrite))
     dataset = dataset or processes.load_data(settings, program.dataset)
     check_fit(settings, dataset.name, len(dataset.train_labels))
     folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))

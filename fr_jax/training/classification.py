@@ -75,16 +75,19 @@ def evaluate(predict: Callable[[Any, Array], Array], state: Any, batches: Iterab
             loss += float(read(batch_loss))
             correct += float(read(batch_correct))
 
-    for batch, valid in batches:
+    group = distributed.group()
+    for number, (batch, valid) in enumerate(batches, start=1):
         logits = predict(state, batch.inputs)
         pending.append(_sums(logits, put(batch.targets, logits.sharding), valid))
         total += valid
         if len(pending) > BATCHES_IN_FLIGHT:
             collect()
+        if group.size > 1 and number % BATCHES_IN_FLIGHT == 0:
+            group.exchange(None)  # whoever has not the last stage waits here for the one that has
     while pending:
         collect()
     if not total:
         raise ValueError("evaluate() was given no examples; the test set needs at least one.")
-    sums = distributed.group().exchange([loss, correct] if here else None)
+    sums = group.exchange([loss, correct] if here else None)
     loss, correct = next(known for known in sums if known is not None)
     return Score(loss / total, correct / total)

@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._caught = False  # by this process; in a run of several, ``signal`` may be that of another
         self._before: dict[int, object] = {}
 
     @property
@@ -46,9 +47,9 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self._caught, self.signal = True, number
         # Not print(): a handler may interrupt another print.
         os.write(
             2, b"\nStopping after this step; Ctrl-C again stops at once and loses the work since the checkpoint.\n"

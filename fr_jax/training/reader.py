@@ -100,6 +100,7 @@ class MetricsReader:
         self._row: list[tuple[float, float]] = []
         self._row_start = watch.seconds()
         self._last_read: float | None = None
+        self._read_at: deque[float] = deque()  # of the steps that are not agreed on yet, by the stopwatch
         self.step_seconds: list[float] = []
         self.divergence: Divergence | None = None
         self.stopped = False
@@ -143,6 +144,7 @@ class MetricsReader:
         if self._last_read is not None:
             self.step_seconds.append(now - self._last_read)
         self._last_read = now
+        self._read_at.append(self._watch.seconds())
         self._report.advanced(step)
 
     def _agree(self, stop: StopRequest) -> None:
@@ -156,6 +158,7 @@ class MetricsReader:
             stop.signal, self.stopped = signals[0], True
 
     def _take(self, step: int, numbers: dict[str, float]) -> None:
+        self._seconds = self._read_at.popleft()
         self._check_finite(step, numbers)
         self._row.append((numbers["loss"], numbers.get("accuracy", math.nan)))
         self._step = step
@@ -165,7 +168,7 @@ class MetricsReader:
     def _write_row(self) -> None:
         if not self._row:
             return
-        seconds = self._watch.seconds()
+        seconds = self._seconds
         rate = len(self._row) * self._schedule.batch_size / max(seconds - self._row_start, 1e-9)
         loss, accuracy = (statistics.fmean(column) for column in zip(*self._row, strict=True))
         self._report.training(self._step, loss, accuracy, rate, seconds)

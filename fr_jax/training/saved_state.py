@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fr_jax.training.transfer import from_first, to_first
+from fr_jax import distributed
+from fr_jax.training.transfer import from_first, to_first, windows
 from fr_jax.types import PyTree
 
 FORMAT = 1
@@ -53,7 +54,9 @@ def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[st
             on_device[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
             entries[name]["weak"] = bool(getattr(leaf, "weak_type", False))
     if jax.process_count() > 1:
-        on_device = to_first({name: leaf for name, leaf in on_device.items() if isinstance(leaf, jax.Array)})
+        if on_host := [name for name, leaf in on_device.items() if not isinstance(leaf, jax.Array)]:
+            raise CheckpointError(f"{some(on_host)}: a run of several processes can store arrays of JAX only.")
+        on_device = to_first(on_device)
     arrays = {name: np.asarray(array) for name, array in jax.device_get(on_device).items()}
     for name, array in arrays.items():
         entries[name]["crc32"] = _checksum(array)
@@ -131,7 +134,13 @@ def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template:
     """
     entries = index["leaves"]
     leaves, treedef = _named_leaves(template)
-    placed = [_place(entries[name], arrays.get(name), like) for name, like in leaves.items()]
+    placed: list[Any] = []
+    for window in windows({name: getattr(like, "nbytes", 0) for name, like in leaves.items()}):
+        placed += [_place(entries[name], arrays.get(name), leaves[name]) for name in window]
+        if jax.process_count() > 1:  # what has arrived no longer occupies process 0's first device
+            here = [one for one in placed[-len(window) :] if isinstance(one, jax.Array) and one.addressable_shards]
+            jax.block_until_ready(here)
+            distributed.group().exchange(None)
     return jax.tree_util.tree_unflatten(treedef, placed)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from fr_jax.placement import put
 from fr_jax.types import Array
 
-__all__ = ["from_first", "is_readable", "put_whole", "read", "to_first"]
+__all__ = ["from_first", "is_readable", "put_whole", "read", "to_first", "windows"]
 
 WINDOW_BYTES = 64 * 2**20
 """How much may be on its way to process 0 at a time: it also occupies its first device."""
@@ -52,22 +52,23 @@ def to_first(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
     """
     first = jax.process_index() == 0
     found = {}
-    for window in _windows(arrays):
+    for window in windows({name: array.nbytes for name, array in arrays.items()}):
         sent = {name: _pieces_to_first(arrays[name]) for name in window}
         if first:
             found |= {name: _assemble(arrays[name], pieces) for name, pieces in sent.items()}
     return found
 
 
-def _windows(arrays: Mapping[str, Array]) -> Iterator[list[str]]:
+def windows(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, in groups of no more than :data:`WINDOW_BYTES` where their sizes (bytes) allow it."""
     window: list[str] = []
     size = 0
-    for name, array in arrays.items():
-        if window and size + array.nbytes > WINDOW_BYTES:
+    for name, nbytes in sizes.items():
+        if window and size + nbytes > WINDOW_BYTES:
             yield window
             window, size = [], 0
         window.append(name)
-        size += array.nbytes
+        size += nbytes
     if window:
         yield window
 

@@ -54,3 +54,11 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert noted == [None]
+
+
+def test_the_signal_of_another_process_is_not_the_first_of_two():
+    with StopRequest() as stop:
+        stop.signal = signal.SIGINT  # as the processes of a run have agreed
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

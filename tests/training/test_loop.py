@@ -135,6 +135,15 @@ def test_rows_are_means_over_their_steps():
     assert all(row["images_per_s"] > 0 for row in fake.rows)
 
 
+def test_rows_that_are_read_at_the_end_keep_the_times_of_their_reads(monkeypatch):
+    number = Number.__float__
+    monkeypatch.setattr(Number, "__float__", lambda self: time.sleep(0.02) or number(self))
+    fake = Fake()
+    fake.train(log_every=2, ahead=50)
+    assert len(fake.rows) == 5
+    assert all(row["images_per_s"] < 2 * 4 / 0.04 for row in fake.rows)  # 2 steps of 4 images, 20 ms each at least
+
+
 def test_intervals_and_the_last_step():
     fake = Fake()
     outcome = fake.train(eval_every=4, checkpoint_every=3)
