@@ -80,8 +80,8 @@ def load_data(settings: TrainSettings, preferred: str) -> data.Dataset:
     group = distributed.group()
 
     def load() -> data.Dataset:
-        log = print if group.index == 0 else lambda line: None
-        return data.load(settings.dataset, settings.data_dir, preferred=preferred, log=log)
+        quietly: dict[str, Any] = {} if group.index == 0 else {"log": lambda line: None}
+        return data.load(settings.dataset, settings.data_dir, preferred=preferred, **quietly)
 
     dataset = group.first_goes_first(load)
     if group.size > 1:

@@ -24,6 +24,7 @@ def check(output, methods):
     return result
 
 
+@pytest.mark.slow
 def test_predicts_and_measures_all_methods_in_one_process(tmp_path, capsys):
     output, methods = tmp_path / "new", ["fr", "ddg", "dni", "gpipe", "bp"]
     assert prediction.main([*SMALL, "--methods", *methods, "--cuts", "2", "--output", str(output)]) == 0

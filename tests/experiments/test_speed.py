@@ -47,6 +47,7 @@ def test_contestants_take_turns_in_one_process(tmp_path, capsys):
     assert "features replay, K = 2" in printed and "a feature of 0.13 MB at cut 1 takes" in printed
 
 
+@pytest.mark.slow
 def test_given_cuts_and_methods_without_a_bound(capsys):
     settings = speed.SpeedSettings(model="mlp", K=3, cuts=(2, 3), methods=("dni",), rounds=1, steps=1, batch_size=8)
     result = speed.run(settings)
