@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 import fr_jax as fr
-from fr_jax.distributed import GroupError, group, initialize
+from fr_jax.distributed import group, initialize
 from fr_jax.experiments.checks import choice
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.contestants import make_entry, method_settings, shared_costs
 from fr_jax.experiments.cuts import choose_cuts, stage_costs
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.turns import as_rows, in_turns, machine, quietly, start_pinned, take_devices
+from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, quietly, start_pinned, take_devices
 from fr_jax.training.files import write_atomically
 from fr_jax.training.metrics import write_json
 from fr_jax.training.plots import COLOURS
@@ -212,16 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(BalanceSettings, args=arguments, prog=call("balance"))
-    try:
+
+    def work() -> int:
         check(settings)
         if settings.pinned and not initialize():
             return start_pinned("fr_jax.experiments.balance", arguments, settings.K)
         run(settings)
-    except (SettingsError, GroupError) as error:
-        group().fail(2)
-        print(f"fr_jax: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return code_of(work)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
-from fr_jax.training.files import write_atomically
-from fr_jax.training.metrics import write_json
 from fr_jax.training.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -234,23 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := refusal(settings):
         print(f"fr_jax: {problem}", file=sys.stderr)
         return 2
-    if settings.output is not None:
-        try:
-            settings.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            print(f"fr_jax: --output {settings.output} cannot be a folder: {error.strerror}.", file=sys.stderr)
-            return 2
+    if settings.output is not None and (problem := no_folder(settings.output)):
+        print(f"fr_jax: {problem}", file=sys.stderr)
+        return 2
     result = measure(settings)
     print(table(result), flush=True)
     if settings.output is not None:
         picture = io.BytesIO()
         figure(result).savefig(picture, format="png", dpi=150)
-        try:
-            write_json(settings.output / "counts.json", result)
-            write_atomically(settings.output / "counts.png", picture.getvalue())
-        except OSError as error:
-            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
-            return 1
+        return write_results(settings.output, {"counts.json": result, "counts.png": picture.getvalue()})
     return 0
 
 

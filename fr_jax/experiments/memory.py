@@ -29,9 +29,8 @@ from fr_jax.diagnostics.activations import closed_form, module_activations
 from fr_jax.diagnostics.memory import MemoryReport, step_memory
 from fr_jax.diagnostics.memory_plot import memory_figure
 from fr_jax.experiments.memory_methods import CONTESTANTS
+from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.training.classification import cross_entropy
-from fr_jax.training.files import write_atomically
-from fr_jax.training.metrics import write_json
 from fr_jax.training.plots import COLOURS
 from fr_jax.types import Batch, Stage
 
@@ -205,12 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := refusal(settings):
         print(f"fr_jax: {problem}", file=sys.stderr)
         return 2
-    if settings.output is not None:
-        try:
-            settings.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            print(f"fr_jax: --output {settings.output} cannot be a folder: {error.strerror}.", file=sys.stderr)
-            return 2
+    if settings.output is not None and (problem := no_folder(settings.output)):
+        print(f"fr_jax: {problem}", file=sys.stderr)
+        return 2
     with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
         jax.config.update("jax_num_cpu_devices", max(settings.K))
     result = measure(settings)
@@ -218,12 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.output is not None:
         picture = io.BytesIO()
         figure(result).savefig(picture, format="png", dpi=150)
-        try:
-            write_json(settings.output / "memory.json", result)
-            write_atomically(settings.output / "memory.png", picture.getvalue())
-        except OSError as error:
-            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
-            return 1
+        return write_results(settings.output, {"memory.json": result, "memory.png": picture.getvalue()})
     return 0
 
 

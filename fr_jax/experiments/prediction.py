@@ -33,10 +33,9 @@ from fr_jax.diagnostics.gantt import gantt_figure
 from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
 from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
 from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
+from fr_jax.experiments.results import write_results
 from fr_jax.placement import place
 from fr_jax.training.classification import cross_entropy
-from fr_jax.training.files import write_atomically
-from fr_jax.training.metrics import write_json
 from fr_jax.types import Batch
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
@@ -285,13 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(table(result), flush=True)
     if settings.output is not None:
-        try:
-            settings.output.mkdir(parents=True, exist_ok=True)
-            write_json(settings.output / "prediction.json", result)
-            write_atomically(settings.output / "prediction.png", picture)
-        except OSError as error:
-            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
-            return 1
+        return write_results(settings.output, {"prediction.json": result, "prediction.png": picture})
     return 0
 
 

@@ -23,10 +23,9 @@ import jax
 from fr_jax.diagnostics.gantt import gantt_figure
 from fr_jax.diagnostics.timeline import Timeline, simulate
 from fr_jax.experiments import scaling_picture
+from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.experiments.scaling_network import METHODS, STEP, Network, described, ideal, schedule, speedups
 from fr_jax.models import MODELS
-from fr_jax.training.files import write_atomically
-from fr_jax.training.metrics import write_json
 
 __all__ = ["ScalingSettings", "main", "simulated", "table"]
 
@@ -195,10 +194,8 @@ def _prepare_output(settings: ScalingSettings) -> str | None:
     """Why the files cannot be written, or None."""
     if settings.output is None:
         return None
-    try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"--output {settings.output} cannot be a folder: {error.strerror}."
+    if problem := no_folder(settings.output):
+        return problem
     there = [name for name in output_files(settings) if (settings.output / name).exists()]
     if there and not settings.overwrite:
         return f"--output {settings.output} has {', '.join(there)} already. Add --overwrite, or choose another folder."
@@ -217,13 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = simulated(settings, network)
     print(table(result), flush=True)
     if settings.output is not None:
-        try:
-            write_json(settings.output / "scaling.json", result)
-            for name, data in pictures(settings, network, result).items():
-                write_atomically(settings.output / name, data)
-        except OSError as error:
-            print(f"fr_jax: the results were not written: {error}", file=sys.stderr)
-            return 1
+        return write_results(settings.output, {"scaling.json": result, **pictures(settings, network, result)})
     return 0
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.diagnostics.stage_times import Measured, median, stage_timer
-from fr_jax.distributed import GroupError, group, initialize
+from fr_jax.distributed import group, initialize
 from fr_jax.experiments.checks import choice
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.contestants import (
@@ -38,7 +38,7 @@ from fr_jax.experiments.contestants import (
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.settings import SettingsError, SharedSettings
 from fr_jax.experiments.speed_picture import plot_speed
-from fr_jax.experiments.turns import as_rows, in_turns, machine, quietly, start_pinned, take_devices
+from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, quietly, start_pinned, take_devices
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.metrics import write_json
 from fr_jax.types import Stage
@@ -230,16 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(SpeedSettings, args=arguments, prog=call("speed"))
-    try:
+
+    def work() -> int:
         check(settings)
         if settings.pinned and not initialize():
             return start_pinned("fr_jax.experiments.speed", arguments, settings.K)
         run(settings)
-    except (SettingsError, GroupError) as error:
-        group().fail(2)
-        print(f"fr_jax: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return code_of(work)
 
 
 if __name__ == "__main__":

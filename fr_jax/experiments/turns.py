@@ -15,10 +15,22 @@ from typing import Any, NamedTuple
 import jax
 
 from fr_jax import launch
-from fr_jax.distributed import group
+from fr_jax.distributed import GroupError, group
+from fr_jax.experiments.settings import SettingsError
 from fr_jax.types import Array
 
-__all__ = ["Contestant", "Turn", "as_rows", "in_turns", "machine", "quietly", "spread", "start_pinned", "take_devices"]
+__all__ = [
+    "Contestant",
+    "Turn",
+    "as_rows",
+    "code_of",
+    "in_turns",
+    "machine",
+    "quietly",
+    "spread",
+    "start_pinned",
+    "take_devices",
+]
 
 ISSUED_FROM_REST = 2
 """Steps at the start of a turn whose issue is timed: nothing is in flight yet that could hold the host up."""
@@ -132,6 +144,16 @@ def take_devices(K: int) -> None:
         with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
             jax.config.update("jax_num_cpu_devices", K)
     jax.devices()
+
+
+def code_of(work: Callable[[], int]) -> int:
+    """Does the work; what its user can mend is one message, exit code 2, and the end of the other processes."""
+    try:
+        return work()
+    except (SettingsError, GroupError) as error:
+        group().fail(2)
+        print(f"fr_jax: {error}", file=sys.stderr)
+        return 2
 
 
 def start_pinned(module: str, arguments: Sequence[str], processes: int) -> int:
