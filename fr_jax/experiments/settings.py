@@ -50,7 +50,7 @@ class SharedSettings:
     """What all runs of a comparison have in common."""
 
     model: str = "resnet20"
-    """resnet20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, or mlp."""
+    """resnet8, 20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, or mlp."""
     depth: int | None = None
     """[mlp] Dense layers, the output layer included. Default: 6."""
     width: int | None = None

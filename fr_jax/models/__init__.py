@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fr_jax.models.mlp import mlp
 from fr_jax.models.resnet import (
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -20,6 +21,7 @@ from fr_jax.types import Stage
 
 MODELS: dict[str, Callable[..., list[Stage]]] = {
     "mlp": mlp,
+    "resnet8": resnet8,
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet32": resnet32,

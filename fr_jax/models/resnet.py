@@ -18,6 +18,7 @@ from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
 __all__ = [
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -176,6 +177,11 @@ def resnet20(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: in
       11
     """
     return _small(3, num_classes, dtype, width=width)
+
+
+def resnet8(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
+    """ResNet-8: 3 groups of one basic block, 0.08 M parameters; for studies on a CPU. See :func:`resnet20`."""
+    return _small(1, num_classes, dtype, width=width)
 
 
 def resnet32(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
