@@ -164,9 +164,9 @@ def whole(modules: Sequence[Direction]) -> Direction:
     """The whole network's direction from its modules'; reads them, and so waits for their devices.
 
     Example:
-      >>> both = whole([Direction(3.0, 1.0, 3.0), Direction(4.0, 2.0, 2.0)])
-      >>> both.sigma, round(both.norm_ratio, 3)
-      (1.4, 1.612)
+      >>> both = whole([Direction(9.0, 3.0, 6.0), Direction(16.0, 4.0, 8.0)])
+      >>> both.sigma, both.cosine, both.norm_ratio
+      (1.0, 0.5, 2.0)
     """
     products, gradients, found = zip(*(one.read() for one in modules), strict=True)
     return Direction(math.fsum(products), math.hypot(*gradients), math.hypot(*found))
