@@ -238,7 +238,8 @@ def default_learning_rate(settings: TrainSettings) -> float:
 
 def default_workdir(settings: TrainSettings, dataset: str) -> Path:
     """``runs/<data set>-<model>-<method>-K<K>-seed<seed>``."""
-    return Path("runs") / f"{dataset}-{settings.model}-{settings.method}-K{settings.K}-seed{settings.seed}"
+    run = f"{dataset}-{settings.model}-{settings.method}-K{settings.K}-seed{settings.seed}"
+    return Path("runs") / f"{settings.FOLDER_PREFIX}{run}"
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

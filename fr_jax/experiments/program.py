@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import math
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import jax
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 from fr_jax import distributed
 from fr_jax.distributed import GroupError
@@ -21,8 +18,9 @@ from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.compiled import keep_compiled
 from fr_jax.experiments.console import Console, Silent, announce
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.records import make_config, make_summary
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
-from fr_jax.experiments.settings import SettingsError, TrainSettings, as_json
+from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training import data
 from fr_jax.training.checkpoint import CheckpointError, Checkpoints
 from fr_jax.training.interrupt import StopRequest
@@ -31,10 +29,14 @@ from fr_jax.training.metrics import MetricsLog, read_rows, write_json
 from fr_jax.training.plots import plot_curves
 from fr_jax.training.reader import Reporter
 from fr_jax.training.workdir import RunFolder, WorkdirError
+from fr_jax.types import Algorithm
 
 __all__ = ["exit_code", "main", "run"]
 
 FINISHED, FAILED, BAD_ARGUMENTS, DIVERGED = 0, 1, 2, 3
+
+Watching: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager[Algorithm]]
+"""``(session, folder, first step)``: gives the method to train with, one that also looks at what it is given."""
 
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +69,7 @@ def run(
     dataset: data.Dataset | None = None,
     again: str | None = None,
     stop: StopRequest | None = None,
+    watching: Watching | None = None,
 ) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
@@ -78,6 +81,7 @@ def run(
       dataset: the data, where they have been loaded already.
       again: the command that continues a run that is stopped, where it is not the program's own.
       stop: an active request to stop, where several runs share one.
+      watching: looks on while the method trains.
 
     Raises:
       ValueError: a setting cannot be used, data are missing, or the folder holds another run.
@@ -105,7 +109,7 @@ def run(
         again = processes.launched(command(program.name, program.defaults, same))
     lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
     with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
-        code = _train(session, folder, config, again, request)
+        code = _train(session, folder, config, again, request, watching)
         group.exchange(code)  # nobody leaves while process 0 still draws
         return code
 
@@ -121,27 +125,14 @@ def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) ->
         raise SettingsError(str(error)) from error
 
 
-def make_config(session: Session) -> dict[str, Any]:
-    """What ``config.json`` holds: the settings, and what they came to."""
-    packages = ("fr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return as_json(session.settings) | {
-        "data_source": session.dataset.source,
-        "resolved_cuts": list(session.cuts),
-        "steps_per_epoch": session.pipeline.steps_per_epoch,
-        "devices_used": [str(device) for sharding in session.placement for device in sharding.device_set],
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: str, stop: StopRequest) -> int:
+def _train(
+    session: Session,
+    folder: RunFolder,
+    config: dict[str, Any],
+    again: str,
+    stop: StopRequest,
+    watching: Watching | None,
+) -> int:
     settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
     state, totals = initial_state(session), Totals()
     with Checkpoints(folder.checkpoints) as checkpoints:
@@ -157,9 +148,10 @@ def _train(session: Session, folder: RunFolder, config: dict[str, Any], again: s
                 say(f"Resuming after step {step:,} of {settings.steps:,}.")
         group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
         say(announce(session, state), flush=True)
-        with reporting(session, folder, state.step) as report:
+        looking = watching(session, folder, state.step) if watching else contextlib.nullcontext(session.algorithm)
+        with reporting(session, folder, state.step) as report, looking as algorithm:
             outcome = train(
-                session.algorithm,
+                algorithm,
                 state,
                 session.pipeline,
                 make_schedule(session, folder),
@@ -268,28 +260,6 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
     )
     print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
     return FINISHED
-
-
-def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
-    """What ``summary.json`` holds."""
-    s, t = session.settings, outcome.totals
-    devices = {device for sharding in session.placement for device in sharding.device_set}
-    return {
-        "dataset": session.dataset.name,
-        "data_source": session.dataset.source,
-        "model": s.model,
-        "method": s.method,
-        "K": s.K,
-        "cuts": list(session.cuts),
-        "seed": s.seed,
-        "steps": outcome.step,
-        "test_accuracy": t.test_accuracy,
-        "best_test_accuracy": t.best_test_accuracy,
-        "seconds": round(t.seconds, 3),
-        "step_seconds_median": outcome.step_seconds_median,
-        "device": f"{len(devices)} x {jax.devices()[0].device_kind}",
-        "diverged": outcome.divergence is not None,
-    }
 
 
 def _fail(message: object, code: int) -> int:

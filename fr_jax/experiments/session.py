@@ -140,8 +140,13 @@ def make_algorithm(
     placement: Sequence[Sharding],
     steps_per_epoch: int,
     dataset: Dataset,
+    *,
+    return_grads: bool = False,
 ) -> Algorithm:
-    """The method, set up to train: buffers are reused, accuracy is reported."""
+    """The method, set up to train: buffers are reused, accuracy is reported.
+
+    With ``return_grads`` it is set up to be looked at instead: it returns gradients, and a state outlives its step.
+    """
     return METHODS[settings.method].make(
         settings,
         stages,
@@ -150,7 +155,8 @@ def make_algorithm(
         len(dataset.train_labels),
         dataset.num_classes,
         placement=placement,
-        donate=True,
+        return_grads=return_grads,
+        donate=not return_grads,
         metrics_fn=training_metrics,
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = [
     "PRESETS",
@@ -150,6 +150,8 @@ class TrainSettings(SharedSettings, RunSettings, ProcessSettings):
     Results go to a folder of their own (--workdir): config.json, metrics.jsonl, curves.png, summary.json, checkpoints/.
     Settings marked [method] or [model] belong to these alone; given for another, they are an error.
     """
+
+    FOLDER_PREFIX: ClassVar[str] = ""  # of the default folder, where a program does more than train
 
 
 PRESETS: dict[str, dict[str, Any]] = {

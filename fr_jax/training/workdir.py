@@ -28,6 +28,7 @@ class RunFolder:
     Attributes:
       path: the folder.
       config, metrics, curves, summary, checkpoints, profile, events: its files and folders.
+      directions, directions_picture: what ``fr_jax.experiments.sufficient_direction`` measured while it went.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +40,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
         self.events = self.path / "tensorboard"
+        self.directions = self.path / "sufficient_direction.jsonl"
+        self.directions_picture = self.path / "sufficient_direction.png"
 
     def holds_run(self) -> bool:
         """Whether a run, finished or not, has written here."""
@@ -119,7 +122,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes the run that the folder holds, and nothing else."""
-        for path in (self.summary, self.curves, self.metrics, self.config):
+        own = (self.summary, self.curves, self.metrics, self.directions, self.directions_picture, self.config)
+        for path in own:
             path.unlink(missing_ok=True)
         for path in (self.checkpoints, self.profile, self.events):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The program trains as cifar does, bit for bit, measures what it says, and goes on where it was."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fr_jax.experiments import sufficient_direction
+from fr_jax.experiments.cifar import main as cifar
+from fr_jax.experiments.direction_picture import direction_figure
+from fr_jax.training.metrics import read_rows
+
+SMALL = [
+    *("--dataset", "synthetic", "--model", "mlp", "--depth", "3", "--width", "8"),
+    *("--K", "3", "--batch-size", "16", "--learning-rate", "0.02"),
+]
+MEASURED = ["--every", "3", "--gradient-batches", "2"]
+
+
+def rows_of(folder, name="sufficient_direction.jsonl"):
+    return read_rows(folder / name)
+
+
+def losses(folder):
+    return [row["train_loss"] for row in rows_of(folder, "metrics.jsonl") if "train_loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    words = [*SMALL, *MEASURED, "--steps", "10", "--log-every", "2", "--workdir", str(folder)]
+    assert sufficient_direction.main(words) == 0
+    return folder
+
+
+def test_training_is_not_disturbed(whole_run, tmp_path):
+    words = [*SMALL, "--steps", "10", "--log-every", "2", "--workdir", str(tmp_path / "plain")]
+    assert cifar(words) == 0
+    assert losses(whole_run) == losses(tmp_path / "plain")
+
+
+def test_rows_and_picture(whole_run):
+    rows = rows_of(whole_run)
+    assert [row["step"] for row in rows] == [0, 3, 6, 9]
+    assert rows[0]["sigma"][:2] == [0, 0]  # modules 1 and 2 have nothing to replay yet
+    for row in rows:
+        assert len(row["sigma"]) == 3 and all(np.isfinite(row["one_batch"]["sigma"]))
+        assert row["network"]["gradient_norm"] == pytest.approx(np.hypot.reduce(row["gradient_norm"]))
+        # the last module is never late: its direction is the mini-batch's own gradient
+        assert row["sigma"][2] == pytest.approx(row["one_batch"]["sigma"][2], rel=1e-4)
+        sigma, cosine, ratio = (row["network"][name] for name in ("sigma", "cosine", "norm_ratio"))
+        assert sigma == pytest.approx(cosine * ratio)
+    assert (whole_run / "sufficient_direction.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((whole_run / "config.json").read_text())["gradient_batches"] == 2
+
+
+def test_a_resumed_run_has_the_same_rows(whole_run, tmp_path):
+    words = [*SMALL, *MEASURED, "--log-every", "2", "--workdir", str(tmp_path / "run"), "--milestones", "0.1"]
+    reference = [*SMALL, *MEASURED, "--log-every", "2", "--workdir", str(tmp_path / "whole"), "--milestones", "0.1"]
+    assert sufficient_direction.main([*reference, "--steps", "9"]) == 0
+    assert sufficient_direction.main([*words, "--steps", "6"]) == 0
+    assert sufficient_direction.main([*words, "--steps", "9", "--resume"]) == 0
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+def test_overwriting_starts_anew(tmp_path):
+    words = [*SMALL, *MEASURED, "--steps", "3", "--workdir", str(tmp_path / "run")]
+    assert sufficient_direction.main(words) == 0
+    assert sufficient_direction.main(words) == 2  # a finished run is not overwritten
+    assert sufficient_direction.main([*words, "--overwrite"]) == 0
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--every", "0"], "--every 0"),
+        (["--gradient-batches", "-1"], "0 for a whole epoch"),
+        (["--distributed"], "one process"),
+    ],
+)
+def test_refusals(words, said, capsys, tmp_path):
+    assert sufficient_direction.main([*SMALL, *words, "--workdir", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_figure_has_a_line_a_module(whole_run):
+    drawing = direction_figure(rows_of(whole_run), title="title", note="note", milestones=(0.01, 99.0))
+    labels = [handle.get_label() for handle in drawing.axes[0].get_lines() if not handle.get_label().startswith("_")]
+    assert labels == ["module 1", "module 2", "module 3", "one mini-batch's own gradient, whole network"]
+    with pytest.raises(ValueError, match="at least one row"):
+        direction_figure([], title="", note="")
