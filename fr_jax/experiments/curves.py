@@ -1,0 +1,104 @@
+"""Draws the curves of several runs in one figure: ``python -m fr_jax.experiments.curves --runs runs/A runs/B``.
+
+Loss against epoch and against time, and test error against epoch, from the folders that the training programs wrote,
+however and wherever they were started: by ``fr_jax.launch``, on one core, on another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fr_jax.experiments import program
+from fr_jax.experiments.command_line import call
+from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.settings import SettingsError
+from fr_jax.training.comparison_plot import Line, plot_comparison
+from fr_jax.training.metrics import read_rows
+from fr_jax.training.workdir import RunFolder
+
+__all__ = ["CurvesSettings", "main", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvesSettings:
+    """Draw runs that were made one by one in one figure."""
+
+    runs: tuple[Path, ...] = ()
+    """Folders of runs, finished or not. Those with the same label are seeds of one line."""
+    labels: tuple[str, ...] = ()
+    """One a run. Default: the method and K."""
+    title: str | None = None
+    """Over the figure. Default: the network and the data set."""
+    output: Path = Path("comparison.png")
+    """The PNG file."""
+    overwrite: bool = False
+    """Replace the file where it exists."""
+
+
+def run(settings: CurvesSettings) -> int:
+    """Draws the figure, and returns the exit code.
+
+    Raises:
+      SettingsError: no runs, not as many labels as runs, or a file that exists.
+      WorkdirError: the files of a run cannot be read.
+      OSError: the figure cannot be written.
+    """
+    if not settings.runs:
+        raise SettingsError("--runs is missing; give the folders of one or more runs.")
+    if settings.labels and len(settings.labels) != len(settings.runs):
+        raise SettingsError(
+            f"{len(settings.labels)} --labels were given for {len(settings.runs)} --runs; give one a run, or none."
+        )
+    if settings.output.exists() and not settings.overwrite:
+        raise SettingsError(f"--output {settings.output} exists. Choose another, or replace it with --overwrite.")
+    found = [_read(folder) for folder in settings.runs]
+    lines: dict[str, list[Any]] = {}
+    for i, (config, rows) in enumerate(found):
+        label = settings.labels[i] if settings.labels else _label(config)
+        lines.setdefault(label, []).append(rows)
+    first, _ = found[0]
+    title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
+    pictured = [Line(label, rows, number, 0) for number, (label, rows) in enumerate(lines.items())]
+    sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources))
+    print(f"Picture: {settings.output}")
+    return program.FINISHED
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder = RunFolder(path)
+    config = folder.saved_config()
+    if config is None or not folder.metrics.exists():
+        raise SettingsError(
+            f"--runs {path} holds no run: a run's folder has config.json and metrics.jsonl. Give such folders."
+        )
+    try:
+        rows = read_rows(folder.metrics)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if not any("train_loss" in row for row in rows):
+        raise SettingsError(f"--runs {path} has no rows yet. Leave it out, or wait for its first steps.")
+    return config, rows
+
+
+def _label(config: dict[str, Any]) -> str:
+    method, K, D = config["method"], config["K"], config.get("data_parallel") or 1
+    title = METHODS[method].title if method in METHODS else method
+    return title + (f", K = {K}" if K > 1 else "") + (f", {D} devices share a batch" if D > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the figure cannot be written, 2 for runs that cannot be drawn."""
+    import tyro
+
+    settings = tyro.cli(CurvesSettings, args=arguments, prog=call("curves"))
+    return program.exit_code(lambda: run(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Curves of runs that were made one by one."""
+
+import json
+
+import pytest
+
+from fr_jax.experiments import curves
+from fr_jax.training import comparison_plot
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, method="fr", K=2, rows=3, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"method": method, "K": K, "model": "mlp", "dataset": "digits", "data_source": "digits", **more}
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = [
+            {"step": i, "epoch": i / 10, "seconds": float(i), "train_loss": 2.0 / i} for i in range(1, rows + 1)
+        ] + [{"step": rows, "epoch": rows / 10, "seconds": float(rows), "test_accuracy": 0.5, "test_loss": 1.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines[: None if rows else 0]))
+        return str(folder)
+
+    return make
+
+
+def test_a_line_a_label_and_seeds_share_one(make_run, tmp_path, monkeypatch):
+    drawn = {}
+    plot = lambda lines, path, **text: drawn.update(lines=lines, path=path, **text)
+    monkeypatch.setattr(curves, "plot_comparison", plot)
+    runs = [make_run("a", "bp", 1), make_run("b"), make_run("c"), make_run("d", "bp", 1, data_parallel=2)]
+    assert curves.main(["--runs", *runs, "--output", str(tmp_path / "new" / "x.png")]) == 0
+    labels = [line.label for line in drawn["lines"]]
+    assert labels == ["back-propagation", "features replay, K = 2", "back-propagation, 2 devices share a batch"]
+    assert [len(line.runs) for line in drawn["lines"]] == [1, 2, 1]
+    assert drawn["title"] == "mlp on digits" and drawn["data_source"] == "digits"
+
+
+def test_writes_a_picture_and_no_other(make_run, tmp_path, capsys):
+    words = ["--runs", make_run("a"), "--labels", "mine", "--output", str(tmp_path / "x.png")]
+    assert curves.main(words) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert curves.main(words) == 2
+    assert "exists. Choose another" in capsys.readouterr().err
+    assert curves.main([*words, "--overwrite"]) == 0
+    assert comparison_plot.plot_comparison is curves.plot_comparison
+
+
+def test_what_cannot_be_drawn(make_run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ([], "--runs is missing"),
+        (["--runs", make_run("a"), "--labels", "x", "y"], "2 --labels were given for 1 --runs"),
+        (["--runs", str(tmp_path / "empty")], "holds no run"),
+        (["--runs", make_run("b", rows=0)], "has no rows yet"),
+    ]
+    for words, said in cases:
+        assert curves.main([*words, "--output", str(tmp_path / "never.png")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "never.png").exists()
