@@ -25,20 +25,13 @@ class Call(NamedTuple):
     run: Callable
     arguments: tuple
 
-    def seconds(self, in_a_row: int = 1) -> float:
-        """From the call to the result: the mean of calls in a row, each with arguments of its own, results kept.
-
-        A result that is kept makes the next one take fresh memory, which costs time on a CPU.
-        """
-        copy = lambda x: x.copy() if isinstance(x, jax.Array) else x
-        waiting = [jax.tree.map(copy, self.arguments) for _ in range(in_a_row)]
-        jax.block_until_ready(waiting)
-        seconds, results = 0.0, []
-        while waiting:
-            start = time.perf_counter()
-            results.append(jax.block_until_ready(self.run(*waiting.pop())))
-            seconds += time.perf_counter() - start
-        return seconds / in_a_row
+    def seconds(self) -> float:
+        """From the call to the result."""
+        copies = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, self.arguments)
+        jax.block_until_ready(copies)
+        start = time.perf_counter()
+        jax.block_until_ready(self.run(*copies))
+        return time.perf_counter() - start
 
 
 class Synthesizers(NamedTuple):

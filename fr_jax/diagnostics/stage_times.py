@@ -24,7 +24,7 @@ from fr_jax.distributed import group
 from fr_jax.placement import place, put
 from fr_jax.types import Batch, PyTree, Stage
 
-__all__ = ["KINDS_OF", "Measured", "median", "stage_timer"]
+__all__ = ["KINDS_OF", "Measured", "crossings", "exchanged", "is_mine", "median", "stage_timer"]
 
 KINDS_OF = {
     "bp": ("forward", "backward", "update", "last"),
@@ -62,7 +62,6 @@ def stage_timer(
     synthesizer_optimizer: optax.GradientTransformation | None = None,
     repeats: int = 3,
     hops: int = 10,
-    in_a_row: int = 1,
     together: bool = True,
     keep_weights: bool = True,
 ) -> Callable[[], Measured]:
@@ -83,8 +82,6 @@ def stage_timer(
       synthesizer_optimizer: theirs.
       repeats: timed calls of each function in a measurement, of which the median counts.
       hops: there-and-back journeys of a feature in a measurement.
-      in_a_row: calls of a function one after the other, whose results are alive at the same time, as GPipe's
-        microbatches make them.
       together: in a run of several processes, whether all work at the same time, as they do in a method without
         locking, and slow each other down by what they share (memory); otherwise they take turns, as in
         back-propagation.
@@ -96,7 +93,7 @@ def stage_timer(
 
     Raises:
       ValueError: an unknown kind, synthesizers that are missing, a wrong number of stages, optimizers or shardings, or
-        ``repeats``, ``hops`` or ``in_a_row`` less than 1.
+        ``repeats`` or ``hops`` less than 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -113,7 +110,6 @@ def stage_timer(
     setup, wanted = check_setup(stages, optimizer, placement), _check_kinds(kinds)
     check_count("repeats", repeats)
     check_count("hops", hops)
-    check_count("in_a_row", in_a_row)
     own = None
     if wanted & OF_SYNTHESIZERS:
         if synthesizers is None or synthesizer_optimizer is None:
@@ -124,12 +120,12 @@ def stage_timer(
     modules = run_once(setup, loss_fn, batch, keep_weights=keep_weights)
     calls = [
         calls_of(k, setup, module, loss_fn, batch.targets, own, wanted, keep_weights=keep_weights)
-        if _is_mine(setup.shardings[k])
+        if is_mine(setup.shardings[k])
         else {}
         for k, module in enumerate(modules)
     ]
     features = [module.h_out for module in modules[:-1]]
-    return lambda: _measure(calls, features, setup.shardings, repeats, hops, in_a_row, together)
+    return lambda: _measure(calls, features, setup.shardings, repeats, hops, together)
 
 
 def _check_kinds(kinds: Iterable[str]) -> set[str]:
@@ -142,7 +138,8 @@ def _check_kinds(kinds: Iterable[str]) -> set[str]:
     return wanted
 
 
-def _is_mine(sharding: Sharding | None) -> bool:
+def is_mine(sharding: Sharding | None) -> bool:
+    """Whether all devices of a module are of this process."""
     return sharding is None or sharding.is_fully_addressable
 
 
@@ -152,27 +149,35 @@ def _measure(
     shardings: Sequence[Sharding | None],
     repeats: int,
     hops: int,
-    in_a_row: int,
     together: bool,
 ) -> Measured:
     jobs = [(k, kind, call) for k, own in enumerate(calls) for kind, call in own.items()]
     for *_, call in jobs:
-        call.seconds(in_a_row)
+        call.seconds()
     rounds: list[list[float]] = []
     for index in [group().index] if together else range(group().size):
         group().exchange(None)
         if index == group().index:
-            rounds = [[call.seconds(in_a_row) for *_, call in jobs] for _ in range(repeats)]
+            rounds = [[call.seconds() for *_, call in jobs] for _ in range(repeats)]
     medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
     mine = [(k, kind, seconds) for (k, kind, _), seconds in zip(jobs, medians, strict=True)]
-    table: list[dict[str, float]] = [{} for _ in calls]
-    for k, kind, seconds in (row for rows in group().exchange(mine) for row in rows):
+    return exchanged(len(calls), mine, crossings(features, shardings, hops))
+
+
+def exchanged(K: int, mine: Sequence[tuple[int, str, float]], crossing: Sequence[tuple[float, float]]) -> Measured:
+    """What all processes have measured: each gives ``(k, kind, seconds)`` of its modules; all must call it."""
+    table: list[dict[str, float]] = [{} for _ in range(K)]
+    for k, kind, seconds in (row for rows in group().exchange([*mine]) for row in rows):
         table[k][kind] = seconds
-    crossing = [_ping_pong(h, shardings[k], shardings[k + 1], hops) for k, h in enumerate(features)]
     seconds = tuple(one for one, _ in crossing)
     shares = [share for one, share in crossing if one > 0]
     times = Times(tuple(ModuleTimes(**own) for own in table), seconds, seconds)
     return Measured(times, statistics.fmean(shares) if shares else 0.0)
+
+
+def crossings(features: Sequence[PyTree], shardings: Sequence[Sharding | None], hops: int) -> list[tuple[float, float]]:
+    """For each cut the seconds of one way, and the share of them for which the processors at its ends are busy."""
+    return [_ping_pong(h, shardings[k], shardings[k + 1], hops) for k, h in enumerate(features)]
 
 
 def _ping_pong(h: PyTree, here: Sharding | None, there: Sharding | None, hops: int) -> tuple[float, float]:
@@ -184,11 +189,11 @@ def _ping_pong(h: PyTree, here: Sharding | None, there: Sharding | None, hops: i
     start, busy = time.perf_counter(), time.process_time()
     for _ in range(hops):
         h = put(put(h, there), here)
-    if _is_mine(here):
+    if is_mine(here):
         jax.block_until_ready(h)
-    seconds = time.perf_counter() - start if _is_mine(here) else math.nan
+    seconds = time.perf_counter() - start if is_mine(here) else math.nan
     group().exchange(None)
-    takes_part = _is_mine(here) + _is_mine(there)
+    takes_part = is_mine(here) + is_mine(there)
     on_cpu = all(device.platform == "cpu" for device in here.device_set | there.device_set)
     busy = time.process_time() - busy if on_cpu and takes_part else 0.0
     found = group().exchange([seconds, busy])

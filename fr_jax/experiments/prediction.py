@@ -1,8 +1,8 @@
 """Predicts a step from measured parts, and measures it: ``python -m fr_jax.experiments.prediction --K 2``.
 
-Every module's functions and the transfers are timed alone (``fr_jax.diagnostics.stage_times``), and the schedule of
-each method is simulated with these times; then the method itself runs. Measurements take turns, round after round. One
-device is one core only where each stage is a process of its own:
+Every module's functions and the transfers are timed (``fr_jax.diagnostics.stage_times``, ``step_times``), and the
+schedule of each method is simulated with these times; then the method itself runs. Measurements take turns, round after
+round. One device is one core only where each stage is a process of its own:
 
     python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.prediction --K 2
 """
@@ -26,6 +26,7 @@ from fr_jax import distributed
 from fr_jax.diagnostics.gantt import gantt_figure
 from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
 from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
+from fr_jax.diagnostics.step_times import step_timer
 from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
 from fr_jax.experiments.contestants import OPTIMIZER, host_batch, make_entry, method_settings, shared_costs
 from fr_jax.experiments.cuts import choose_cuts
@@ -39,8 +40,8 @@ __all__ = ["PredictionSettings", "main", "measure", "table"]
 
 ONE = "one device"
 TITLES = {"fr": "features replay", "ddg": "DDG", "dni": "DNI", "gpipe": "GPipe", "bp": "back-propagation"}
-TIMERS = {"fr": "at once", "ddg": "at once", "dni": "at once", "gpipe": "microbatch", "bp": "in turns"}
-"""How the stages are timed for a method: all at once, one after the other, or at once with a microbatch."""
+TIMERS = {"fr": "at once", "ddg": "at once", "dni": "at once", "gpipe": "GPipe's step", "bp": "back-propagation's step"}
+"""How the stages are timed for a method: alone, all devices at once, or in their places in the method's own step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +125,15 @@ def prepare(settings: PredictionSettings) -> tuple[dict[str, Prediction], dict[s
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
     own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
     timers = {ONE: stage_timer(whole, cross_entropy, OPTIMIZER, batch, kinds=["last"], placement=first)}
-    for timer in dict.fromkeys(TIMERS[name] for name in settings.methods):
-        kinds = {kind for name in settings.methods if TIMERS[name] == timer for kind in KINDS_OF[name]}
+    free = [name for name in settings.methods if TIMERS[name] == "at once"]
+    if free:
+        kinds = {kind for name in free for kind in KINDS_OF[name]}
         options: dict[str, Any] = own | {"kinds": kinds, "placement": spread}
-        options |= {"together": timer != "in turns", "keep_weights": timer == "at once"}
-        part = batch
-        if timer == "microbatch":
-            part, options["in_a_row"] = host_batch(size // microbatches), microbatches
-        timers[timer] = stage_timer(stages, cross_entropy, OPTIMIZER, part, **options)
+        timers["at once"] = stage_timer(stages, cross_entropy, OPTIMIZER, batch, **options)
+    for name in settings.methods:
+        if name not in free:
+            options = {"placement": spread, "microbatches": microbatches}
+            timers[TIMERS[name]] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
     bp = make_entry(shared, layers, "bp", 1).contestant
     found = {ONE: Prediction(_schedule_of("bp", microbatches), ONE, bp)}
     for name in settings.methods:

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import fr_jax as fr
 from fr_jax.diagnostics import schedules
 from fr_jax.diagnostics.module_calls import Call
 from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
+from fr_jax.diagnostics.step_times import step_timer
 from fr_jax.diagnostics.timeline import simulate, summarise
 from fr_jax.diagnostics.times import ModuleTimes, Times
 from fr_jax.training.classification import cross_entropy
@@ -47,27 +47,11 @@ def test_measures_what_each_method_needs():
     assert summarise(simulate(schedules.gpipe(times, 4, 2))).step_seconds > 0
 
 
-def test_results_of_calls_in_a_row_live_together_and_arguments_are_not_shared():
-    taken, alive = [], []
-
-    def run(x):
-        taken.append(x)
-        alive.append(sum(ref() is not None for ref in results))
-        result = x + 1
-        results.append(weakref.ref(result))
-        return result
-
-    results, argument = [], jnp.zeros(3)
-    assert Call(run, (argument,)).seconds(4) > 0
-    assert alive == [0, 1, 2, 3]
-    assert len({id(x) for x in (argument, *taken)}) == 5
-
-
 def test_what_is_measured_is_what_the_method_runs(monkeypatch):
     """The functions for features replay give the method's own numbers, here of its last module at t = 0."""
     seen = {}
 
-    def record(call, in_a_row):
+    def record(call):
         result = call.run(*jax.tree.map(jnp.copy, call.arguments))
         seen.setdefault(call.run.__name__, result)
         return 1.0
@@ -154,3 +138,28 @@ def test_two_processes_tell_each_other(tmp_path, program_env):
     assert first == second
     replay, last, (transfer,), share = first
     assert min(replay, last, transfer) > 0 and jnp.isfinite(transfer) and 0 < share <= 1
+
+
+@pytest.mark.parametrize(("method", "kinds"), [("bp", {"forward", "last"}), ("gpipe", {"forward", "gradient"})])
+def test_the_parts_of_a_step_are_those_of_the_schedule(method, kinds):
+    stages, loss_fn, optimizer, batch = setting()
+    K = len(stages)
+    measure = step_timer(
+        method, stages, loss_fn, optimizer, batch, placement=fr.placement(K), microbatches=2, repeats=1, hops=1
+    )
+    times, share = measure()
+    assert 0 <= share <= 1 and len(times.features) == K - 1 and all(0 < one < 10 for one in times.features)
+    for k, module in enumerate(times.modules):
+        found = {kind for kind, seconds in module._asdict().items() if 0 < seconds < 10}
+        lower, top = {"forward", "backward"} <= found, (kinds - {"forward"}) <= found
+        assert top if k == K - 1 else lower
+    schedule = schedules.gpipe(times, 4, 2) if method == "gpipe" else schedules.SCHEDULES["bp"](times, 4)
+    assert 0 < summarise(simulate(schedule)).step_seconds < 10
+
+
+def test_what_has_no_step_timer():
+    stages, loss_fn, optimizer, batch = setting()
+    with pytest.raises(ValueError, match="it can be 'bp' or 'gpipe'"):
+        step_timer("fr", stages, loss_fn, optimizer, batch)
+    with pytest.raises(ValueError, match="single device is one function"):
+        step_timer("bp", stages, loss_fn, optimizer, batch)

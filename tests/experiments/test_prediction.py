@@ -29,7 +29,7 @@ def test_predicts_and_measures_all_methods_in_one_process(tmp_path, capsys):
     output, methods = tmp_path / "new", ["fr", "ddg", "dni", "gpipe", "bp"]
     assert prediction.main([*SMALL, "--methods", *methods, "--cuts", "2", "--output", str(output)]) == 0
     result = check(output, methods)
-    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, "at once", "in turns", "microbatch"}
+    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, *prediction.TIMERS.values()}
     assert set(result["parts"]["at once"]["modules"][1]) == {"last", "update"}
     assert "predicted s" in capsys.readouterr().out
     assert prediction.main([*SMALL, "--output", str(output)]) == 2
