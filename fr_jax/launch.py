@@ -33,6 +33,9 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Environment of the processes, unless this one has the variable. A step on a CPU takes fresh memory from the system
 and gives it back: ResNet-20's costs 74,000 page faults in pages of 4 KiB, 300 in huge pages, and then a fifth less
 time. Only glibc heeds it."""
+TWO_THREADS = {"NPROC": "2"}
+"""The same for processes with a single core. XLA's CPU client has as many threads as cores, and the one thread that
+computes what has been issued would send nothing to other processes before all of it is done."""
 
 # What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
 _PREPARE = """
@@ -132,7 +135,8 @@ def start(
     by = f"python -m fr_jax.launch --processes {processes}{'' if pin else ' --no-pin'}"
     for i, cores in enumerate(shares):
         own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i), LAUNCHED_BY: by}
-        environment = {"PYTHONUNBUFFERED": "1", **HUGE_PAGES, **os.environ, **own}
+        tuned = HUGE_PAGES | (TWO_THREADS if cores is not None and len(cores) == 1 else {})
+        environment = {"PYTHONUNBUFFERED": "1", **tuned, **os.environ, **own}
         if mark and sys.stdout.isatty():
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(_mark(i))))
         if (devices := gpus_of(i, processes, gpus)) is not None:

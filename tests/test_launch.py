@@ -52,6 +52,18 @@ def test_huge_pages_unless_the_user_has_tuned_malloc(program_env):
         assert done.stdout.strip().endswith(expected)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="pins on Linux only")
+def test_a_single_core_has_two_threads(program_env):
+    """One that computes, and one that sends while it does."""
+    cores = sorted(os.sched_getaffinity(0))
+    ask = command("--processes", str(len(cores)), "--", "-c", "import os; print(os.environ.get('NPROC'))")
+    env = {name: value for name, value in program_env.items() if name != "NPROC"}
+    done = subprocess.run(ask, env=env, capture_output=True, text=True, timeout=60)
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["2"] * len(cores)
+    done = subprocess.run(ask, env=env | {"NPROC": "3"}, capture_output=True, text=True, timeout=60)
+    assert {line.split()[-1] for line in done.stdout.splitlines()} == {"3"}
+
+
 def test_all_end_when_one_fails(run):
     start = time.monotonic()
     done = run(

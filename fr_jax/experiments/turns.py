@@ -119,7 +119,7 @@ def spread(values: Sequence[float], name: str = "seconds") -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What a result must say of where and when it was measured."""
-    environment = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ}
+    environment = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "NPROC", "XLA_FLAGS") if name in os.environ}
     return {
         "machine": f"{os.cpu_count()} x {_processor()}, {jax.devices()[0].device_kind}",
         "date": datetime.date.today().isoformat(),
