@@ -51,7 +51,8 @@ def figure(result: Mapping[str, Any]) -> Figure:
             _draw_sides(panel, found, f"{TITLES[problem]}: {kind}")
         _share_limits([panel for panel in axes[number] if panel.get_visible()])
         axes[number, 0].set_ylabel("left and right side")
-    first = [row for row in rows if row["problem"] == problems[0] and row["schedule"] == "fixed"] or rows
+    first = [row for row in rows if row["problem"] == problems[0]]
+    first = [row for row in first if row["schedule"] == "fixed"] or first
     sufficient = lambda row: np.divide(row["over_t"]["inner"], row["over_t"]["gradient"])
     name = TITLES[problems[0]].split(",")[0].removesuffix(" residual network")
     _draw_over_t(axes[-1, 0], first, sufficient, f"{name} network: how far $g^t$ descends")
