@@ -40,6 +40,10 @@ SMALL = {
         RATES, STALE_KS, STALE_RATES = [0.01], [2], [0.01]
         CHECK_EVERY, MEMORY_MODEL, MEMORY_KS = 4, "mlp", [1, 2]
     """,
+    "04_your_own_model": """
+        K, SPIRAL_STEPS, WIDTH, BLOCKS, HEADS = 2, 20, 16, 1, 2
+        CONTEXT, BATCH, STEPS, LOOK_EVERY, SAMPLE = 16, 8, 20, 10, 20
+    """,
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

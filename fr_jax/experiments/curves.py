@@ -7,6 +7,7 @@ however and wherever they were started: by ``fr_jax.launch``, on one core, on an
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ class CurvesSettings:
     """Folders of runs, finished or not. Those with the same label are seeds of one line."""
     labels: tuple[str, ...] = ()
     """One a run. Default: the method and K."""
+    step_seconds: tuple[float, ...] = ()
+    """One a run: draw it over steps times this, such as a step measured by fr_jax.experiments.speed on a quiet machine,
+    instead of over its own seconds. 0: leave it out of the panel with the time."""
     title: str | None = None
     """Over the figure. Default: the network and the data set."""
     output: Path = Path("comparison.png")
@@ -53,19 +57,29 @@ def run(settings: CurvesSettings) -> int:
         raise SettingsError(
             f"{len(settings.labels)} --labels were given for {len(settings.runs)} --runs; give one a run, or none."
         )
+    if settings.step_seconds and len(settings.step_seconds) != len(settings.runs):
+        raise SettingsError(
+            f"{len(settings.step_seconds)} --step-seconds were given for {len(settings.runs)} --runs; give one a run, "
+            "or none."
+        )
+    if any(not 0 <= seconds < math.inf for seconds in settings.step_seconds):
+        raise SettingsError(f"--step-seconds {' '.join(map(str, settings.step_seconds))}: give 0 or more.")
     if settings.output.exists() and not settings.overwrite:
         raise SettingsError(f"--output {settings.output} exists. Choose another, or replace it with --overwrite.")
     found = [_read(folder) for folder in settings.runs]
     lines: dict[str, list[Any]] = {}
     for i, (config, rows) in enumerate(found):
         label = settings.labels[i] if settings.labels else _label(config)
+        if settings.step_seconds:
+            rows = [row | {"seconds": row["step"] * settings.step_seconds[i] or None} for row in rows]
         lines.setdefault(label, []).append(rows)
     first, _ = found[0]
     title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
     pictured = [Line(label, rows, number, 0) for number, (label, rows) in enumerate(lines.items())]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources))
+    source = "; ".join(sources) + ("; time: steps times a step's seconds" if settings.step_seconds else "")
+    plot_comparison(pictured, settings.output, title=title, data_source=source)
     print(f"Picture: {settings.output}")
     return program.FINISHED
 

@@ -36,6 +36,19 @@ def test_a_line_a_label_and_seeds_share_one(make_run, tmp_path, monkeypatch):
     assert drawn["title"] == "mlp on digits" and drawn["data_source"] == "digits"
 
 
+def test_time_may_be_steps_times_a_measured_step(make_run, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(curves, "plot_comparison", lambda lines, path, **text: drawn.update(lines=lines, **text))
+    words = ["--runs", make_run("a", "bp", 1), make_run("b"), "--output", str(tmp_path / "x.png")]
+    assert curves.main([*words, "--step-seconds", "0.5", "0"]) == 0
+    first, second = (line.runs[0] for line in drawn["lines"])
+    assert [row["seconds"] for row in first] == [0.5, 1.0, 1.5, 1.5]
+    assert {row["seconds"] for row in second} == {None}
+    assert "steps times" in drawn["data_source"]
+    assert curves.main([*words, "--step-seconds", "0.5"]) == 2
+    assert curves.main([*words, "--step-seconds", "0.5", "-1"]) == 2
+
+
 def test_writes_a_picture_and_no_other(make_run, tmp_path, capsys):
     words = ["--runs", make_run("a"), "--labels", "mine", "--output", str(tmp_path / "x.png")]
     assert curves.main(words) == 0
