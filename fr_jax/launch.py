@@ -1,7 +1,7 @@
 """Starts a program as a group of processes on this machine: ``python -m fr_jax.launch --processes 2 -- -m module ..``.
 
-Each process gets cores of its own (and GPUs of its own, where there are enough) and huge pages, and every line of its
-output is marked with its number. When one fails, the others are ended.
+Each process gets cores of its own (and GPUs of its own, where there are enough), and every line of its output is
+marked with its number. When one fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -29,13 +29,9 @@ POLL_SECONDS = 0.1
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
 """Environment variable of the processes: the command that starts the group."""
 
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Environment of the processes, unless this one has the variable. A step on a CPU takes fresh memory from the system
-and gives it back: ResNet-20's costs 74,000 page faults in pages of 4 KiB, 300 in huge pages, and then a fifth less
-time. Only glibc heeds it."""
 TWO_THREADS = {"NPROC": "2"}
-"""The same for processes with a single core. XLA's CPU client has as many threads as cores, and the one thread that
-computes what has been issued would send nothing to other processes before all of it is done."""
+"""Environment of processes with a single core, unless this one has the variable. XLA's CPU client has as many threads
+as cores, and a single one, which computes what has been issued, would send nothing elsewhere before all is done."""
 
 # What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
 _PREPARE = """
@@ -135,7 +131,7 @@ def start(
     by = f"python -m fr_jax.launch --processes {processes}{'' if pin else ' --no-pin'}"
     for i, cores in enumerate(shares):
         own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i), LAUNCHED_BY: by}
-        tuned = HUGE_PAGES | (TWO_THREADS if cores is not None and len(cores) == 1 else {})
+        tuned = TWO_THREADS if cores is not None and len(cores) == 1 else {}
         environment = {"PYTHONUNBUFFERED": "1", **tuned, **os.environ, **own}
         if mark and sys.stdout.isatty():
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(_mark(i))))

@@ -44,14 +44,6 @@ def test_cores_are_shared_out(run):
     assert sorted(done.stdout.splitlines()) == [f"[0] {cores[:share]}", f"[1] {cores[share : 2 * share]}"]
 
 
-def test_huge_pages_unless_the_user_has_tuned_malloc(program_env):
-    ask = command("--processes", "1", "--no-pin", "--", "-c", "import os; print(os.environ['GLIBC_TUNABLES'])")
-    for own, expected in [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "check=1")]:
-        env = {name: value for name, value in program_env.items() if name != "GLIBC_TUNABLES"} | own
-        done = subprocess.run(ask, env=env, capture_output=True, text=True, timeout=60)
-        assert done.stdout.strip().endswith(expected)
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="pins on Linux only")
 def test_a_single_core_has_two_threads(program_env):
     """One that computes, and one that sends while it does."""

@@ -1,16 +1,48 @@
 """What the README shows runs as it stands there."""
 
+import importlib
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+TINY = "--dataset synthetic --model mlp --depth 4 --width 8 --batch-size 16 --steps 3".split()  # noqa: SIM905
+ADDED = {  # what makes a command small enough for a test; a flag that is given twice has its last value
+    "cifar": TINY,
+    "mnist": TINY,
+    "sufficient_direction": [*TINY, "--every", "2", "--gradient-batches", "2"],
+    "compare": [*TINY, "--methods", "bp", "fr", "ddg", "--seeds", "0", "1"],
+    "speed": ["--model", "mlp", "--batch-size", "16", "--rounds", "1", "--steps", "1", "--balance", "flops"],
+    "scaling": [],
+    "memory": ["--models", "mlp", "--K", "1", "2", "--batch-size", "16"],
+    "theorems": ["--steps", "50", "--replicas", "8", "--K", "2"],
+    "blockprop": ["--dataset", "synthetic", "--steps", "2", "--seeds", "0", "--h-steps", "1", "--penalties", "1"],
+    "chain_rule": [],
+}
+SLOW = {"speed", "launch", "compare", "memory", "theorems", "blockprop", "scaling"}
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines that start one of our programs, without their comments."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith("python -m fr_jax")]
+
+
+def module_of(command: str) -> str:
+    return shlex.split(command)[2].removeprefix("fr_jax.").removeprefix("experiments.")
 
 
 def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,13 +58,43 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert jax.tree.leaves(names["state"])
 
 
-def test_commands_name_what_exists() -> None:
-    main, tests, *_ = blocks("bash")
-    assert "-m fr_jax.experiments.cifar --K 4" in main
-    assert tests.rstrip().endswith("-m pytest")
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=pytest.mark.slow if module_of(one) in SLOW else ()) for one in commands()]
+)
+def test_every_command_runs(command, tmp_path, monkeypatch, program_env):
+    words, module = shlex.split(command), module_of(command)
+    monkeypatch.chdir(tmp_path)
+    if module == "launch" or "--pinned" in words:
+        words += ADDED[words[-3].rpartition(".")[2] if module == "launch" else module]
+        done = subprocess.run([sys.executable, *words[1:]], env=program_env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    else:
+        main = importlib.import_module(words[2]).main
+        assert main([*words[3:], *ADDED[module]]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_main_command_on_a_fresh_machine(tmp_path):
+    """Word for word in a copy of the tree, but for its length."""
+    main = blocks("bash")[0].strip()
+    assert main.endswith("-m fr_jax.experiments.cifar --K 4")
+    skipped = shutil.ignore_patterns(".git", ".venv*", "runs", "experiments-data", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped)
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    shell = f"{main} {shlex.join(TINY)}"
+    done = subprocess.run(["bash", "-ec", shell], cwd=tmp_path / "tree", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list((tmp_path / "tree" / "runs").glob("*/curves.png"))
+
+
+def test_test_command_is_that_of_ci() -> None:
+    """``.ci/run`` runs the block after the mark ``<!-- tests -->``."""
+    assert blocks("bash")[1].rstrip().endswith("-m pytest")
+    assert README.index("<!-- tests -->") < README.index(blocks("bash")[1])
 
 
 def test_links_and_pictures_exist() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if not target.startswith("http")]
-    assert local and all((Path(__file__).parents[1] / target).exists() for target in local)
+    assert local and all((ROOT / target).exists() for target in local)
