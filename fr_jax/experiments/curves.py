@@ -68,20 +68,32 @@ def run(settings: CurvesSettings) -> int:
         raise SettingsError(f"--output {settings.output} exists. Choose another, or replace it with --overwrite.")
     found = [_read(folder) for folder in settings.runs]
     lines: dict[str, list[Any]] = {}
+    methods: dict[str, str] = {}
     for i, (config, rows) in enumerate(found):
         label = settings.labels[i] if settings.labels else _label(config)
         if settings.step_seconds:
             rows = [row | {"seconds": row["step"] * settings.step_seconds[i] or None} for row in rows]
         lines.setdefault(label, []).append(rows)
+        methods.setdefault(label, config["method"])
     first, _ = found[0]
     title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
-    pictured = [Line(label, rows, number, 0) for number, (label, rows) in enumerate(lines.items())]
+    pictured = [Line(label, rows, *_look(label, methods)) for label, rows in lines.items()]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    source = "; ".join(sources) + ("; time: steps times a step's seconds" if settings.step_seconds else "")
-    plot_comparison(pictured, settings.output, title=title, data_source=source)
+    own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
+    plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources), **own)
     print(f"Picture: {settings.output}")
     return program.FINISHED
+
+
+def _look(label: str, methods: dict[str, str]) -> tuple[int, int]:
+    """A colour for each method and a stroke for each of its lines; with a single method, a colour for each line."""
+    names = list(dict.fromkeys(methods.values()))
+    number = list(methods).index(label)
+    if len(names) == 1:
+        return number, 0
+    same = [one for one, method in methods.items() if method == methods[label]]
+    return names.index(methods[label]), same.index(label)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

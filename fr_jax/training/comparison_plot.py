@@ -47,7 +47,12 @@ class Mean(NamedTuple):
     high: np.ndarray
 
 
-def plot_comparison(lines: Sequence[Line], path: str | pathlib.Path, *, title: str, data_source: str) -> None:
+TIME = "training time, compilation included"
+
+
+def plot_comparison(
+    lines: Sequence[Line], path: str | pathlib.Path, *, title: str, data_source: str, time: str = TIME
+) -> None:
     """Draws :func:`comparison_figure` into a PNG file, replaced in one go.
 
     Raises:
@@ -55,12 +60,15 @@ def plot_comparison(lines: Sequence[Line], path: str | pathlib.Path, *, title: s
       OSError: the file cannot be written; an old one is intact.
     """
     picture = io.BytesIO()
-    comparison_figure(lines, title=title, data_source=data_source).savefig(picture, format="png", dpi=150)
+    comparison_figure(lines, title=title, data_source=data_source, time=time).savefig(picture, format="png", dpi=150)
     write_atomically(path, picture.getvalue())
 
 
-def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) -> Figure:
-    """Training loss (smoothed) against epoch and time, and test error in percent against epoch; a cross: diverged."""
+def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, time: str = TIME) -> Figure:
+    """Training loss (smoothed) against epoch and time, and test error in percent against epoch; a cross: diverged.
+
+    ``time`` says what the rows' seconds are.
+    """
     if not lines:
         raise ValueError("no runs to compare: give at least one line.")
     from matplotlib.figure import Figure
@@ -79,7 +87,7 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str) ->
         _draw(clock, line, "train_loss", "seconds", seconds)
         _draw(error, line, "test_accuracy", "epoch", 1.0)
     _finish(loss, "epoch", "training loss")
-    _finish(clock, f"training time, compilation included ({unit})", "training loss")
+    _finish(clock, f"{time} ({unit})", "training loss")
     _finish(error, "epoch", "test error (%)")
     handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
     top = 1 - (0.5 + 0.24 * legend_rows) / height

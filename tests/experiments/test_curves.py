@@ -33,6 +33,7 @@ def test_a_line_a_label_and_seeds_share_one(make_run, tmp_path, monkeypatch):
     labels = [line.label for line in drawn["lines"]]
     assert labels == ["back-propagation", "features replay, K = 2", "back-propagation, 2 devices share a batch"]
     assert [len(line.runs) for line in drawn["lines"]] == [1, 2, 1]
+    assert [(line.colour, line.stroke) for line in drawn["lines"]] == [(0, 0), (1, 0), (0, 1)]
     assert drawn["title"] == "mlp on digits" and drawn["data_source"] == "digits"
 
 
@@ -44,7 +45,7 @@ def test_time_may_be_steps_times_a_measured_step(make_run, tmp_path, monkeypatch
     first, second = (line.runs[0] for line in drawn["lines"])
     assert [row["seconds"] for row in first] == [0.5, 1.0, 1.5, 1.5]
     assert {row["seconds"] for row in second} == {None}
-    assert "steps times" in drawn["data_source"]
+    assert drawn["time"] == "steps times the seconds of a step"
     assert curves.main([*words, "--step-seconds", "0.5"]) == 2
     assert curves.main([*words, "--step-seconds", "0.5", "-1"]) == 2
 
