@@ -26,7 +26,7 @@ ADDED = {  # what makes a command small enough for a test; a flag that is given 
     "memory": ["--models", "mlp", "--K", "1", "2", "--batch-size", "16"],
     "theorems": ["--steps", "50", "--replicas", "8", "--K", "2"],
     "blockprop": ["--dataset", "synthetic", "--steps", "2", "--seeds", "0", "--h-steps", "1", "--penalties", "1"],
-    "chain_rule": [],
+    "chain_rule": ["--chain", "1", "2", "--depths", "1", "2", "--widths", "2", "--repeats", "1"],
 }
 SLOW = {"speed", "launch", "compare", "memory", "theorems", "blockprop", "scaling"}
 

@@ -53,7 +53,7 @@ def test_every_contestant_without_output(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "resnet2"], "--models resnet2: give one or more, each once, of mlp, resnet18"),
+        (["--models", "resnet2"], "--models resnet2: give one or more, each once, of mlp, resnet8"),
         (["--methods", "fr", "fr"], "--methods fr fr: give one or more, each once, of bp, fr"),
         (["--K", "2", "1"], "--K 2 1: give one or more increasing whole numbers, each 1 or more"),
         (["--K", "0"], "--K 0: give one or more increasing whole numbers"),

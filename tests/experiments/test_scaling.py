@@ -57,7 +57,7 @@ def test_data_parallelism_wins_where_weights_are_small():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet20x"], "--model resnet20x is unknown; it can be mlp, resnet18"),
+        (["--model", "resnet20x"], "--model resnet20x is unknown; it can be mlp, resnet8"),
         (["--depth", "3"], "--depth is a setting of --model mlp, not of resnet110"),
         (["--K", "4", "2"], "--K 4 2: give increasing whole numbers"),
         (["--timelines", "0"], "--timelines 0: give increasing whole numbers, each 1 or more"),

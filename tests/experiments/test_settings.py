@@ -47,7 +47,7 @@ def test_help_names_every_flag_and_model(capsys):
     assert "python -m fr_jax.experiments.cifar" in text
     for field in dataclasses.fields(TrainSettings):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "resnet20, 32, 56, 110, 164" in text
+    assert "resnet8, 20, 32, 56, 110, 164" in text
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-flag", "1"], ["--K", "four"], ["--epochs"], ["surplus"]])

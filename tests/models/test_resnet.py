@@ -66,7 +66,7 @@ def wide(blocks, widths):
 CIFAR, IMAGENET = (16, 32, 64), (64, 128, 256, 512)
 # name, blocks, parameters by formula, parameters in millions as published (issue 2, He et al. 2016, Zagoruyko 2016)
 PUBLISHED = [
-    ("resnet8", 3, basic((1, 1, 1), CIFAR, False), 0.08),
+    ("resnet8", 3, basic((1, 1, 1), CIFAR, False), 0.075),
     ("resnet20", 9, basic((3, 3, 3), CIFAR, False), 0.27),
     ("resnet32", 15, basic((5, 5, 5), CIFAR, False), 0.46),
     ("resnet56", 27, basic((9, 9, 9), CIFAR, False), 0.85),
