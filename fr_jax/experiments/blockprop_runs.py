@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import fr_jax as fr
 from fr_jax.experiments.checks import default_batch_size, differences, resolve
 from fr_jax.experiments.console import Console
-from fr_jax.experiments.program import make_config, make_schedule, make_summary
+from fr_jax.experiments.program import make_schedule
+from fr_jax.experiments.records import make_config, make_summary
 from fr_jax.experiments.session import Session, build, initial_state, make_optimizer
 from fr_jax.experiments.settings import TrainSettings, as_json
 from fr_jax.training.checkpoint import Checkpoints
