@@ -136,6 +136,7 @@ def make_entry(
     cuts: tuple[int, ...] | None = None,
     costs: NetworkCosts | None = None,
     name: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Entry:
     """A method of this library on K devices; ``dp`` is back-propagation whose mini-batch is split over them.
 
@@ -147,11 +148,12 @@ def make_entry(
       cuts: explicit ones; by default each method's are chosen by what its stages cost.
       costs: of the network with this method, where they are known.
       name: in the table.
+      devices: to use, where not all: with fewer than K, stages share them round robin.
     """
     size = shared.batch_size or 128
     stages_K = 1 if method == DATA_PARALLEL else K
     settings = method_settings(shared, "bp" if method == DATA_PARALLEL else method, stages_K, cuts)
-    places = fr.placement(1, data_parallel=K) if method == DATA_PARALLEL else fr.placement(K)
+    places = fr.placement(stages_K, devices, K if method == DATA_PARALLEL else 1)
     if stages_K > 1 and cuts is None:
         example = jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32)
         if costs is None and settings.balance != "uniform":
@@ -175,7 +177,8 @@ def make_entry(
         return state, info.loss
 
     contestant = Contestant(name or _title(method, K, settings), run, algorithm.init(jax.random.key(0), batch))
-    best = 1.0 if K == 1 else bound(method, K, settings.microbatches or 1)
+    own_device_each = len(set(places)) == stages_K
+    best = 1.0 if K == 1 else bound(method, K, settings.microbatches or 1) if own_device_each else None
     return Entry(contestant, method, chosen, best)
 
 

@@ -32,7 +32,7 @@ from fr_jax.experiments.contestants import OPTIMIZER, host_batch, make_entry, me
 from fr_jax.experiments.cuts import choose_cuts
 from fr_jax.experiments.results import write_results
 from fr_jax.experiments.settings import SharedSettings
-from fr_jax.experiments.turns import Contestant, code_of, machine, quietly, take_devices, take_turn
+from fr_jax.experiments.turns import Contestant, code_of, machine, quietly, take_devices
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Stage
 
@@ -158,7 +158,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
     methods, timers, cuts = prepare(settings)
 
     def turn(name: str, steps: int) -> float:
-        contestant, took = take_turn(methods[name].contestant, steps)
+        contestant, took = methods[name].contestant.take_turn(steps)
         methods[name] = methods[name]._replace(contestant=contestant)
         return took.seconds
 

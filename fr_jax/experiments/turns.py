@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
@@ -21,6 +21,7 @@ from fr_jax.types import Array
 
 __all__ = [
     "Contestant",
+    "TakesTurns",
     "Turn",
     "as_rows",
     "code_of",
@@ -34,14 +35,6 @@ __all__ = [
 
 ISSUED_FROM_REST = 2
 """Steps at the start of a turn whose issue is timed: nothing is in flight yet that could hold the host up."""
-
-
-class Contestant(NamedTuple):
-    """Something to time: ``run(carry) -> (carry, loss)`` is one training step."""
-
-    name: str
-    run: Callable[[Any], tuple[Any, Array]]
-    carry: Any
 
 
 class Turn(NamedTuple):
@@ -61,25 +54,41 @@ class Turn(NamedTuple):
     busy: float
 
 
-def take_turn(one: Contestant, steps: int) -> tuple[Contestant, Turn]:
-    """``steps`` steps, from all processes at rest to all processes at rest."""
-    group().exchange(None)
-    start, busy, thread = time.perf_counter(), time.process_time(), time.thread_time()
-    carry, loss, issued = one.carry, None, (0.0, 0.0)
-    for i in range(steps):
-        carry, loss = one.run(carry)
-        if i < ISSUED_FROM_REST:
-            issued = ((time.perf_counter() - start) / (i + 1), (time.thread_time() - thread) / (i + 1))
-    arrays = [x for x in jax.tree.leaves((carry, loss)) if isinstance(x, jax.Array)]
-    jax.block_until_ready([shard.data for x in arrays for shard in x.addressable_shards])
-    busy = time.process_time() - busy
-    group().exchange(None)
-    seconds = time.perf_counter() - start
-    return one._replace(carry=carry), Turn(seconds / steps, *issued, busy / steps)
+class Contestant(NamedTuple):
+    """Something to time: ``run(carry) -> (carry, loss)`` is one training step."""
+
+    name: str
+    run: Callable[[Any], tuple[Any, Array]]
+    carry: Any
+
+    def take_turn(self, steps: int) -> tuple[Contestant, Turn]:
+        """``steps`` steps, from all processes at rest to all processes at rest."""
+        group().exchange(None)
+        start, busy, thread = time.perf_counter(), time.process_time(), time.thread_time()
+        carry, loss, issued = self.carry, None, (0.0, 0.0)
+        for i in range(steps):
+            carry, loss = self.run(carry)
+            if i < ISSUED_FROM_REST:
+                issued = ((time.perf_counter() - start) / (i + 1), (time.thread_time() - thread) / (i + 1))
+        arrays = [x for x in jax.tree.leaves((carry, loss)) if isinstance(x, jax.Array)]
+        jax.block_until_ready([shard.data for x in arrays for shard in x.addressable_shards])
+        busy = time.process_time() - busy
+        group().exchange(None)
+        seconds = time.perf_counter() - start
+        return self._replace(carry=carry), Turn(seconds / steps, *issued, busy / steps)
+
+
+class TakesTurns(Protocol):
+    """What can be timed beside others: a :class:`Contestant`, or a program of somebody else's."""
+
+    @property
+    def name(self) -> str: ...
+
+    def take_turn(self, steps: int) -> tuple[Self, Turn]: ...
 
 
 def in_turns(
-    contestants: Sequence[Contestant], *, rounds: int, steps: int, warm_up: int, log: Callable[[str], None] = print
+    contestants: Sequence[TakesTurns], *, rounds: int, steps: int, warm_up: int, log: Callable[[str], None] = print
 ) -> dict[str, list[Turn]]:
     """Warm-up, then rounds in which each contestant has its turn, so that a slow minute hits all of them.
 
@@ -96,11 +105,11 @@ def in_turns(
     field = list(contestants)
     turns: dict[str, list[Turn]] = {one.name: [] for one in field}
     for i, one in enumerate(field):
-        field[i], _ = take_turn(one, warm_up)
+        field[i], _ = one.take_turn(warm_up)
         log(f"ready: {one.name}")
     for number in range(rounds):
         for i, one in enumerate(field):
-            field[i], turn = take_turn(one, steps)
+            field[i], turn = one.take_turn(steps)
             turns[one.name].append(turn)
         log(f"round {number + 1} of {rounds}")
     return turns
