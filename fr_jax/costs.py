@@ -90,7 +90,7 @@ def layer_flops(layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeS
       One :class:`LayerCost` a layer, in floating-point operations for the mini-batch.
 
     Raises:
-      ValueError: there are no layers.
+      ValueError: there are no layers, or JAX has no CPU backend (``JAX_PLATFORMS=cuda``), which does the counting.
 
     Example:
       >>> import jax.numpy as jnp
@@ -244,7 +244,15 @@ def _passes(kind: _Kind) -> list[tuple[Callable, tuple]]:
 
 
 def _count_flops(run: Callable, *specs: PyTree) -> float:
-    analysis = jax.jit(run).lower(*specs).cost_analysis()
+    try:
+        processor = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            "operations are counted by JAX's CPU backend, which JAX_PLATFORMS hides here. Add it (such as "
+            "JAX_PLATFORMS=cuda,cpu), or cut by measured times (balance 'time'), by numbers of layers or by hand."
+        ) from error
+    with jax.default_device(processor):  # a GPU's backend counts nothing in what is not compiled
+        analysis = jax.jit(run).lower(*specs).cost_analysis()
     return float((analysis or {}).get("flops", 0.0))
 
 

@@ -105,3 +105,12 @@ def test_equal_layers_are_counted_once_and_timed_in_turns(monkeypatch):
 def test_bad_measurements_are_refused(layers, measure, repeats, said):
     with pytest.raises(ValueError, match=said):
         fr.layer_costs(dense(2) * layers, jnp.zeros((2, 2)), measure, repeats=repeats)
+
+
+def test_says_what_to_do_where_operations_cannot_be_counted(monkeypatch):
+    def local_devices(*, backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu"):
+        fr.layer_costs(fr.models.mlp(depth=2, width=8), jnp.ones((2, 12)))
