@@ -57,6 +57,15 @@ def test_no_placement_means_the_default_device():
     assert put(x, None) is x
 
 
+def test_what_is_there_already_is_not_sent():
+    here, there = fr.placement(2)
+    x = jax.device_put(jnp.ones(2), here)
+    assert put(x, here) is x
+    assert put(x, there).sharding == there
+    uncommitted = jnp.ones(2)  # where it is may change with the next function that uses it
+    assert not uncommitted.committed and put(uncommitted, here).committed
+
+
 def test_batches_are_split_and_weights_copied():
     (sharding,) = fr.placement(1, DEVICES[:2], data_parallel=2)
     x = put({"x": jnp.arange(8.0).reshape(4, 2)}, sharding)["x"]

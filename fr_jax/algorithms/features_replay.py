@@ -145,7 +145,8 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
         w_hat = parts.ahead[k](params[k], opt_state[k])
-        h, model_state[k], count = parts.plays[k](w_hat, model_state[k], streams[k], h)
+        h, moved, count = parts.plays[k](w_hat, model_state[k], streams[k], h)
+        model_state[k] = model_state[k] if moved is None else moved
         h = put(h, shardings[k + 1])
         streams[k] = streams[k]._replace(count=count)
 
@@ -164,9 +165,10 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
         h_s, history[k] = fifo.pop(history[k])
         delta = None
         if t + (k + 1) - K >= 0:
-            params[k], model_state[k], opt_state[k], delta, grads[k], norms[k] = parts.replays[k](
+            params[k], moved, opt_state[k], delta, grads[k], norms[k] = parts.replays[k](
                 params[k], model_state[k], opt_state[k], streams[k], h_s, state.deltas[k]
             )
+            model_state[k] = model_state[k] if moved is None else moved
 
     state = FeaturesReplayState(
         step=t + 1,

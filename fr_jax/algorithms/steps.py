@@ -29,10 +29,13 @@ def _optimize(optimizer: optax.GradientTransformation, grads: PyTree, opt_state:
 
 
 class Updated(NamedTuple):
-    """A module after an update. ``grads`` is None unless asked for; ``delta`` is None for the first module."""
+    """A module after an update.
+
+    ``model_state`` is None where it has not changed, ``grads`` unless asked for, ``delta`` for the first module.
+    """
 
     params: PyTree
-    model_state: PyTree
+    model_state: PyTree | None
     opt_state: PyTree
     delta: PyTree | None
     grads: PyTree | None
@@ -54,12 +57,15 @@ class Trained(NamedTuple):
 
 
 def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, donate: bool) -> Callable:
-    """``(params, model_state, stream, h_in) -> (h_out, model_state, count)``: h_k = F_k(h_{k-1}; w_k)."""
+    """``(params, model_state, stream, h_in) -> (h_out, model_state, count)``: h_k = F_k(h_{k-1}; w_k).
+
+    ``model_state`` is None without ``update_stats``: XLA copies what a function returns as it was given.
+    """
 
     def play(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
         key = jax.random.fold_in(stream.key, stream.count)
         h_out, new_state = stage.apply(params, model_state, h_in, key=key, train=True)
-        return h_out, new_state if update_stats else model_state, stream.count + 1
+        return h_out, new_state if update_stats else None, stream.count + 1
 
     here = replicated(sharding)
     donated = "model_state" if donate and update_stats else ()
@@ -98,7 +104,7 @@ def make_replay(
             (grads,), delta_in = vjp(delta), None
         norm = optax.tree.norm(grads)
         params, opt_state = _optimize(optimizer, grads, opt_state, params)
-        new_state = new_state if update_stats else model_state
+        new_state = new_state if update_stats else None
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
 
     here = replicated(sharding)
