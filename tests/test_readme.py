@@ -22,6 +22,7 @@ ADDED = {  # what makes a command small enough for a test; a flag that is given 
     "sufficient_direction": [*TINY, "--every", "2", "--gradient-batches", "2"],
     "compare": [*TINY, "--methods", "bp", "fr", "ddg", "--seeds", "0", "1"],
     "speed": ["--model", "mlp", "--batch-size", "16", "--rounds", "1", "--steps", "1", "--balance", "flops"],
+    "throughput": ["--models", "mlp", "--dtypes", "float32", "--batch-size", "16", "--rounds", "1", "--steps", "1"],
     "scaling": [],
     "memory": ["--models", "mlp", "--K", "1", "2", "--batch-size", "16"],
     "theorems": ["--steps", "50", "--replicas", "8", "--K", "2"],

@@ -9,15 +9,24 @@ direction in which the method moves that module at iteration t:
 
 σ = cosine · ratio. Back-propagation on all of f has 1, 1, 1; on one mini-batch σ is 1 in the mean, the cosine is
 smaller and the ratio larger. The assumption is about the whole network: :func:`whole` adds the modules up.
+
+Where ∇f is itself estimated from n of its mini-batches with gradients g^(i), the norm of their mean is too large by the
+mean's noise, and σ too small. :func:`sampled_gradient` takes the mean over all pairs of different mini-batches instead,
+
+    ||∇f||² ≈ Σ_{i≠j} <g^(i), g^(j)> / n(n-1) = (||Σ g^(i)||² - Σ ||g^(i)||²) / n(n-1)
+
+which is right in the mean. It may be negative where the noise outweighs the gradient; then nothing can be said.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
@@ -25,7 +34,7 @@ from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.steps import LossFn
 from fr_jax.types import Array, Batch, PyTree, Stage
 
-__all__ = ["Direction", "directions", "full_gradient", "whole"]
+__all__ = ["Direction", "SampledGradient", "directions", "full_gradient", "sampled_gradient", "whole"]
 
 
 class Direction(NamedTuple):
@@ -33,18 +42,26 @@ class Direction(NamedTuple):
 
     Attributes:
       product: <∇f_k, g_k>.
-      gradient_norm: ||∇f_k||.
+      gradient_square: ||∇f_k||², or an estimate of it, which may be negative.
       direction_norm: ||g_k||.
     """
 
     product: Array | float
-    gradient_norm: Array | float
+    gradient_square: Array | float
     direction_norm: Array | float
 
     @property
+    def gradient_norm(self) -> Array | float:
+        """||∇f_k||; NaN where the estimate of its square is negative."""
+        if isinstance(self.gradient_square, float):
+            return math.sqrt(self.gradient_square) if self.gradient_square >= 0 else math.nan
+        return jnp.sqrt(self.gradient_square)
+
+    @property
     def sigma(self) -> Array | float:
-        """σ_k = <∇f_k, g_k> / ||∇f_k||²; NaN where the gradient is zero."""
-        return _quotient(self.product, self.gradient_norm * self.gradient_norm)
+        """σ_k = <∇f_k, g_k> / ||∇f_k||²; NaN where the gradient is zero, or cannot be told from it."""
+        norm = self.gradient_norm
+        return _quotient(self.product, norm * norm)
 
     @property
     def cosine(self) -> Array | float:
@@ -59,6 +76,18 @@ class Direction(NamedTuple):
     def read(self) -> Direction:
         """The same as Python numbers; waits for the device."""
         return Direction(*map(float, self))
+
+
+class SampledGradient(NamedTuple):
+    """∇f estimated from mini-batches, module by module.
+
+    Attributes:
+      mean: K pytrees like ``state.params``.
+      square: K scalars, the unbiased estimates of ||∇f_k||²; from a single mini-batch the square of its norm.
+    """
+
+    mean: tuple[PyTree, ...]
+    square: tuple[Array, ...]
 
 
 def _quotient(a: Array | float, b: Array | float) -> Array | float:
@@ -102,71 +131,105 @@ def full_gradient(
       >>> [0.9 < one.read().sigma < 1.1 for one in directions(gradients, info.grads)]
       [True, True]
     """
+    sampled = sampled_gradient(stages, loss_fn, batch, placement=placement)
+    return lambda state, batches: sampled(state, batches).mean
+
+
+def sampled_gradient(
+    stages: Sequence[Stage], loss_fn: LossFn, batch: Batch, *, placement: Sequence[Sharding] | None = None
+) -> Callable[[Any, Iterable[Batch]], SampledGradient]:
+    """Like :func:`full_gradient`, where the mini-batches are a sample of those that f is the mean of.
+
+    Its result is given to :func:`directions` as a gradient is.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> stages, loss = [fr.from_linen(nn.Dense(1))], lambda y, z: jnp.mean((y - z) ** 2)
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 1)))
+      >>> state = fr.backprop(stages, loss, optax.sgd(0.1)).init(jax.random.key(0), batch)
+      >>> found = sampled_gradient(stages, loss, batch)(state, [batch, batch])  # without noise both are the same
+      >>> [round(one.read().sigma, 3) for one in directions(found, found.mean)]
+      [1.0]
+    """
     method = backprop(stages, loss_fn, optax.set_to_zero(), placement=placement, return_grads=True)
     blank = method.init(jax.random.key(0), batch)
 
-    def gradients(state: Any, batches: Iterable[Batch]) -> tuple[PyTree, ...]:
-        total, count = (), 0
+    def gradients(state: Any, batches: Iterable[Batch]) -> SampledGradient:
+        sums, count = (), 0
         now = blank._replace(params=state.params, model_state=state.model_state)
         for one in batches:
             moved, info = method.step(now, one)
             now = now._replace(streams=moved.streams)
             assert info.grads is not None
-            total = tuple(map(_add, total, info.grads)) if total else info.grads
+            sums = tuple(map(_add, sums or (None,) * len(info.grads), info.grads))
             count += 1
         if not count:
             raise ValueError("the gradient over no mini-batches was asked for; give at least one.")
-        return tuple(_divide(one, count) for one in total)
+        return SampledGradient(*zip(*(_mean(one, count) for one in sums), strict=True))
 
     return gradients
 
 
 @jax.jit
-def _add(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: x + y, a, b)
+def _add(sums: tuple[PyTree, Array] | None, grads: PyTree) -> tuple[PyTree, Array]:
+    """The sum of the gradients, and of their squared norms."""
+    square: Any = optax.tree.norm(grads, squared=True)
+    if sums is None:
+        return grads, square
+    total, squares = sums
+    return jax.tree.map(lambda x, y: x + y, total, grads), squares + square
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _mean(sums: tuple[PyTree, Array], count: int) -> tuple[PyTree, Array]:
+    total, squares = sums
+    pairs = (optax.tree.norm(total, squared=True) - squares) / (count * (count - 1)) if count > 1 else squares
+    return jax.tree.map(lambda x: x / count, total), pairs
 
 
 @jax.jit
-def _divide(a: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda x: x / count, a)
-
-
-@jax.jit
-def _direction(gradient: PyTree, direction: PyTree | None) -> Direction:
-    norm: Any = optax.tree.norm(gradient)
+def _direction(gradient: PyTree, square: Array | None, direction: PyTree | None) -> Direction:
+    if square is None:
+        square = optax.tree.norm(gradient, squared=True)
+    assert square is not None
     if direction is None:
-        return Direction(0 * norm, norm, 0 * norm)
+        return Direction(0 * square, square, 0 * square)
     product: Any = optax.tree.vdot(gradient, direction)
-    return Direction(product, norm, optax.tree.norm(direction))
+    return Direction(product, square, optax.tree.norm(direction))
 
 
-def directions(gradients: Sequence[PyTree], grads: Sequence[PyTree]) -> tuple[Direction, ...]:
+def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[PyTree]) -> tuple[Direction, ...]:
     """Compares the direction of every module with its gradient, on the module's device; nothing waits.
 
     Args:
-      gradients: ∇f_k at w^t, from :func:`full_gradient`.
+      gradients: ∇f_k at w^t, from :func:`full_gradient` or :func:`sampled_gradient`.
       grads: g_k of iteration t, which is ``Info.grads`` of a method with ``return_grads=True``. A module that does not
-        update yet has None there, and σ = 0.
+        update yet has None there, and σ = 0. Where ``gradients`` are of a sample, g_k must not be of one of its
+        mini-batches, or σ is too large.
 
     Raises:
       ValueError: their numbers differ, or ``grads`` is None.
     """
-    if grads is None or len(gradients) != len(grads):
+    sampled = isinstance(gradients, SampledGradient)
+    means = gradients.mean if sampled else gradients
+    squares = gradients.square if sampled else (None,) * len(means)
+    if grads is None or len(means) != len(grads):
         given = "None" if grads is None else len(grads)
         raise ValueError(
-            f"{len(gradients)} gradients were given with {given} directions; give as many, one a module. Info.grads is "
+            f"{len(means)} gradients were given with {given} directions; give as many, one a module. Info.grads is "
             "None unless the method was made with return_grads=True."
         )
-    return tuple(map(_direction, gradients, grads))
+    return tuple(map(_direction, means, squares, grads))
 
 
 def whole(modules: Sequence[Direction]) -> Direction:
     """The whole network's direction from its modules'; reads them, and so waits for their devices.
 
     Example:
-      >>> both = whole([Direction(9.0, 3.0, 6.0), Direction(16.0, 4.0, 8.0)])
+      >>> both = whole([Direction(9.0, 9.0, 6.0), Direction(16.0, 16.0, 8.0)])
       >>> both.sigma, both.cosine, both.norm_ratio
       (1.0, 0.5, 2.0)
     """
-    products, gradients, found = zip(*(one.read() for one in modules), strict=True)
-    return Direction(math.fsum(products), math.hypot(*gradients), math.hypot(*found))
+    products, squares, found = zip(*(one.read() for one in modules), strict=True)
+    return Direction(math.fsum(products), math.fsum(squares), math.hypot(*found))

@@ -17,7 +17,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import fr_jax as fr
 from fr_jax import distributed
-from fr_jax.diagnostics.sufficient_direction import Direction, directions, full_gradient, whole
+from fr_jax.diagnostics.sufficient_direction import (
+    Direction,
+    SampledGradient,
+    directions,
+    sampled_gradient,
+    whole,
+)
 from fr_jax.experiments import program
 from fr_jax.experiments.command_line import Program, parse
 from fr_jax.experiments.direction_picture import plot_directions
@@ -27,7 +33,7 @@ from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.metrics import MetricsLog, read_rows
 from fr_jax.training.workdir import RunFolder
-from fr_jax.types import Algorithm, Batch, Info
+from fr_jax.types import Algorithm, Batch, Info, PyTree
 
 __all__ = ["SufficientDirectionSettings", "main", "run"]
 
@@ -45,7 +51,8 @@ class SufficientDirectionSettings(TrainSettings):
     every: int | None = None
     """Steps between measurements. Default: 1/20 of the run."""
     gradient_batches: int = 32
-    """Mini-batches over which the gradient is taken, the first of epoch 0 in every measurement; 0: the whole epoch."""
+    """Mini-batches over which the gradient is taken, the first of epoch 0 in every measurement; 0: the whole epoch.
+    From a part of it, the square of the gradient's norm is estimated without the noise of the sample."""
 
 
 class Measurement(NamedTuple):
@@ -72,7 +79,7 @@ class Watcher:
         common = (s, stages, session.placement, session.pipeline.steps_per_epoch, session.dataset)
         self._looked_at = make_algorithm(*common, return_grads=True)
         example = session.pipeline.train_batch(0)
-        self._gradient = full_gradient(stages, cross_entropy, example, placement=session.placement)
+        self._gradient = sampled_gradient(stages, cross_entropy, example, placement=session.placement)
         self._pending: Measurement | None = None
 
     def step(self, state: Any, batch: Batch) -> tuple[Any, Info]:
@@ -86,8 +93,10 @@ class Watcher:
         one_step = self._looked_at.step(state, batch)[1].grads
         assert one_step is not None
         train_batch = self._session.pipeline.train_batch
-        gradients = self._gradient(state, (train_batch(number) for number in range(self._count)))
-        own = self._gradient(state, [batch])
+        sample = self._gradient(state, (train_batch(number) for number in range(self._count)))
+        is_whole = self._count == self._session.pipeline.steps_per_epoch
+        gradients: Sequence[PyTree] | SampledGradient = sample.mean if is_whole else sample
+        own = self._gradient(state, [batch]).mean
         return Measurement(state.step, directions(gradients, one_step), directions(gradients, own))
 
     def write(self) -> None:

@@ -8,7 +8,13 @@ import pytest
 from flax import linen as nn
 
 import fr_jax as fr
-from fr_jax.diagnostics.sufficient_direction import Direction, directions, full_gradient, whole
+from fr_jax.diagnostics.sufficient_direction import (
+    Direction,
+    directions,
+    full_gradient,
+    sampled_gradient,
+    whole,
+)
 
 K, ROWS = 3, 6
 
@@ -103,7 +109,39 @@ def test_modules_that_do_not_move_yet_have_zero():
     gradients = full_gradient(stages, squared, one)(state, [one])
     _, info = method.step(state, one)
     assert [round(found.read().sigma, 4) for found in directions(gradients, info.grads)] == [0, 0, 1]
+    assert np.isnan(Direction(1.0, -1.0, 1.0).sigma) and np.isnan(whole([Direction(1.0, -1.0, 1.0)]).norm_ratio)
     assert np.isnan(Direction(0.0, 0.0, 1.0).sigma) and np.isnan(Direction(0.0, 1.0, 0.0).cosine)
+
+
+def test_the_square_of_a_sampled_gradient_is_the_mean_over_pairs(x64):
+    stages, data = dense_stages(jnp.float64), [jax.tree.map(lambda a: a.astype(jnp.float64), one) for one in batches(5)]
+    state = fr.backprop(stages, squared, optax.sgd(0.1)).init(jax.random.key(1), data[0])
+    each = [full_gradient(stages, squared, data[0])(state, [one]) for one in data]
+    found = sampled_gradient(stages, squared, data[0])(state, data)
+    for k in range(K):
+        g = [flat(one[k]) for one in each]
+        pairs = [g[i] @ g[j] for i in range(5) for j in range(5) if i != j]
+        np.testing.assert_allclose(found.square[k], np.mean(pairs), rtol=1e-10)
+        np.testing.assert_allclose(flat(found.mean[k]), np.mean(g, axis=0), rtol=1e-10, atol=1e-14)
+    (alone,) = directions(sampled_gradient(stages, squared, data[0])(state, data[:1]), each[0])[:1]
+    np.testing.assert_allclose([alone.sigma, alone.cosine, alone.norm_ratio], 1, rtol=1e-10)
+
+
+def test_a_sample_s_noise_is_not_in_the_square():
+    """Gradients with a known mean and ten times as much noise: a mean's norm is too large, the estimate is not."""
+    stage = fr.Stage(
+        lambda key, x: (jnp.zeros(x.shape[1:]), ()),
+        lambda params, state, x, *, key=None, train=True: (x * params[None], ()),
+    )
+    summed = lambda outputs, targets: jnp.sum(jnp.mean(outputs, axis=0))  # its gradient is the mean of the inputs
+    rng, size = np.random.default_rng(0), 20_000
+    draw = lambda: fr.Batch(jnp.asarray(1 + 10 * rng.standard_normal((1, size)), jnp.float32), jnp.zeros(1))
+    state = fr.backprop([stage], summed, optax.sgd(0.1)).init(jax.random.key(0), draw())
+    sample = sampled_gradient([stage], summed, draw())(state, [draw() for _ in range(20)])
+    assert float(optax.tree.norm(sample.mean)) ** 2 > 5 * size
+    (found,) = (one.read() for one in directions(sample, [jnp.ones(size)]))
+    assert found.gradient_square == pytest.approx(size, rel=0.2)
+    assert found.sigma == pytest.approx(1, rel=0.2)
 
 
 def test_measuring_disturbs_no_bit_of_training():
