@@ -72,6 +72,8 @@ def initialize(
     host = (known[0] or os.environ.get("JAX_COORDINATOR_ADDRESS") or "").rpartition(":")[0]
     try:
         _prepare_cpu_transfers(host or _cluster_host(join_seconds))
+        # It would take SIGTERM away from Python, and only make a note of it for those who ask.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             *known,
             initialization_timeout=join_seconds,

@@ -92,6 +92,18 @@ def test_signals_reach_all(program_env):
     assert (group.returncode, err) == (143, "")
 
 
+def test_a_signal_ends_processes_that_have_joined(program_env):
+    """JAX would only make a note of SIGTERM, and a launcher that is killed would leave its group running."""
+    program = "import time; from fr_jax import distributed; distributed.initialize(); print('in', flush=True); "
+    words = command("--processes", "2", "--no-pin", "--", "-c", program + "time.sleep(100)")
+    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, text=True)
+    assert group.stdout is not None
+    assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] in\n", "[1] in\n"]
+    group.send_signal(signal.SIGTERM)
+    group.communicate(timeout=30)
+    assert group.returncode == 143
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is of Linux")
 def test_the_group_ends_with_a_launcher_that_was_killed(program_env):
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(50)"
