@@ -7,7 +7,6 @@ operations and by equal numbers of layers, and how much slower than the best the
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 import sys
@@ -29,7 +28,7 @@ from fr_jax.experiments.settings import SettingsError, SharedSettings
 from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, quietly, start_pinned, take_devices
 from fr_jax.training.files import write_atomically
 from fr_jax.training.metrics import write_json
-from fr_jax.training.plots import COLOURS
+from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,9 +199,7 @@ def run(settings: BalanceSettings) -> dict[str, Any]:
         print(table(result), flush=True)
         if settings.output is not None:
             write_json(settings.output, result)
-            picture = io.BytesIO()
-            figure(result).savefig(picture, format="png", dpi=150)
-            write_atomically(settings.output.with_suffix(".png"), picture.getvalue())
+            write_atomically(settings.output.with_suffix(".png"), png(figure(result)))
     return result
 
 

@@ -7,7 +7,6 @@ same weights and see the same mini-batches. Given again, the command repeats no 
 
 from __future__ import annotations
 
-import io
 import itertools
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from fr_jax.experiments.results import write_results
 from fr_jax.experiments.settings import TrainSettings
 from fr_jax.training import data
 from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.plots import png
 from fr_jax.training.workdir import RunFolder
 
 __all__ = ["BlockPropSettings", "main", "plan", "run"]
@@ -142,9 +142,8 @@ def run(settings: BlockPropSettings) -> int:
     text = table(result)
     code = program.FINISHED
     if result["lines"]:
-        picture, name = io.BytesIO(), f"figure-{settings.figure}"
-        figure(result).savefig(picture, format="png", dpi=150)
-        files = {f"{name}.json": result, f"{name}.png": picture.getvalue(), "table.md": f"{text}\n".encode()}
+        name = f"figure-{settings.figure}"
+        files = {f"{name}.json": result, f"{name}.png": png(figure(result)), "table.md": f"{text}\n".encode()}
         code = write_results(place.home, files)
         print(f"\n{text}\n\nPicture, numbers and table are in {place.home}.")
     if stopped:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import os
 import platform
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
-from fr_jax.training.plots import COLOURS
+from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = measure(settings)
     print(table(result), flush=True)
     if settings.output is not None:
-        picture = io.BytesIO()
-        figure(result).savefig(picture, format="png", dpi=150)
-        return write_results(settings.output, {"counts.json": result, "counts.png": picture.getvalue()})
+        return write_results(settings.output, {"counts.json": result, "counts.png": png(figure(result))})
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS
+from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,9 +35,7 @@ def plot_directions(
       ValueError: for no rows.
       OSError: the file cannot be written; an old one is intact.
     """
-    picture = io.BytesIO()
-    direction_figure(rows, title=title, note=note, milestones=milestones).savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, png(direction_figure(rows, title=title, note=note, milestones=milestones)))
 
 
 def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[float] = ()) -> Figure:

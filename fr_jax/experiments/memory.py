@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import io
 import os
 import platform
 import sys
@@ -31,7 +30,7 @@ from fr_jax.diagnostics.memory_plot import memory_figure
 from fr_jax.experiments.memory_methods import CONTESTANTS
 from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.training.classification import cross_entropy
-from fr_jax.training.plots import COLOURS
+from fr_jax.training.plots import COLOURS, png
 from fr_jax.types import Batch, Stage
 
 __all__ = ["MemorySettings", "figure", "main", "measure", "table"]
@@ -212,9 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = measure(settings)
     print(table(result), flush=True)
     if settings.output is not None:
-        picture = io.BytesIO()
-        figure(result).savefig(picture, format="png", dpi=150)
-        return write_results(settings.output, {"memory.json": result, "memory.png": picture.getvalue()})
+        return write_results(settings.output, {"memory.json": result, "memory.png": png(figure(result))})
     return 0
 
 

@@ -10,7 +10,6 @@ round. One device is one core only where each stage is a process of its own:
 from __future__ import annotations
 
 import dataclasses
-import io
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from fr_jax.experiments.results import write_results
 from fr_jax.experiments.settings import SharedSettings
 from fr_jax.experiments.turns import Contestant, code_of, machine, quietly, take_devices
 from fr_jax.training.classification import cross_entropy
+from fr_jax.training.plots import png
 from fr_jax.types import Stage
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
@@ -194,9 +194,8 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
     }
     title = f"{settings.model}, batch {settings.batch_size}, K = {K}, simulated with measured times"
     charts = {_title(name, settings): timeline for name, timeline in timelines.items()}
-    one_step, file = summarise(timelines[ONE]).step_seconds, io.BytesIO()
-    gantt_figure(charts, title=title, seconds=4 * one_step, reference=one_step).savefig(file, format="png", dpi=130)
-    return result, file.getvalue()
+    one_step = summarise(timelines[ONE]).step_seconds
+    return result, png(gantt_figure(charts, title=title, seconds=4 * one_step, reference=one_step), dpi=130)
 
 
 def _summary(row: dict[str, list[float]], steady: Any) -> dict[str, Any]:

@@ -6,14 +6,15 @@ compiled, then reads numbers of steps from stdin, a line each, and answers each 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import signal
+import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 from fr_jax.experiments.pytorch_network import NETWORKS, network
@@ -52,11 +53,13 @@ class Peer(NamedTuple):
     Attributes:
       name: in the table.
       process: of it.
+      lines: what it has said and nobody has read yet; None is the end.
       about: what it says of itself: versions and device. Empty until :meth:`ready`.
     """
 
     name: str
     process: subprocess.Popen
+    lines: queue.Queue[str | None]
     about: dict[str, Any]
 
     def ready(self, patience: float) -> Self:
@@ -65,12 +68,7 @@ class Peer(NamedTuple):
         Raises:
           PeerError: it failed, or is not ready by then.
         """
-        alarm = threading.Timer(max(0.0, patience), self.process.kill)
-        alarm.start()
-        try:
-            return self._replace(about=self._answer()["ready"])
-        finally:
-            alarm.cancel()
+        return self._replace(about=self._answer(patience)["ready"])
 
     def take_turn(self, steps: int) -> tuple[Self, Turn]:
         """``steps`` steps, from its device at rest to its device at rest.
@@ -88,32 +86,51 @@ class Peer(NamedTuple):
 
     def end(self) -> None:
         """Ends it, also while it is still compiling."""
-        self.process.terminate()
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
+    def _answer(self, patience: float | None = None) -> dict[str, Any]:
+        deadline = None if patience is None else time.monotonic() + patience
         said = []
-        for line in self.process.stdout:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                line = self.lines.get(timeout=left)
+            except queue.Empty:
+                raise PeerError(f"{self.name} was not ready in time") from None
+            if line is None:
+                self.lines.put(None)  # for whoever asks again
+                code = self.process.wait()
+                raise PeerError(f"{self.name} has ended with code {code}: {' | '.join(said[-5:]) or 'see above'}")
             if line.startswith("{"):
                 return json.loads(line)
             said.append(line.rstrip())
-        code = self.process.wait()
-        if code == -signal.SIGKILL:
-            raise PeerError(f"{self.name} was not ready in time, or the system has killed it")
-        raise PeerError(f"{self.name} has ended with code {code}: {' | '.join(said[-5:]) or 'see above'}")
 
 
 def start(model: str, dtype: str, batch_size: int, mode: str) -> Peer:
     """Starts the process, which begins to compile, and does not wait for it."""
-    words = [model, dtype, str(batch_size), mode]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fr_jax.experiments.pytorch_peer", *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return Peer("PyTorch, " + ("eager" if mode == "eager" else f"compiled ({mode})"), process, {})
+    name = "PyTorch, " + ("eager" if mode == "eager" else f"compiled ({mode})")
+    return start_peer(name, ["-m", "fr_jax.experiments.pytorch_peer", model, dtype, str(batch_size), mode])
+
+
+def start_peer(name: str, arguments: Sequence[str]) -> Peer:
+    """Starts ``python ARGUMENTS``, which answers as :func:`main` does."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *arguments], **pipes)
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return Peer(name, process, lines, {})
 
 
 def make_step(model: str, dtype: str, batch_size: int, mode: str) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ from fr_jax.experiments import scaling_picture
 from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.experiments.scaling_network import METHODS, STEP, Network, described, ideal, schedule, speedups
 from fr_jax.models import MODELS
+from fr_jax.training.plots import png
 
 __all__ = ["ScalingSettings", "main", "simulated", "table"]
 
@@ -182,12 +182,7 @@ def pictures(settings: ScalingSettings, network: Network, result: dict[str, Any]
                 title = f"{title} on {K} devices, transfer/compute ratio {settings.ratio:g} (simulated)"
                 options = {"seconds": until, "unit": "forward passes", "reference": STEP}
                 drawn[f"timeline-K{K}{suffix}.png"] = gantt_figure(charts, title=title, **options)
-    files = {}
-    for name, drawing in drawn.items():
-        file = io.BytesIO()
-        drawing.savefig(file, format="png", dpi=150 if name == "scaling.png" else 110)
-        files[name] = file.getvalue()
-    return files
+    return {name: png(drawing, dpi=150 if name == "scaling.png" else 110) for name, drawing in drawn.items()}
 
 
 def _prepare_output(settings: ScalingSettings) -> str | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import os
 import platform
 import sys
@@ -30,6 +29,7 @@ from fr_jax.experiments.results import no_folder, write_results
 from fr_jax.experiments.theorems_moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems_picture import figure
 from fr_jax.experiments.theorems_problems import LAYERS, PROBLEMS, Problem
+from fr_jax.training.plots import png
 
 __all__ = ["TheoremsSettings", "constants", "main", "sides", "table"]
 
@@ -277,9 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = measure_all(settings)
     print(table(result), flush=True)
     if settings.output is not None:
-        picture = io.BytesIO()
-        figure(result).savefig(picture, format="png", dpi=150)
-        return write_results(settings.output, dict(zip(FILES, (result, picture.getvalue()), strict=True)))
+        return write_results(settings.output, dict(zip(FILES, (result, png(figure(result))), strict=True)))
     return 0
 
 

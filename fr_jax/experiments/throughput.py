@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,32 +160,31 @@ def measure(settings: ThroughputSettings, keep: Callable[[dict[str, Any]], Any])
     with peers_of(settings) as peers, ThreadPoolExecutor(AT_ONCE) as pool:
         deadline = time.monotonic() + settings.patience
         coming = {one: [pool.submit(make) for make in makers_of(settings, *one)] for one in networks}
-        for model, dtype in networks:
-            entries = [entry.result() for entry in coming[model, dtype]]
-            ready, failures = ready_of(peers[model, dtype], deadline)
-            for peer in ready:
-                result["pytorch"] = peer.about
-            result["failures"] |= {f"{model}, {dtype}, {name}": why for name, why in failures.items()}
-            wait(itertools.chain(*coming.values()))  # nothing is compiled while steps are timed
+        made = {one: [entry.result() for entry in own] for one, own in coming.items()}
+        ready = {one: ready_of(one, peers[one], deadline, result) for one in networks}
+        for one in networks:  # nothing is compiled any more
+            model, dtype = one
             quietly(f"{model}, {dtype}")
-            field: list[TakesTurns] = [*(entry.contestant for entry in entries), *ready]
+            field: list[TakesTurns] = [*(entry.contestant for entry in made[one]), *ready[one]]
             turns = in_turns(field, rounds=settings.rounds, steps=settings.steps, warm_up=WARM_UP, log=quietly)
-            work = {entry.contestant.name: work_of(settings, model, entry) for entry in entries}
+            work = {entry.contestant.name: work_of(settings, model, entry) for entry in made[one]}
             result["results"] += rows_of(settings, model, dtype, as_rows(turns), work)
             keep(result)
     return result
 
 
-def ready_of(peers: Sequence[Peer], deadline: float) -> tuple[list[Peer], dict[str, str]]:
-    """Those of PyTorch's processes that are ready in time, and why the others are not, by name."""
-    ready, failures = [], {}
+def ready_of(network: tuple[str, str], peers: Sequence[Peer], deadline: float, result: dict[str, Any]) -> list[Peer]:
+    """Those of a network's PyTorch processes that are ready in time; ``result`` says why others are not."""
+    ready = []
     for peer in peers:
         try:
             ready.append(peer.ready(deadline - time.monotonic()))
+            result["pytorch"] = ready[-1].about
         except PeerError as error:
-            quietly(str(error))
-            failures[peer.name] = str(error)
-    return ready, failures
+            peer.end()
+            quietly(f"{', '.join(network)}: {error}")
+            result["failures"][", ".join([*network, peer.name])] = str(error)
+    return ready
 
 
 def rows_of(
@@ -251,14 +250,18 @@ def run(settings: ThroughputSettings) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, or 2 for bad arguments."""
+    """The program. Returns its exit code: 0, 1 where PyTorch's process dies, 2 for bad arguments."""
     import tyro
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(ThroughputSettings, args=words, prog=call("throughput"))
 
     def work() -> int:
-        run(settings)
+        try:
+            run(settings)
+        except PeerError as error:
+            print(f"fr_jax: {error}. What was measured before is in --output.", file=sys.stderr)
+            return 1
         return 0
 
     return code_of(work)

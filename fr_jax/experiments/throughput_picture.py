@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS
+from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,9 +21,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
     Raises:
       OSError: the file cannot be written; an old one is intact.
     """
-    picture = io.BytesIO()
-    throughput_figure(result).savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, png(throughput_figure(result)))
 
 
 def throughput_figure(result: Mapping[str, Any]) -> Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS, Rows, curve, is_finite, smoothed, time_unit
+from fr_jax.training.plots import COLOURS, Rows, curve, is_finite, png, smoothed, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,9 +58,7 @@ def plot_comparison(
       ValueError: for no lines.
       OSError: the file cannot be written; an old one is intact.
     """
-    picture = io.BytesIO()
-    comparison_figure(lines, title=title, data_source=data_source, time=time).savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, png(comparison_figure(lines, title=title, data_source=data_source, time=time)))
 
 
 def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, time: str = TIME) -> Figure:

@@ -56,9 +56,14 @@ def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: st
       ValueError: for no runs.
       OSError: the file cannot be written; an old one is intact.
     """
+    write_atomically(path, png(figure(runs, title=title, data_source=data_source)))
+
+
+def png(drawing: Figure, dpi: int = 150) -> bytes:
+    """A figure as the content of a PNG file."""
     picture = io.BytesIO()
-    figure(runs, title=title, data_source=data_source).savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    drawing.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
 
 
 def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:

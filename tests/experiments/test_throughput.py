@@ -1,6 +1,5 @@
 import json
-import subprocess
-import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +65,7 @@ def test_knows_which_networks_are_written_in_pytorch(monkeypatch, capsys):
 
 
 def peer(program: str) -> pytorch_peer.Peer:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return pytorch_peer.Peer("PyTorch", subprocess.Popen([sys.executable, "-c", program], **pipes), {})
+    return pytorch_peer.start_peer("PyTorch", ["-c", program])
 
 
 def test_a_peer_takes_turns_in_its_own_process():
@@ -98,6 +96,14 @@ def test_a_peer_that_takes_too_long_is_given_up():
     one = peer("import time; time.sleep(100)")
     with pytest.raises(pytorch_peer.PeerError, match="was not ready in time"):
         one.ready(0.5)
+    one.end()
+
+
+def test_a_peer_that_was_ready_before_the_deadline_is_not_late():
+    one = peer("print('{\"ready\": {}}', flush=True); input()")
+    while one.lines.empty():
+        time.sleep(0.01)
+    assert one.ready(-5.0).about == {}
     one.end()
 
 
