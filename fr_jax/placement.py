@@ -117,7 +117,8 @@ def put(x: PyTree, sharding: Sharding | None) -> PyTree:
     def put_leaf(leaf: Array) -> Array:
         if not isinstance(leaf, jax.Array):
             return jax.device_put(np.array(leaf), sharding)
-        if sharding is None or (leaf.committed and leaf.sharding == sharding):
+        traced = isinstance(leaf, jax.core.Tracer)
+        if sharding is None or (not traced and leaf.committed and leaf.sharding == sharding):
             return leaf  # device_put returns it too, a hundred times as slowly
         if sharding.is_fully_addressable or leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)

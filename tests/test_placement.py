@@ -62,6 +62,7 @@ def test_what_is_there_already_is_not_sent():
     x = jax.device_put(jnp.ones(2), here)
     assert put(x, here) is x
     assert put(x, there).sharding == there
+    assert jax.eval_shape(lambda y: put(y, there), x) == jax.ShapeDtypeStruct((2,), jnp.float32)
     uncommitted = jnp.ones(2)  # where it is may change with the next function that uses it
     assert not uncommitted.committed and put(uncommitted, here).committed
 

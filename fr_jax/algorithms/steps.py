@@ -29,10 +29,7 @@ def _optimize(optimizer: optax.GradientTransformation, grads: PyTree, opt_state:
 
 
 class Updated(NamedTuple):
-    """A module after an update.
-
-    ``model_state`` is None where it has not changed, ``grads`` unless asked for, ``delta`` for the first module.
-    """
+    """A module after an update. None: unchanged ``model_state``, ``grads`` not asked for, ``delta`` of the first."""
 
     params: PyTree
     model_state: PyTree | None
@@ -57,10 +54,7 @@ class Trained(NamedTuple):
 
 
 def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, donate: bool) -> Callable:
-    """``(params, model_state, stream, h_in) -> (h_out, model_state, count)``: h_k = F_k(h_{k-1}; w_k).
-
-    ``model_state`` is None without ``update_stats``: XLA copies what a function returns as it was given.
-    """
+    """``(params, model_state, stream, h_in) -> (h_out, model_state or None, count)``: h_k = F_k(h_{k-1}; w_k)."""
 
     def play(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
         key = jax.random.fold_in(stream.key, stream.count)
@@ -104,7 +98,7 @@ def make_replay(
             (grads,), delta_in = vjp(delta), None
         norm = optax.tree.norm(grads)
         params, opt_state = _optimize(optimizer, grads, opt_state, params)
-        new_state = new_state if update_stats else None
+        new_state = new_state if update_stats else None  # XLA would copy the old one, leaf by leaf
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
 
     here = replicated(sharding)

@@ -176,8 +176,9 @@ def make_entry(
         state, info = algorithm.step(state, batch)
         return state, info.loss
 
-    contestant = Contestant(name or _title(method, K, settings), run, algorithm.init(jax.random.key(0), batch))
     own_device_each = len(set(places)) == stages_K
+    title = name or _title(method, K, settings) + ("" if own_device_each else ", devices shared")
+    contestant = Contestant(title, run, algorithm.init(jax.random.key(0), batch))
     best = 1.0 if K == 1 else bound(method, K, settings.microbatches or 1) if own_device_each else None
     return Entry(contestant, method, chosen, best)
 

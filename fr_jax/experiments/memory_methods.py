@@ -76,7 +76,7 @@ def recomputing(
         streams[-1], delta, loss = streams[-1]._replace(count=top.counts[0]), top.delta, top.loss
         h = top = None  # nothing here keeps alive what has been used
         for k in reversed(range(K - 1)):
-            params[k], model_state[k], opt_state[k], delta, _, _ = replays[k](
+            params[k], _, opt_state[k], delta, _, _ = replays[k](
                 params[k], model_state[k], opt_state[k], streams[k], kept.pop(), put(delta, placement[k])
             )
         fields = map(tuple, (params, model_state, opt_state, streams))

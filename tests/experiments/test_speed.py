@@ -2,10 +2,13 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import fr_jax as fr
 from fr_jax.experiments import speed
-from fr_jax.experiments.contestants import BASELINE, bound
+from fr_jax.experiments.contestants import BASELINE, bound, make_entry
+from fr_jax.experiments.settings import SharedSettings
 
 CONTESTANTS = {
     "plain jitted optax step": 1,
@@ -54,6 +57,14 @@ def test_given_cuts_and_methods_without_a_bound(capsys):
     row = result["results"]["DNI, K = 3"]
     assert row["cuts"] == [2, 3] and row["bound"] is row["share_of_bound"] is None
     assert [one["cut"] for one in result["transfers"]] == [2, 3]
+
+
+def test_stages_that_share_a_device_have_no_bound():
+    layers = fr.models.mlp(depth=3, width=8)
+    shared = SharedSettings(model="mlp", batch_size=8)
+    entry = make_entry(shared, layers, "fr", 2, cuts=(1,), devices=jax.devices()[:1])
+    assert (entry.contestant.name, entry.bound) == ("features replay, K = 2, devices shared", None)
+    assert make_entry(shared, layers, "fr", 2, cuts=(1,)).bound == 1.75
 
 
 def test_bounds_are_the_closed_forms():
