@@ -24,7 +24,7 @@ def canonical(name):
 def declared_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["tfds"], *extras["tensorboard"]]
+    requirements = [*project["dependencies"], *extras["tfds"], *extras["tensorboard"], *extras["pytorch"]]
     return {canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
 
 

@@ -36,8 +36,8 @@ def check_pytorch(models: tuple[str, ...]) -> None:
     """Raises SettingsError where PyTorch is missing, or a model that it is asked for."""
     if importlib.util.find_spec("torch") is None:
         raise SettingsError(
-            "--pytorch needs PyTorch, which is not installed here. Install it (pip install torch), or leave it out "
-            "with --pytorch none."
+            "--pytorch needs PyTorch, which is not installed here. Install it (pip install 'fr_jax[pytorch]'), or "
+            "leave it out with --pytorch none."
         )
     for model in models:
         if model not in NETWORKS:

@@ -14,7 +14,7 @@ SMALL = [
     *("--dataset", "synthetic", "--model", "mlp", "--depth", "3", "--width", "8"),
     *("--K", "3", "--batch-size", "16", "--learning-rate", "0.02"),
 ]
-MEASURED = ["--every", "3", "--gradient-batches", "16"]
+MEASURED = ["--every", "3", "--gradient-batches", "6"]
 
 
 def rows_of(folder, name="sufficient_direction.jsonl"):
@@ -51,7 +51,7 @@ def test_rows_and_picture(whole_run):
         sigma, cosine, ratio = (row["network"][name] for name in ("sigma", "cosine", "norm_ratio"))
         assert sigma == pytest.approx(cosine * ratio)
     assert (whole_run / "sufficient_direction.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((whole_run / "config.json").read_text())["gradient_batches"] == 16
+    assert json.loads((whole_run / "config.json").read_text())["gradient_batches"] == 6
 
 
 def test_a_resumed_run_has_the_same_rows(whole_run, tmp_path):

@@ -54,7 +54,7 @@ def test_bad_arguments_are_one_message(arguments, said, capsys):
 def test_says_what_to_do_without_pytorch(monkeypatch, capsys):
     monkeypatch.setattr(pytorch_peer.importlib.util, "find_spec", lambda name: None)
     assert throughput.main(SMALL) == 2
-    assert "pip install torch), or leave it out with --pytorch none" in capsys.readouterr().err
+    assert "pip install 'fr_jax[pytorch]'), or leave it out with --pytorch none" in capsys.readouterr().err
 
 
 def test_knows_which_networks_are_written_in_pytorch(monkeypatch, capsys):
