@@ -52,7 +52,8 @@ class SufficientDirectionSettings(TrainSettings):
     """Steps between measurements. Default: 1/20 of the run."""
     gradient_batches: int = 32
     """Mini-batches over which the gradient is taken, the first of epoch 0 in every measurement; 0: the whole epoch.
-    From a part of it, the square of the gradient's norm is estimated without the noise of the sample."""
+    From a part of it, the square of the gradient's norm is estimated without the noise of the sample; a measurement
+    whose own mini-batch is in that part, in the first steps, comes out too large."""
 
 
 class Measurement(NamedTuple):
