@@ -25,6 +25,8 @@ __all__ = ["LAUNCHED_BY", "LaunchError", "main", "start", "wait"]
 
 GRACE_SECONDS = 5.0
 """Between the first process that fails and the end of those that have not ended by themselves."""
+STOP_SECONDS = 60.0
+"""The same, where a signal asked all of them to stop: they may have a checkpoint to write."""
 POLL_SECONDS = 0.1
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
 """Environment variable of the processes: the command that starts the group."""
@@ -153,7 +155,8 @@ def start(
 def wait(group: Sequence[subprocess.Popen]) -> int:
     """Passes on the group's output and this process's signals until all have ended.
 
-    When one fails, the others have :data:`GRACE_SECONDS` to end by themselves; then they are killed.
+    When one fails, the others have :data:`GRACE_SECONDS` to end by themselves; then they are killed. They have
+    :data:`STOP_SECONDS` where a signal came first, and :data:`GRACE_SECONDS` again after a second signal.
 
     Returns:
       0, or the exit code of the first that failed, counted as shells do (128 + signal).
@@ -191,8 +194,7 @@ def _wait_for_all(group: Sequence[subprocess.Popen], forwarded: list[int]) -> in
                 code = 128 - status if status < 0 else status
                 if status < 0:
                     _say(f"process {i} was ended by {signal.Signals(-status).name}; the others cannot go on.")
-                if not forwarded:
-                    deadline = time.monotonic() + GRACE_SECONDS
+                deadline = min(deadline, time.monotonic() + (STOP_SECONDS if forwarded else GRACE_SECONDS))
         if len(forwarded) > 1:
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if running and time.monotonic() > deadline:

@@ -17,6 +17,21 @@ def command(*words: str) -> list[str]:
 
 
 @pytest.fixture
+def begin(program_env):
+    """Starts a command that is killed with the test, whatever its end."""
+    begun = []
+
+    def begin(words: list[str], **options) -> subprocess.Popen:
+        begun.append(subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, text=True, **options))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
 def run(program_env):
     def run(*words: str, **options) -> subprocess.CompletedProcess:
         return subprocess.run(command(*words), env=program_env, capture_output=True, text=True, timeout=60, **options)
@@ -76,43 +91,53 @@ def test_a_signal_that_ended_one_is_named(run):
     assert "process 1 was ended by SIGKILL" in done.stderr
 
 
-def test_signals_reach_all(program_env):
-    program = (
-        "import os, signal, sys, time; "
-        "signal.signal(signal.SIGTERM, lambda *_: (print('stopped', flush=True), os._exit(143))); "
-        "print('ready', flush=True); time.sleep(50)"
-    )
-    words = command("--processes", "2", "--no-pin", "--", "-c", program)
-    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert group.stdout is not None
+STOPS_WHEN_TOLD = (
+    # A handler beside time.sleep would miss a signal that comes just before the sleep.
+    "import os, signal, sys, time; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+    "print('ready', flush=True); signal.sigwait([signal.SIGTERM]); "
+)
+
+
+def test_signals_reach_all(begin):
+    words = command("--processes", "2", "--no-pin", "--", "-c", STOPS_WHEN_TOLD + "print('stopped'); sys.exit(143)")
+    group = begin(words, stderr=subprocess.PIPE)
     assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     group.send_signal(signal.SIGTERM)
-    out, err = group.communicate(timeout=30)
+    out, err = group.communicate(timeout=60)
     assert sorted(out.splitlines()) == ["[0] stopped", "[1] stopped"]
     assert (group.returncode, err) == (143, "")
 
 
-def test_a_signal_ends_processes_that_have_joined(program_env):
+def test_one_that_does_not_stop_is_killed(begin):
+    stops = STOPS_WHEN_TOLD + "os.environ['FR_JAX_PROCESS_ID'] == '1' and time.sleep(100); sys.exit(143)"
+    hurried = "import sys; from fr_jax import launch; launch.STOP_SECONDS = 0.5; sys.exit(launch.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", hurried, "--processes", "2", "--no-pin", "--", "-c", stops]
+    group = begin(words, stderr=subprocess.PIPE)
+    assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    group.send_signal(signal.SIGTERM)
+    _, err = group.communicate(timeout=60)
+    assert (group.returncode, err) == (143, "fr_jax: process 1 did not end by itself, and is killed.\n")
+
+
+def test_a_signal_ends_processes_that_have_joined(begin):
     """JAX would only make a note of SIGTERM, and a launcher that is killed would leave its group running."""
     program = "import time; from fr_jax import distributed; distributed.initialize(); print('in', flush=True); "
     words = command("--processes", "2", "--no-pin", "--", "-c", program + "time.sleep(100)")
-    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, text=True)
-    assert group.stdout is not None
+    group = begin(words)
     assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] in\n", "[1] in\n"]
     group.send_signal(signal.SIGTERM)
-    group.communicate(timeout=30)
+    group.communicate(timeout=60)
     assert group.returncode == 143
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is of Linux")
-def test_the_group_ends_with_a_launcher_that_was_killed(program_env):
+def test_the_group_ends_with_a_launcher_that_was_killed(begin):
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(50)"
     words = command("--processes", "2", "--no-pin", "--", "-c", program)
-    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, text=True)
-    assert group.stdout is not None
+    group = begin(words)
     pids = [int(group.stdout.readline()[4:]) for _ in range(2)]
     group.kill()
-    group.communicate(timeout=30)
+    group.communicate(timeout=60)
     deadline = time.monotonic() + 20
     while any(_is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
