@@ -8,10 +8,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Before the first backend call: enough devices for K = 4 stages of two devices each.
 jax.config.update("jax_num_cpu_devices", 8)
-# The programs keep compiled code in the user's cache folder, which is none of the tests' business.
+# The programs keep compiled code in the user's cache folder, which is none of the tests' business: see `compiled`.
 jax.config.update("jax_enable_compilation_cache", False)
 # Strict dtype promotion is not set beside it: optax.adam (decay ** count) and flax.linen.BatchNorm with
 # dtype=bfloat16 raise under it (optax 0.2.8, flax 0.12.8).
@@ -25,18 +26,34 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One compilation cache a session, for this process too: its tests compile many functions again and again.
+
+    What is taken from the cache is a compilation to JAX's events and to ``_cache_size`` all the same, so that tests
+    which count compilations see it.
+    """
+    folder = tmp_path_factory.mktemp("jax_cache")
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # which may have been opened, and found disabled, while tests were collected
+    return folder
+
+
 @pytest.fixture(scope="session")
-def program_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def program_env(compiled: Path) -> dict[str, str]:
     """The environment for tests that start a program: this checkout, the CPU, one compilation cache a session.
 
-    The cache makes the second start of the same program cheap. It is deliberately not used inside the test
-    process, where it would hide recompilations.
+    The cache makes the second start of the same program cheap; that XLA need not optimise, the first. The tests that
+    call programs as functions have them optimised as users do.
     """
     root = Path(__file__).parents[1]
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
     }
