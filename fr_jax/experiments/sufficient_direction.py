@@ -37,6 +37,9 @@ from fr_jax.types import Algorithm, Batch, Info, PyTree
 
 __all__ = ["SufficientDirectionSettings", "main", "run"]
 
+SAMPLED_EPOCH = 2**32 - 1
+"""No run gets there, so that no mini-batch whose direction is measured is among those of the gradient."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SufficientDirectionSettings(TrainSettings):
@@ -51,9 +54,9 @@ class SufficientDirectionSettings(TrainSettings):
     every: int | None = None
     """Steps between measurements. Default: 1/20 of the run."""
     gradient_batches: int = 32
-    """Mini-batches over which the gradient is taken, the first of epoch 0 in every measurement; 0: the whole epoch.
-    From a part of it, the square of the gradient's norm is estimated without the noise of the sample; a measurement
-    whose own mini-batch is in that part, in the first steps, comes out too large."""
+    """Mini-batches over which the gradient is taken, the same in every measurement, shuffled and augmented as in an
+    epoch that is never trained on; 0: a whole epoch. From a part of one, the square of the gradient's norm is estimated
+    without the noise of the sample."""
 
 
 class Measurement(NamedTuple):
@@ -93,9 +96,10 @@ class Watcher:
     def _measure(self, state: Any, batch: Batch) -> Measurement:
         one_step = self._looked_at.step(state, batch)[1].grads
         assert one_step is not None
-        train_batch = self._session.pipeline.train_batch
-        sample = self._gradient(state, (train_batch(number) for number in range(self._count)))
-        is_whole = self._count == self._session.pipeline.steps_per_epoch
+        pipeline = self._session.pipeline
+        first = SAMPLED_EPOCH * pipeline.steps_per_epoch
+        sample = self._gradient(state, (pipeline.train_batch(first + number) for number in range(self._count)))
+        is_whole = self._count == pipeline.steps_per_epoch
         gradients: Sequence[PyTree] | SampledGradient = sample.mean if is_whole else sample
         own = self._gradient(state, [batch]).mean
         return Measurement(state.step, directions(gradients, one_step), directions(gradients, own))

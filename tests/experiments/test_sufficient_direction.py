@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fr_jax.experiments import sufficient_direction
+from fr_jax.experiments import program, sufficient_direction
 from fr_jax.experiments.cifar import main as cifar
 from fr_jax.experiments.direction_picture import direction_figure
 from fr_jax.training.metrics import read_rows
@@ -52,6 +52,25 @@ def test_rows_and_picture(whole_run):
         assert sigma == pytest.approx(cosine * ratio)
     assert (whole_run / "sufficient_direction.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((whole_run / "config.json").read_text())["gradient_batches"] == 6
+
+
+def test_the_gradient_is_of_examples_drawn_apart(monkeypatch, tmp_path):
+    """The mini-batch that a step is made with is in no sample, not even in that of the first measurements."""
+    asked = []
+    build = program.build
+
+    def noting(*args, **options):
+        session = build(*args, **options)
+        train_batch = session.pipeline.train_batch
+        pipeline = session.pipeline._replace(train_batch=lambda step: asked.append(step) or train_batch(step))
+        return session._replace(pipeline=pipeline)
+
+    monkeypatch.setattr(program, "build", noting)
+    assert sufficient_direction.main([*SMALL, *MEASURED, "--steps", "4", "--workdir", str(tmp_path / "run")]) == 0
+    trained = {step for step in asked if step < 100}
+    assert trained >= {0, 1, 2, 3}
+    samples = [step for step in asked if step not in trained]
+    assert len(samples) == 2 * 6 and samples[:6] == samples[6:]
 
 
 def test_a_resumed_run_has_the_same_rows(whole_run, tmp_path):
