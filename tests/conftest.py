@@ -45,15 +45,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program_env(compiled: Path) -> dict[str, str]:
     """The environment for tests that start a program: this checkout, the CPU, one compilation cache a session.
 
-    The cache makes the second start of the same program cheap; that XLA need not optimise, the first. The tests that
-    call programs as functions have them optimised as users do.
+    The cache makes the second start of the same program cheap, and has what this process compiled.
     """
     root = Path(__file__).parents[1]
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
     }
+
+
+@pytest.fixture(scope="session")
+def quick_env(program_env: dict[str, str]) -> dict[str, str]:
+    """The same for programs that compile much and compute little, which XLA need not optimise.
+
+    Their numbers are not those of optimised code, bit for bit.
+    """
+    return {**program_env, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

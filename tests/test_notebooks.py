@@ -79,14 +79,14 @@ def small_settings(path: Path) -> str:
 
 @each_notebook
 def test_runs_on_small_settings(
-    path: Path, tmp_path: Path, program_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, quick_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     notebook = read(path)
     [tagged] = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     assert assigned(small_settings(path)) <= assigned(notebook.cells[tagged].source)
     notebook.cells.insert(tagged + 1, nbformat.v4.new_code_cell(small_settings(path)))
-    env = {name: value for name, value in program_env.items() if name != "MPLBACKEND"}  # the kernel's own: inline
+    env = {name: value for name, value in quick_env.items() if name != "MPLBACKEND"}  # the kernel's own: inline
     folder = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder)
     client.execute(env=env | {"IPYTHONDIR": str(tmp_path / "ipython")})

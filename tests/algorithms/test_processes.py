@@ -28,10 +28,10 @@ def numbers(process: subprocess.Popen) -> dict[str, dict]:
 
 
 @pytest.mark.timeout(900)  # on a loaded machine
-def test_two_processes_give_the_bits_of_one(program_env: dict[str, str]) -> None:
-    alone = numbers(start(program_env))
+def test_two_processes_give_the_bits_of_one(quick_env: dict[str, str]) -> None:
+    alone = numbers(start(quick_env))
     both = {COORDINATOR: f"127.0.0.1:{free_port()}", NUM_PROCESSES: "2"}
-    group = [start(program_env, **both, **{PROCESS_ID: str(k)}) for k in range(2)]
+    group = [start(quick_env, **both, **{PROCESS_ID: str(k)}) for k in range(2)]
     first, second = (numbers(process) for process in group)
     assert set(alone) == {"fr", "bp", "ddg", "dni", "blockprop", "gpipe"}
     for method in alone:

@@ -64,7 +64,9 @@ def test_all_methods_are_here():
     assert set(RUNS) == set(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in ("bp", "gpipe") else ()) for name in METHODS]
+)
 def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
     """From the checkpoint of step 10 on; stages on devices of their own."""
     arguments = ["--method", method, "--K", "2", *QUICK, *RUNS[method]]

@@ -20,10 +20,10 @@ LAUNCH = ["-m", "fr_jax.launch", "--processes", "2", "--no-pin", "--"]
 
 
 @pytest.fixture
-def run(program_env):
+def run(quick_env):
     def run(*words: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, env=program_env, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
 
     return run
 
@@ -64,7 +64,7 @@ def test_two_processes_train_to_the_bits_of_one_and_resume(run, tmp_path):
 
 
 @pytest.fixture
-def pair(program_env, tmp_path):
+def pair(quick_env, tmp_path):
     """``(words, words) -> [process 0, process 1]``, started by hand on this machine; killed at the end."""
     started = []
 
@@ -74,7 +74,7 @@ def pair(program_env, tmp_path):
             group = ["--coordinator", f"{host}:{port}", "--num-processes", "2", "--process-id", str(i)]
             command = [*prefix, sys.executable, *map(str, [*PROGRAM, *SMALL, *words]), *group]
             with open(tmp_path / f"log{i}", "w") as log:
-                started.append(subprocess.Popen(command, env=program_env, stdout=log, stderr=subprocess.STDOUT))
+                started.append(subprocess.Popen(command, env=quick_env, stdout=log, stderr=subprocess.STDOUT))
         return started
 
     yield start
@@ -91,7 +91,7 @@ def wait_for(path: Path, text: str, seconds: float = 120) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other(pair, tmp_path, victim):
     words = ["--steps", 10**6, "--heartbeat", 5, "--workdir", tmp_path / "run"]
     group = pair(words, words[:-2])  # only process 0 needs the folder
@@ -107,9 +107,9 @@ def test_a_killed_process_ends_the_other(pair, tmp_path, victim):
 
 
 @pytest.mark.timeout(300)
-def test_ctrl_c_stops_all_after_the_same_step_and_saves(program_env, run, tmp_path):
+def test_ctrl_c_stops_all_after_the_same_step_and_saves(quick_env, run, tmp_path):
     words = [sys.executable, *LAUNCH, *PROGRAM, *SMALL, "--steps", str(10**6), "--workdir", str(tmp_path / "run")]
-    group = subprocess.Popen(words, env=program_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    group = subprocess.Popen(words, env=quick_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4')
     group.send_signal(signal.SIGINT)
     out, err = group.communicate(timeout=100)
