@@ -13,14 +13,15 @@ smaller and the ratio larger. The assumption is about the whole network: :func:`
 Where ∇f is itself estimated from n of its mini-batches with gradients g^(i), the norm of their mean is too large by the
 mean's noise, and σ too small. :func:`sampled_gradient` takes the mean over all pairs of different mini-batches instead,
 
-    ||∇f||² ≈ Σ_{i≠j} <g^(i), g^(j)> / n(n-1) = (||Σ g^(i)||² - Σ ||g^(i)||²) / n(n-1)
+    ||∇f||² ≈ s = Σ_{i≠j} <g^(i), g^(j)> / n(n-1) = 2 Σ_i a_i / n(n-1),    a_i = <g^(i), g^(1) + ... + g^(i-1)>
 
-which is right in the mean. It may be negative where the noise outweighs the gradient; then nothing can be said.
+which is right in the mean. It may be negative where the noise outweighs the gradient. There the a_i have mean zero and
+no correlation (a martingale's differences), so the standard error of s can be taken from the sizes of a_i - (i-1) s.
+An s that is not above twice its error says nothing, nor do the σ, cosine and ratio that divide by it.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +45,20 @@ class Direction(NamedTuple):
       product: <∇f_k, g_k>.
       gradient_square: ||∇f_k||², or an estimate of it, which may be negative.
       direction_norm: ||g_k||.
+      square_noise: standard error of ``gradient_square``, as far as it comes from the noise of the sample; 0 for a
+        gradient that is not of a sample, NaN where the sample is too small to tell (less than three mini-batches).
     """
 
     product: Array | float
     gradient_square: Array | float
     direction_norm: Array | float
+    square_noise: Array | float = 0.0
+
+    @property
+    def stands_out(self) -> Array | bool:
+        """False where ``gradient_square`` is not above twice its noise: the numbers below mean nothing then."""
+        drowned = self.gradient_square <= 2 * self.square_noise  # an unknown noise (NaN) drowns nothing
+        return not drowned if isinstance(drowned, bool) else ~drowned
 
     @property
     def gradient_norm(self) -> Array | float:
@@ -84,10 +94,12 @@ class SampledGradient(NamedTuple):
     Attributes:
       mean: K pytrees like ``state.params``.
       square: K scalars, the unbiased estimates of ||∇f_k||²; from a single mini-batch the square of its norm.
+      square_noise: K scalars, the standard errors of these; NaN from less than three mini-batches.
     """
 
     mean: tuple[PyTree, ...]
     square: tuple[Array, ...]
+    square_noise: tuple[Array, ...]
 
 
 def _quotient(a: Array | float, b: Array | float) -> Array | float:
@@ -156,47 +168,58 @@ def sampled_gradient(
     blank = method.init(jax.random.key(0), batch)
 
     def gradients(state: Any, batches: Iterable[Batch]) -> SampledGradient:
-        sums, count = (), 0
         now = blank._replace(params=state.params, model_state=state.model_state)
+        sums, products = [], []
         for one in batches:
             moved, info = method.step(now, one)
             now = now._replace(streams=moved.streams)
             assert info.grads is not None
-            sums = tuple(map(_add, sums or (None,) * len(info.grads), info.grads))
-            count += 1
-        if not count:
+            if not sums:
+                sums, products = list(info.grads), [[] for _ in info.grads]
+                continue
+            for k, grads in enumerate(info.grads):
+                sums[k], product = _add(sums[k], grads)
+                products[k].append(product)
+        if not sums:
             raise ValueError("the gradient over no mini-batches was asked for; give at least one.")
-        return SampledGradient(*zip(*(_mean(one, count) for one in sums), strict=True))
+        return SampledGradient(*zip(*map(_mean, sums, products), strict=True))
 
     return gradients
 
 
 @jax.jit
-def _add(sums: tuple[PyTree, Array] | None, grads: PyTree) -> tuple[PyTree, Array]:
-    """The sum of the gradients, and of their squared norms."""
-    square: Any = optax.tree.norm(grads, squared=True)
-    if sums is None:
-        return grads, square
-    total, squares = sums
-    return jax.tree.map(lambda x, y: x + y, total, grads), squares + square
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _mean(sums: tuple[PyTree, Array], count: int) -> tuple[PyTree, Array]:
-    total, squares = sums
-    pairs = (optax.tree.norm(total, squared=True) - squares) / (count * (count - 1)) if count > 1 else squares
-    return jax.tree.map(lambda x: x / count, total), pairs
+def _add(total: PyTree, grads: PyTree) -> tuple[PyTree, Array]:
+    """The sum with one more gradient, and a_i, that gradient's product with the sum before."""
+    product: Any = optax.tree.vdot(total, grads)
+    return jax.tree.map(jnp.add, total, grads), product
 
 
 @jax.jit
-def _direction(gradient: PyTree, square: Array | None, direction: PyTree | None) -> Direction:
+def _mean(total: PyTree, products: list[Array]) -> tuple[PyTree, Array, Array]:
+    """The mean of n gradients, s, and its standard error, from their sum and n - 1 products."""
+    n = len(products) + 1
+    if n == 1:
+        square: Any = optax.tree.norm(total, squared=True)
+        return total, square, jnp.full_like(square, math.nan)
+    a = jnp.stack(products)
+    square = 2 * jnp.sum(a) / (n * (n - 1))
+    residuals = a - jnp.arange(1, n, dtype=a.dtype) * square  # n - 1 of them, of which the mean took one freedom
+    freedom = (n - 1) / (n - 2) if n > 2 else math.nan
+    noise = 2 * jnp.sqrt(freedom * jnp.sum(residuals**2)) / (n * (n - 1))
+    return jax.tree.map(lambda x: x / n, total), square, noise
+
+
+@jax.jit
+def _direction(gradient: PyTree, square: Array | None, noise: Array | None, direction: PyTree | None) -> Direction:
     if square is None:
         square = optax.tree.norm(gradient, squared=True)
     assert square is not None
+    zero = jnp.zeros_like(square)
+    noise = zero if noise is None else noise
     if direction is None:
-        return Direction(0 * square, square, 0 * square)
+        return Direction(zero, square, zero, noise)
     product: Any = optax.tree.vdot(gradient, direction)
-    return Direction(product, square, optax.tree.norm(direction))
+    return Direction(product, square, optax.tree.norm(direction), noise)
 
 
 def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[PyTree]) -> tuple[Direction, ...]:
@@ -211,25 +234,26 @@ def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[Py
     Raises:
       ValueError: their numbers differ, or ``grads`` is None.
     """
-    sampled = isinstance(gradients, SampledGradient)
-    means = gradients.mean if sampled else gradients
-    squares = gradients.square if sampled else (None,) * len(means)
+    nothing = (None,) * len(gradients)
+    means, squares, noises = gradients if isinstance(gradients, SampledGradient) else (gradients, nothing, nothing)
     if grads is None or len(means) != len(grads):
         given = "None" if grads is None else len(grads)
         raise ValueError(
             f"{len(means)} gradients were given with {given} directions; give as many, one a module. Info.grads is "
             "None unless the method was made with return_grads=True."
         )
-    return tuple(map(_direction, means, squares, grads))
+    return tuple(map(_direction, means, squares, noises, grads))
 
 
 def whole(modules: Sequence[Direction]) -> Direction:
     """The whole network's direction from its modules'; reads them, and so waits for their devices.
+
+    The noise of its square takes the modules' as independent.
 
     Example:
       >>> both = whole([Direction(9.0, 9.0, 6.0), Direction(16.0, 16.0, 8.0)])
       >>> both.sigma, both.cosine, both.norm_ratio
       (1.0, 0.5, 2.0)
     """
-    products, squares, found = zip(*(one.read() for one in modules), strict=True)
-    return Direction(math.fsum(products), math.fsum(squares), math.hypot(*found))
+    products, squares, found, noises = zip(*(one.read() for one in modules), strict=True)
+    return Direction(math.fsum(products), math.fsum(squares), math.hypot(*found), math.hypot(*noises))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["direction_figure", "plot_directions"]
+__all__ = ["direction_figure", "plot_directions", "standing_out"]
 
 Rows = Sequence[Mapping[str, Any]]
 PANELS = (
@@ -41,7 +41,8 @@ def plot_directions(
 def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[float] = ()) -> Figure:
     """σ, cosine and norm ratio of every module against epoch; grey: the mini-batch's own gradient, all modules.
 
-    Dots are measurements; lines go through them, or, where there are fifteen or more, through means of five.
+    Dots are measurements; lines go through them, or, where there are fifteen or more, through medians of five. Where a
+    gradient does not stand out of the noise of its estimate there is no dot, and where three of five have none no line.
 
     Args:
       rows: of ``sufficient_direction.jsonl``.
@@ -58,6 +59,9 @@ def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[
 
     drawing = Figure(figsize=(14, 5.2))
     drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
+    left_out = np.mean(np.isnan(standing_out(rows, "norm_ratio")))
+    if left_out:
+        note += f"  Left out: {100 * left_out:.0f} %, where ‖∇f‖² is not above twice its standard error."
     drawing.text(0.5, 0.015, note, ha="center", fontsize=8.5, color="0.35")
     axes = drawing.subplots(1, 3)
     for panel, (name, label) in zip(axes, PANELS, strict=True):
@@ -69,25 +73,43 @@ def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[
     return drawing
 
 
+def standing_out(rows: Rows, name: str) -> np.ndarray:
+    """A measured number, ``(measurements, modules)``; NaN where the gradient is lost in the noise of its estimate.
+
+    Args:
+      rows: of ``sufficient_direction.jsonl``; those of before the noise was estimated are taken as they are.
+      name: sigma, cosine or norm_ratio.
+
+    Example:
+      >>> standing_out([{"sigma": [0.5, 9.0], "gradient_square": [4.0, 0.1], "square_noise": [1.0, 1.0]}], "sigma")
+      array([[0.5, nan]])
+    """
+    values = np.array([row[name] for row in rows], float)
+    if "square_noise" not in rows[0]:
+        return values
+    square, noise = (np.array([row[key] for row in rows], float) for key in ("gradient_square", "square_noise"))
+    return np.where(square <= 2 * noise, np.nan, values)
+
+
 def _draw(panel: Axes, rows: Rows, name: str) -> None:
     epochs = np.array([row["epoch"] for row in rows])
-    values = np.array([row[name] for row in rows], float).reshape(len(rows), -1)
-    for k in range(values.shape[1]):
-        _line(panel, epochs, values[:, k], f"module {k + 1}", color=COLOURS[k % len(COLOURS)], linewidth=1.9)
-    noise = np.array([row["one_batch"]["network"][name] for row in rows], float)
+    for k, values in enumerate(standing_out(rows, name).T):
+        _line(panel, epochs, values, f"module {k + 1}", color=COLOURS[k % len(COLOURS)], linewidth=1.9)
+    noise = standing_out([row["one_batch"]["network"] for row in rows], name)
     label = "one mini-batch's own gradient, whole network"
     _line(panel, epochs, noise, label, color="0.35", linewidth=1.5, linestyle="--")
 
 
 def _line(panel: Axes, x: np.ndarray, y: np.ndarray, label: str, **look: Any) -> None:
-    """Each measurement a dot, and a line through means of five neighbours where there are many."""
+    """Each measurement a dot, and a line through medians of five neighbours where there are many."""
     panel.plot(x, y, ".", color=look["color"], markersize=5, alpha=0.35, markeredgewidth=0)
-    mean = y
+    middle = y
     if len(y) >= 3 * NEIGHBOURS:
         reach = NEIGHBOURS // 2
         windows = [y[max(0, i - reach) : i + reach + 1] for i in range(len(y))]
-        mean = np.array([np.mean(one[np.isfinite(one)]) if np.isfinite(one).any() else np.nan for one in windows])
-    panel.plot(x, mean, label=label, **look)
+        enough = [np.isfinite(one).sum() > len(one) / 2 for one in windows]
+        middle = np.array([np.nanmedian(w) if e else np.nan for w, e in zip(windows, enough, strict=True)])
+    panel.plot(x, middle, label=label, **look)
 
 
 def _finish(panel: Axes, rows: Rows, name: str, label: str, milestones: Sequence[float]) -> None:

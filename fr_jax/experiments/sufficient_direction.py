@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 import fr_jax as fr
 from fr_jax import distributed
@@ -26,7 +27,7 @@ from fr_jax.diagnostics.sufficient_direction import (
 )
 from fr_jax.experiments import program
 from fr_jax.experiments.command_line import Program, parse
-from fr_jax.experiments.direction_picture import plot_directions
+from fr_jax.experiments.direction_picture import plot_directions, standing_out
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.session import Session, make_algorithm
 from fr_jax.experiments.settings import SettingsError, TrainSettings
@@ -56,7 +57,7 @@ class SufficientDirectionSettings(TrainSettings):
     gradient_batches: int = 32
     """Mini-batches over which the gradient is taken, the same in every measurement, shuffled and augmented as in an
     epoch that is never trained on; 0: a whole epoch. From a part of one, the square of the gradient's norm is estimated
-    without the noise of the sample."""
+    without the noise of the sample; where it is not above twice its standard error, nothing is drawn."""
 
 
 class Measurement(NamedTuple):
@@ -117,7 +118,7 @@ class Watcher:
 def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
     read = [one.read() for one in modules]
     network = whole(read)
-    names = ("sigma", "cosine", "norm_ratio", "gradient_norm")
+    names = ("sigma", "cosine", "norm_ratio", "gradient_norm", "gradient_square", "square_noise")
     own = {name: [getattr(one, name) for one in read] for name in names}
     return own | {"network": {name: getattr(network, name) for name in names}}
 
@@ -139,19 +140,22 @@ def watching(session: Session, folder: RunFolder, first_step: int) -> Iterator[A
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """σ over the measurements in which every module moved, as text.
+    """σ over the measurements in which a module moved and its gradient stood out of the sample's noise, as text.
 
     Example:
       >>> print(summary([{"sigma": [0.0, 1.0]}, {"sigma": [-0.5, 1.0]}, {"sigma": [0.5, 0.9]}]))
-      sigma of 2 measurements: median (least, share above 0)
-        module 1  0.000 (-0.500,  50 %)
-        module 2  0.950 (0.900, 100 %)
+      sigma in 3 measurements: median (least, share above 0)
+        module 1  0.000 (-0.500,  50 %) in 2
+        module 2  1.000 (0.900, 100 %) in 3
     """
-    moving = [row["sigma"] for row in rows if all(row["sigma"])]
-    lines = [f"sigma of {len(moving)} measurements: median (least, share above 0)"]
-    for k, values in enumerate(zip(*moving, strict=True), start=1):
-        share = statistics.fmean(value > 0 for value in values)
-        lines.append(f"  module {k}  {statistics.median(values):.3f} ({min(values):.3f}, {100 * share:3.0f} %)")
+    lines = [f"sigma in {len(rows)} measurements: median (least, share above 0)"]
+    for k, values in enumerate(standing_out(rows, "sigma").T, start=1):
+        values = values[np.isfinite(values) & (values != 0)]  # 0: the module does not move yet
+        if not len(values):
+            lines.append(f"  module {k}  never moved, or never stood out of the noise: give more --gradient-batches")
+            continue
+        share = 100 * np.mean(values > 0)
+        lines.append(f"  module {k}  {np.median(values):.3f} ({values.min():.3f}, {share:3.0f} %) in {len(values)}")
     return "\n".join(lines)
 
 

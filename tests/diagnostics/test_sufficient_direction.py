@@ -10,6 +10,8 @@ from flax import linen as nn
 import fr_jax as fr
 from fr_jax.diagnostics.sufficient_direction import (
     Direction,
+    _add,
+    _mean,
     directions,
     full_gradient,
     sampled_gradient,
@@ -142,6 +144,41 @@ def test_a_sample_s_noise_is_not_in_the_square():
     (found,) = (one.read() for one in directions(sample, [jnp.ones(size)]))
     assert found.gradient_square == pytest.approx(size, rel=0.2)
     assert found.sigma == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.05, 1.0])
+def test_the_noise_of_the_square_is_its_standard_error(x64, mean):
+    """Against the spread over 400 samples of 12; where there is a gradient, between half of it and all."""
+
+    def square_and_noise(gradients):
+        total, products = gradients[0], []
+        for one in gradients[1:]:
+            total, product = _add(total, one)
+            products.append(product)
+        return _mean(total, products)[1:]
+
+    gradients = mean + np.random.default_rng(0).standard_normal((400, 12, 30))
+    squares, noises = map(np.asarray, jax.jit(jax.vmap(square_and_noise))(gradients))
+    spread, typical = float(np.std(squares)), float(np.sqrt(np.mean(noises**2)))
+    assert np.mean(squares) == pytest.approx(30 * mean**2, abs=4 * spread / 20)
+    assert (0.9 if mean < 0.1 else 0.5) * spread < typical < 1.1 * spread
+    assert np.mean(squares > 2 * noises) < 0.07 or mean > 0
+
+
+def test_a_gradient_without_noise_stands_out_and_one_of_noise_does_not():
+    (one,) = batches(1)
+    stages = dense_stages()
+    state = fr.backprop(stages, squared, optax.sgd(0.1)).init(jax.random.key(0), one)
+    sampled = sampled_gradient(stages, squared, one)
+    for copies in (1, 2, 5):
+        found = sampled(state, [one] * copies)
+        assert np.isnan(found.square_noise[0]) == (copies < 3)
+        assert all(each.stands_out and each.read().stands_out for each in directions(found, found.mean))
+    assert float(found.square_noise[0]) < 1e-5 * float(found.square[0])
+    exact = directions(found.mean, found.mean)
+    assert [float(each.square_noise) for each in exact] == [0, 0, 0] and whole(exact).stands_out
+    assert not Direction(1.0, 1.0, 1.0, 0.5).stands_out and not Direction(1.0, -1.0, 1.0, 0.0).stands_out
+    assert whole([Direction(1.0, 9.0, 1.0, 3.0), Direction(1.0, 2.0, 1.0, 4.0)]).square_noise == 5
 
 
 def test_measuring_disturbs_no_bit_of_training():

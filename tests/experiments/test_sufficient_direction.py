@@ -7,7 +7,7 @@ import pytest
 
 from fr_jax.experiments import program, sufficient_direction
 from fr_jax.experiments.cifar import main as cifar
-from fr_jax.experiments.direction_picture import direction_figure
+from fr_jax.experiments.direction_picture import direction_figure, standing_out
 from fr_jax.training.metrics import read_rows
 
 SMALL = [
@@ -104,9 +104,32 @@ def test_refusals(words, said, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_lost_in_noise_is_left_out_of_the_picture_and_the_summary():
+    one = lambda x, square: {"sigma": x, "cosine": x, "norm_ratio": x, "gradient_square": square, "square_noise": 1.0}
+    clear, lost = one(0.5, 4.0), one(90.0, 1.9)
+    rows = []
+    for step in range(20):
+        modules = {name: [clear[name], (lost if step > 9 else clear)[name]] for name in clear}
+        rows.append({"step": step, "epoch": step / 10, **modules, "one_batch": {"network": clear}})
+    drawing = direction_figure(rows, title="title", note="note")
+    dots = [line.get_ydata() for line in drawing.axes[0].get_lines() if line.get_marker() == "."]
+    assert [np.isfinite(values).sum() for values in dots] == [20, 10, 20]
+    line = next(line for line in drawing.axes[0].get_lines() if line.get_label() == "module 2").get_ydata()
+    assert np.isfinite(line[:10]).all() and np.isnan(line[10:]).all()
+    assert "Left out: 25 %" in drawing.texts[0].get_text() + drawing.texts[1].get_text()
+    said = sufficient_direction.summary(rows)
+    assert "module 1  0.500 (0.500, 100 %) in 20" in said and "module 2  0.500 (0.500, 100 %) in 10" in said
+    for row in rows:
+        row["gradient_square"] = [4.0, 0.0]
+    assert "module 2  never moved, or never stood out" in sufficient_direction.summary(rows)
+
+
 def test_the_figure_has_a_line_a_module(whole_run):
     drawing = direction_figure(rows_of(whole_run), title="title", note="note", milestones=(0.01, 99.0))
     labels = [handle.get_label() for handle in drawing.axes[0].get_lines() if not handle.get_label().startswith("_")]
     assert labels == ["module 1", "module 2", "module 3", "one mini-batch's own gradient, whole network"]
+    (note,) = (text.get_text() for text in drawing.texts if text.get_text().startswith("note"))
+    left_out = np.isnan(standing_out(rows_of(whole_run), "norm_ratio"))
+    assert ("Left out" in note) == left_out.any()
     with pytest.raises(ValueError, match="at least one row"):
         direction_figure([], title="", note="")
