@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fr_jax.models.drawing import dropout, variance_scaling
 from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
@@ -41,7 +42,7 @@ class Layer(nn.Module):
 
     def conv(self, x: Array, features: int, kernel: int, strides: int = 1) -> Array:
         """Convolution without bias, zero-padded to ``kernel // 2`` on each side."""
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        init = variance_scaling(2.0, "fan_out", "normal")
         return nn.Conv(
             features,
             (kernel, kernel),
@@ -109,7 +110,7 @@ class WideBlock(Layer):
     def __call__(self, x: Array, train: bool = True) -> Array:
         activated = nn.relu(self.norm(x, train))
         y = nn.relu(self.norm(self.conv(activated, self.features, 3, self.strides), train))
-        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        y = dropout(y, self.dropout_rate, train)
         y = self.conv(y, self.features, 3)
         if x.shape != y.shape:
             x = self.conv(activated, self.features, 1, self.strides)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fr_jax.models.drawing import variance_scaling
 from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
@@ -28,8 +29,9 @@ class Synthesizer(nn.Module):
             classes = jax.nn.one_hot(labels, self.num_classes, dtype=h.dtype)
             classes = classes.reshape(*labels.shape, *(1,) * (h.ndim - 1 - labels.ndim), self.num_classes)
             y = jnp.concatenate([h, jnp.broadcast_to(classes, (*h.shape[:-1], self.num_classes))], axis=-1)
+        he_normal = variance_scaling(2.0, "fan_in", "truncated_normal")
         for _ in range(2):
-            y = self._layer(h, self.hidden or h.shape[-1], nn.initializers.he_normal(), use_bias=False)(y)
+            y = self._layer(h, self.hidden or h.shape[-1], he_normal, use_bias=False)(y)
             y = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype)(y)
             y = nn.relu(y)
         y = self._layer(h, h.shape[-1], nn.initializers.zeros, use_bias=True)(y)

@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 
 from fr_jax.models import synthesizer
+from fr_jax.types import Stage
+
+
+def jitted(*args, **kwargs):
+    """Each of its functions compiled whole, not operation by operation."""
+    M = synthesizer(*args, **kwargs)
+    return Stage(jax.jit(M.init), jax.jit(M.apply))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (6, 8, 8, 5)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_prediction_is_like_the_feature_and_zero_at_first(shape, dtype):
     h = jax.random.normal(jax.random.key(0), shape).astype(dtype)
-    M = synthesizer(dtype=dtype)
+    M = jitted(dtype=dtype)
     params, state = M.init(jax.random.key(1), h)
     delta, new_state = M.apply(params, state, h)
     assert (delta.shape, delta.dtype) == (h.shape, h.dtype)
@@ -23,7 +30,7 @@ def test_prediction_is_like_the_feature_and_zero_at_first(shape, dtype):
 def test_layers_of_the_paper():
     """Two hidden 5x5 convolutions with batch normalisation, one 5x5 output convolution, padding 2 everywhere."""
     h = jnp.ones((2, 8, 8, 4))
-    params, _ = synthesizer(hidden=16).init(jax.random.key(0), h)
+    params, _ = jitted(hidden=16).init(jax.random.key(0), h)
     kernels = {name: p["kernel"].shape for name, p in params.items() if name.startswith("Conv")}
     assert kernels == {"Conv_0": (5, 5, 4, 16), "Conv_1": (5, 5, 16, 16), "Conv_2": (5, 5, 16, 4)}
     assert sum(name.startswith("BatchNorm") for name in params) == 2
@@ -34,7 +41,7 @@ def test_layers_of_the_paper():
 def test_labels_are_seen(shape):
     h = jnp.ones(shape)
     labels = jnp.arange(6) % 3
-    M = synthesizer(3)
+    M = jitted(3)
     params, state = M.init(jax.random.key(0), (h, labels))
     params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
     delta, _ = M.apply(params, state, (h, labels))
@@ -46,7 +53,7 @@ def test_labels_are_seen(shape):
 def test_it_works_in_units_of_one_examples_loss():
     """Twice the batch, each example twice: half the gradient of the mean."""
     h = jax.random.normal(jax.random.key(0), (4, 5))
-    M = synthesizer()
+    M = jitted()
     params, state = M.init(jax.random.key(1), h)
     params["Dense_2"]["kernel"] += 1.0
     once, _ = M.apply(params, state, h)
