@@ -28,12 +28,15 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One compilation cache a session, for this process too: its tests compile many functions again and again.
+    """One compilation cache for all test processes of a session, which compile many functions again and again.
 
-    What is taken from the cache is a compilation to JAX's events and to ``_cache_size`` all the same, so that tests
-    which count compilations see it.
+    Where one reads what another is just writing, JAX warns and compiles (pyproject.toml lets that pass). What is taken
+    from the cache is a compilation to JAX's events and to ``_cache_size`` all the same, so that tests which count
+    compilations see it.
     """
-    folder = tmp_path_factory.mktemp("jax_cache")
+    base = tmp_path_factory.getbasetemp()  # of a worker of pytest-xdist: a folder in that of the session
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
+    folder.mkdir(exist_ok=True)
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

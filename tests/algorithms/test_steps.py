@@ -53,6 +53,8 @@ PLACEMENTS = {
     "split over 2 each": lambda: fr.placement(K, jax.devices()[: 2 * K], data_parallel=2),
 }
 
+CROSSED = ("default", "K", "split over 2 each")  # where every feature goes to other devices, and where none does
+
 
 @pytest.fixture
 def modules(naive):
@@ -95,14 +97,15 @@ def assert_each_module_is_on_its_devices(state, shardings):
 def test_devices_do_not_change_the_numbers(make, make_batches, run, method):
     batches = make_batches(8)
     runs, outputs = {}, {}
-    for name in ("default", "2", "K", "split over 2", "split over 2 each"):
+    for name in ("default", "2", "K", "split over 2", "split over 2 each") if method == "fr" else CROSSED:
         algorithm = make(method, name)
         states, _ = run(algorithm, batches)
         for state in (states[0], states[-1]) if name != "default" else ():
             assert_each_module_is_on_its_devices(state, PLACEMENTS[name]())
         runs[name] = [numbers(state) for state in states]
         outputs[name] = np.asarray(algorithm.predict(states[-1], batches[0].inputs))
-    chex.assert_trees_all_equal(runs["2"], runs["K"])
+    if "2" in runs:
+        chex.assert_trees_all_equal(runs["2"], runs["K"])
     if method != "bp":  # back-propagation is one fused function on one device, a chain of functions on several
         chex.assert_trees_all_equal(runs["default"], runs["K"])
     for name in runs:

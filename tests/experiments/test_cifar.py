@@ -493,10 +493,10 @@ def test_cifar10_by_name_is_strict(refused, offline, tmp_path):
     "arguments",
     [
         ["--method", "bp", "--K", "2", "--nesterov"],
-        ["--K", "1", "--momentum", "0", "--weight-decay", "0", "--dtype", "bfloat16"],
+        ["--K", "2", "--momentum", "0", "--weight-decay", "0", "--dtype", "bfloat16"],
         ["--K", "2", "--data-parallel", "2", "--balance", "uniform"],
         ["--K", "2", "--devices", "1", "--cuts", "4", "--batch-stats", "replay"],
-        ["--K", "6", "--dataset", "synthetic", "--balance", "time"],
+        ["--K", "3", "--depth", "3", "--dataset", "synthetic", "--balance", "time"],
     ],
 )
 def test_kinds_of_runs(program, tmp_path, arguments):
@@ -510,6 +510,16 @@ def test_kinds_of_runs(program, tmp_path, arguments):
         assert (summary["device"], summary["cuts"]) == ("4 x cpu", [3]) and "cpu:2,3" in out
     if "--devices" in arguments:
         assert summary["device"] == "1 x cpu"
+    if "bfloat16" in arguments:
+        assert_only_parameters_are_float32(tmp_path, 6)
+
+
+def assert_only_parameters_are_float32(folder: pathlib.Path, step: int) -> None:
+    """Features in flight are bfloat16, and parameters are not."""
+    leaves = {name: leaf["kind"] for name, leaf in checksums(folder, step).items() if isinstance(leaf["kind"], str)}
+    assert {"bfloat16", "float32"} <= {kind.split("[")[0] for kind in leaves.values()}
+    params = [kind for name, kind in leaves.items() if name.startswith("params/")]
+    assert params and all(kind.startswith("float32") for kind in params)
 
 
 def test_profile_and_tensorboard(program, tmp_path):
@@ -526,6 +536,7 @@ def test_the_same_seed_is_the_same_run(program, tmp_path):
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_resnet_in_bfloat16(program, tmp_path, monkeypatch):
     def stem_block_and_head(**options: Any) -> list[Stage]:
         layers = resnet20(**options)
@@ -535,10 +546,7 @@ def test_resnet_in_bfloat16(program, tmp_path, monkeypatch):
     small = ["--model", "resnet20", "--dataset", "digits", "--steps", 2, "--batch-size", 8, "--K", 2]
     code, out, _ = program(*small, "--dtype", "bfloat16", "--batch-stats", "both", "--workdir", tmp_path)
     assert code == 0, out
-    kinds = {leaf["kind"].split("[")[0] for leaf in checksums(tmp_path, 2).values() if isinstance(leaf["kind"], str)}
-    assert {"bfloat16", "float32"} <= kinds
-    params = [leaf["kind"] for name, leaf in checksums(tmp_path, 2).items() if name.startswith("params/")]
-    assert all(kind.startswith("float32") for kind in params)
+    assert_only_parameters_are_float32(tmp_path, 2)
 
 
 # The whole thing

@@ -41,11 +41,19 @@ def checksums(folder: Path) -> dict:
         return checkpoints._read(checkpoints.steps()[-1], index=ocp.args.JsonRestore()).index["leaves"]
 
 
-@pytest.mark.timeout(600)
-def test_two_processes_train_to_the_bits_of_one_and_resume(run, tmp_path):
-    alone, group = tmp_path / "alone", tmp_path / "group"
-    done = run(*PROGRAM, *SMALL, "--steps", 6, "--workdir", alone)
+@pytest.fixture(scope="module")
+def alone(quick_env, tmp_path_factory):
+    """The folder of six steps in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    command = [sys.executable, *PROGRAM, *SMALL, "--steps", "6", "--workdir", str(folder)]
+    done = subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_to_the_bits_of_one_and_resume(run, alone, tmp_path):
+    group = tmp_path / "group"
     first = run(*LAUNCH, *PROGRAM, *SMALL, "--steps", 3, "--workdir", group)
     assert first.returncode == 0, first.stderr
     assert not any(line.startswith("[1]") for line in first.stdout.splitlines())
@@ -58,8 +66,14 @@ def test_two_processes_train_to_the_bits_of_one_and_resume(run, tmp_path):
     assert checksums(group) == checksums(alone)
     assert rows(group)[-1] == rows(alone)[-1]  # the test row
     assert json.loads((group / "summary.json").read_text())["device"] == "4 x cpu"
-    again = run(*LAUNCH, *PROGRAM, *SMALL, "--steps", 6, "--workdir", group)
-    assert again.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_finished_run_is_refused_by_all(run, tmp_path):
+    words = [*LAUNCH, *PROGRAM, *SMALL, "--steps", 1, "--workdir", tmp_path / "run"]
+    first, again = run(*words), run(*words)
+    assert (first.returncode, again.returncode) == (0, 2), first.stderr + again.stderr
     assert "holds a finished run" in again.stderr
 
 
@@ -166,11 +180,8 @@ def hosts():
 
 
 @pytest.mark.timeout(300)
-def test_two_hosts(pair, run, hosts, tmp_path):
-    alone = tmp_path / "alone"
-    done = run(*PROGRAM, *SMALL, "--steps", 4, "--workdir", alone)
-    assert done.returncode == 0, done.stderr
-    words = ["--steps", 4, "--workdir", tmp_path / "run"]
+def test_two_hosts(pair, alone, hosts, tmp_path):
+    words = ["--steps", 6, "--workdir", tmp_path / "run"]
     group = pair(words, words, prefixes=hosts, host="10.97.0.1")
     codes = [process.wait(timeout=120) for process in group]
     assert codes == [0, 0], [(tmp_path / f"log{i}").read_text()[-2000:] for i in range(2)]
