@@ -152,7 +152,7 @@ def test_a_synthesizer_learns_the_gradient(naive, run):
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_images_and_labels(run, conditioned):
     """The synthesizers of the paper on a small convolutional network; one stage serves all features."""
-    stages = fr.partition(fr.models.resnet20(num_classes=3), (2, 6))
+    stages = fr.partition(fr.models.resnet8(num_classes=3), (1, 3))
     rng = np.random.default_rng(0)
     batch = fr.Batch(
         jnp.asarray(rng.standard_normal((4, 8, 8, 3)), jnp.float32), jnp.asarray(rng.integers(0, 3, 4), jnp.int32)
