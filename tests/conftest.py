@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Half of the tests' time is XLA's, compiling for the CPU. The emitters that JAX 0.10 can still choose take a third of
-# the time of the only ones that 0.11 has. To test with the default ones, set XLA_FLAGS to an empty string.
+# the time of its default ones (0.11 has no choice). To test with the default ones, set XLA_FLAGS to an empty string.
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
