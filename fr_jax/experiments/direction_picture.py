@@ -43,6 +43,7 @@ def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[
 
     Dots are measurements; lines go through them, or, where there are fifteen or more, through medians of five. Where a
     gradient does not stand out of the noise of its estimate there is no dot, and where three of five have none no line.
+    What lies beyond an axis, which leaves one in fifty out, is a triangle at its edge.
 
     Args:
       rows: of ``sufficient_direction.jsonl``.
@@ -59,18 +60,28 @@ def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[
 
     drawing = Figure(figsize=(14, 5.2))
     drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
-    left_out = np.mean(np.isnan(standing_out(rows, "norm_ratio")))
-    if left_out:
-        note += f"  Left out: {100 * left_out:.0f} %, where ‖∇f‖² is not above twice its standard error."
-    drawing.text(0.5, 0.015, note, ha="center", fontsize=8.5, color="0.35")
+    drawing.text(0.5, 0.015, f"{_legend(rows, milestones)}\n{note}", ha="center", fontsize=8.5, color="0.35")
     axes = drawing.subplots(1, 3)
     for panel, (name, label) in zip(axes, PANELS, strict=True):
         _draw(panel, rows, name)
         _finish(panel, rows, name, label, milestones)
     handles, labels = axes[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.94), ncols=len(labels), frameon=False)
-    drawing.subplots_adjust(left=0.05, right=0.985, bottom=0.145, top=0.82, wspace=0.2)
+    drawing.subplots_adjust(left=0.05, right=0.985, bottom=0.17, top=0.82, wspace=0.2)
     return drawing
+
+
+def _legend(rows: Rows, milestones: Sequence[float]) -> str:
+    """What the marks mean."""
+    marks = ["Dots: measurements (a triangle: beyond the axis)"]
+    if len(rows) >= 3 * NEIGHBOURS:
+        marks.append(f"lines: medians of {NEIGHBOURS}")
+    if any(milestone < rows[-1]["epoch"] for milestone in milestones):
+        marks.append("dotted: the learning rate falls")
+    left_out = np.mean(np.isnan(standing_out(rows, "norm_ratio")))
+    if left_out:
+        marks.append(f"left out: {100 * left_out:.0f} %, where ‖∇f‖² is not above twice its standard error")
+    return "; ".join(marks) + "."
 
 
 def standing_out(rows: Rows, name: str) -> np.ndarray:
@@ -102,7 +113,7 @@ def _draw(panel: Axes, rows: Rows, name: str) -> None:
 
 def _line(panel: Axes, x: np.ndarray, y: np.ndarray, label: str, **look: Any) -> None:
     """Each measurement a dot, and a line through medians of five neighbours where there are many."""
-    panel.plot(x, y, ".", color=look["color"], markersize=5, alpha=0.35, markeredgewidth=0)
+    panel.plot(x, y, ".", color=look["color"], markersize=6, alpha=0.5, markeredgewidth=0)
     middle = y
     if len(y) >= 3 * NEIGHBOURS:
         reach = NEIGHBOURS // 2
@@ -129,7 +140,18 @@ def _finish(panel: Axes, rows: Rows, name: str, label: str, milestones: Sequence
     for milestone in milestones:
         if milestone < last:
             panel.axvline(milestone, color="0.75", linewidth=1, linestyle=":", zorder=0)
+    _mark_what_is_beyond(panel)
     panel.grid(True, color="0.92", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.margins(x=0.02)
+
+
+def _mark_what_is_beyond(panel: Axes) -> None:
+    low, high = panel.get_ylim()
+    for dots in [line for line in panel.get_lines() if line.get_marker() == "."]:
+        x, y = (np.asarray(data, float) for data in (dots.get_xdata(), dots.get_ydata()))
+        for beyond, edge, marker in ((y > high, high, "^"), (y < low, low, "v")):
+            if beyond.any():
+                at = np.full(beyond.sum(), edge)
+                panel.plot(x[beyond], at, marker, color=dots.get_color(), markersize=6, clip_on=False, zorder=3)

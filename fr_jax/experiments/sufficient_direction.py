@@ -56,8 +56,9 @@ class SufficientDirectionSettings(TrainSettings):
     """Steps between measurements. Default: 1/20 of the run."""
     gradient_batches: int = 32
     """Mini-batches over which the gradient is taken, the same in every measurement, shuffled and augmented as in an
-    epoch that is never trained on; 0: a whole epoch. From a part of one, the square of the gradient's norm is estimated
-    without the noise of the sample; where it is not above twice its standard error, nothing is drawn."""
+    epoch that is never trained on; 0, or more than it has: the whole epoch. From a part of one, the square of the
+    gradient's norm is estimated without the noise of the sample; where it is not above twice its standard error,
+    nothing is drawn."""
 
 
 class Measurement(NamedTuple):
@@ -79,7 +80,7 @@ class Watcher:
         assert isinstance(s, SufficientDirectionSettings) and s.steps is not None
         self._session, self._log = session, log
         self._every = s.every or max(1, s.steps // 20)
-        self._count = s.gradient_batches or session.pipeline.steps_per_epoch
+        self._count = _gradient_batches(session)
         stages = fr.partition(session.layers, session.cuts)
         common = (s, stages, session.placement, session.pipeline.steps_per_epoch, session.dataset)
         self._looked_at = make_algorithm(*common, return_grads=True)
@@ -113,6 +114,13 @@ class Watcher:
         epoch = round(at.step / self._session.pipeline.steps_per_epoch, 6)
         row = {"step": at.step, "epoch": epoch, **_numbers(at.method)}
         self._log.write(row | {"one_batch": _numbers(at.one_batch)})
+
+
+def _gradient_batches(session: Session) -> int:
+    """Over how many mini-batches the gradient is: an epoch's at most."""
+    s, epoch = session.settings, session.pipeline.steps_per_epoch
+    assert isinstance(s, SufficientDirectionSettings)
+    return min(s.gradient_batches or epoch, epoch)
 
 
 def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
@@ -163,8 +171,8 @@ def _draw(session: Session, folder: RunFolder, rows: Sequence[Mapping[str, Any]]
     s = session.settings
     assert isinstance(s, SufficientDirectionSettings)
     title = f"{METHODS[s.method].title}, K = {s.K}, {s.model} on {s.dataset}: each module's direction and the gradient"
-    over = s.gradient_batches or session.pipeline.steps_per_epoch
-    note = f"Gradient over {over} mini-batches of {s.batch_size}. Data: {session.dataset.source}"
+    over = f"{_gradient_batches(session)} mini-batches of {s.batch_size}"
+    note = f"Gradient over {over}. Data: {session.dataset.source}"
     plot_directions(rows, folder.directions_picture, title=title, note=note, milestones=s.milestones or ())
 
 

@@ -55,22 +55,26 @@ def test_rows_and_picture(whole_run):
 
 
 def test_the_gradient_is_of_examples_drawn_apart(monkeypatch, tmp_path):
-    """The mini-batch that a step is made with is in no sample, not even in that of the first measurements."""
-    asked = []
+    """The mini-batch that a step is made with is in no sample, and no sample has an example twice."""
+    asked, epochs = [], []
     build = program.build
 
     def noting(*args, **options):
         session = build(*args, **options)
         train_batch = session.pipeline.train_batch
+        epochs.append(session.pipeline.steps_per_epoch)
         pipeline = session.pipeline._replace(train_batch=lambda step: asked.append(step) or train_batch(step))
         return session._replace(pipeline=pipeline)
 
     monkeypatch.setattr(program, "build", noting)
-    assert sufficient_direction.main([*SMALL, *MEASURED, "--steps", "4", "--workdir", str(tmp_path / "run")]) == 0
+    words = [*SMALL, "--batch-size", "128", "--every", "3", "--gradient-batches", "1000"]
+    assert sufficient_direction.main([*words, "--steps", "4", "--workdir", str(tmp_path / "run")]) == 0
+    (epoch,) = epochs
     trained = {step for step in asked if step < 100}
     assert trained >= {0, 1, 2, 3}
     samples = [step for step in asked if step not in trained]
-    assert len(samples) == 2 * 6 and samples[:6] == samples[6:]
+    assert len(samples) == 2 * epoch and samples[:epoch] == samples[epoch:]
+    assert samples[:epoch] == list(range(samples[0], samples[0] + epoch)) and samples[0] % epoch == 0
 
 
 def test_a_resumed_run_has_the_same_rows(whole_run, tmp_path):
@@ -114,7 +118,7 @@ def test_what_is_lost_in_noise_is_left_out_of_the_picture_and_the_summary():
     assert [np.isfinite(values).sum() for values in dots] == [20, 10, 20]
     line = next(line for line in drawing.axes[0].get_lines() if line.get_label() == "module 2").get_ydata()
     assert np.isfinite(line[:10]).all() and np.isnan(line[10:]).all()
-    assert "Left out: 25 %" in drawing.texts[0].get_text() + drawing.texts[1].get_text()
+    assert "left out: 25 %" in drawing.texts[0].get_text() + drawing.texts[1].get_text()
     said = sufficient_direction.summary(rows)
     assert "module 1  0.500 (0.500, 100 %) in 20" in said and "module 2  0.500 (0.500, 100 %) in 10" in said
     for row in rows:
@@ -122,12 +126,25 @@ def test_what_is_lost_in_noise_is_left_out_of_the_picture_and_the_summary():
     assert "module 2  never moved, or never stood out" in sufficient_direction.summary(rows)
 
 
+def test_what_lies_beyond_an_axis_is_marked_at_its_edge():
+    one = lambda x: {"sigma": x, "cosine": x, "norm_ratio": x, "gradient_square": 4.0, "square_noise": 1.0}
+    rows = [{"epoch": t / 9, **{name: [v] for name, v in one(0.5).items()}} for t in range(200)]
+    rows = [{**row, "one_batch": {"network": one(0.5)}} for row in rows]
+    rows[70] |= {"sigma": [-50.0]}
+    rows[80] |= {"sigma": [60.0]}
+    sigma = direction_figure(rows, title="title", note="note").axes[0]
+    low, high = sigma.get_ylim()
+    assert -50 < low < 0.5 < high < 60
+    marks = {line.get_marker(): line.get_xydata() for line in sigma.get_lines() if line.get_marker() in ("^", "v")}
+    assert marks["v"].tolist() == [[70 / 9, low]] and marks["^"].tolist() == [[80 / 9, high]]
+
+
 def test_the_figure_has_a_line_a_module(whole_run):
     drawing = direction_figure(rows_of(whole_run), title="title", note="note", milestones=(0.01, 99.0))
     labels = [handle.get_label() for handle in drawing.axes[0].get_lines() if not handle.get_label().startswith("_")]
     assert labels == ["module 1", "module 2", "module 3", "one mini-batch's own gradient, whole network"]
-    (note,) = (text.get_text() for text in drawing.texts if text.get_text().startswith("note"))
+    (note,) = (text.get_text() for text in drawing.texts if text.get_text().endswith("note"))
     left_out = np.isnan(standing_out(rows_of(whole_run), "norm_ratio"))
-    assert ("Left out" in note) == left_out.any()
+    assert ("left out" in note) == left_out.any() and "dotted: the learning rate falls" in note
     with pytest.raises(ValueError, match="at least one row"):
         direction_figure([], title="", note="")
