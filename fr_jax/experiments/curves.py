@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fr_jax.experiments import program
+from fr_jax.experiments import program, reached
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.settings import SettingsError
 from fr_jax.training.comparison_plot import Line, plot_comparison
+from fr_jax.training.files import write_atomically
 from fr_jax.training.metrics import read_rows
 from fr_jax.training.workdir import RunFolder
 
@@ -37,10 +38,13 @@ class CurvesSettings:
     instead of over its own seconds. 0: leave it out of the panel with the time."""
     title: str | None = None
     """Over the figure. Default: the network and the data set."""
+    losses: tuple[float, ...] = ()
+    """Also say how long each run takes until its training loss, smoothed as drawn, stays below these, over the time of
+    the panel with the time, and write it beside the picture as a .csv file."""
     output: Path = Path("comparison.png")
     """The PNG file."""
     overwrite: bool = False
-    """Replace the file where it exists."""
+    """Replace the files where they exist."""
 
 
 def run(settings: CurvesSettings) -> int:
@@ -64,25 +68,31 @@ def run(settings: CurvesSettings) -> int:
         )
     if any(not 0 <= seconds < math.inf for seconds in settings.step_seconds):
         raise SettingsError(f"--step-seconds {' '.join(map(str, settings.step_seconds))}: give 0 or more.")
-    if settings.output.exists() and not settings.overwrite:
-        raise SettingsError(f"--output {settings.output} exists. Choose another, or replace it with --overwrite.")
+    losses_file = settings.output.with_suffix(".csv")
+    for file in (settings.output, *((losses_file,) if settings.losses else ())):
+        if file.exists() and not settings.overwrite:
+            raise SettingsError(f"--output {file} exists. Choose another, or replace it with --overwrite.")
     found = [_read(folder) for folder in settings.runs]
-    lines: dict[str, list[Any]] = {}
+    lines: dict[str, list[tuple[str, Any]]] = {}
     methods: dict[str, str] = {}
     for i, (config, rows) in enumerate(found):
         label = settings.labels[i] if settings.labels else _label(config)
         if settings.step_seconds:
             rows = [row | {"seconds": row["step"] * settings.step_seconds[i] or None} for row in rows]
-        lines.setdefault(label, []).append(rows)
+        lines.setdefault(label, []).append((settings.runs[i].as_posix(), rows))
         methods.setdefault(label, config["method"])
     first, _ = found[0]
     title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
-    pictured = [Line(label, rows, *_look(label, methods)) for label, rows in lines.items()]
+    pictured = [Line(label, [rows for _, rows in runs], *_look(label, methods)) for label, runs in lines.items()]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
     plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources), **own)
     print(f"Picture: {settings.output}")
+    if settings.losses:
+        table = reached.table(lines, settings.losses)
+        write_atomically(losses_file, reached.as_csv(table))
+        print(f"{reached.as_text(table)}\nTable: {losses_file}")
     return program.FINISHED
 
 

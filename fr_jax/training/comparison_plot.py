@@ -25,6 +25,8 @@ LOG_SCALE_RATIO = 30.0
 class Line(NamedTuple):
     """Runs of several seeds that are drawn as their mean, with a band from the least to the greatest.
 
+    The mean goes as far as the shortest run; those that go on are thin lines from there.
+
     Attributes:
       label: in the legend.
       runs: the rows of each run's ``metrics.jsonl``.
@@ -94,22 +96,40 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, ti
 
 
 def mean_over_runs(runs: Sequence[Rows], quantity: str, against: str) -> tuple[Mean, bool]:
-    """Step by step over the seeds, as far as each goes; and whether one diverged.
+    """Step by step over the seeds, as far as all go that did not diverge; and whether one diverged.
 
     A step counts where all runs that reached it have a row: one that was resumed may have others than the rest.
     """
     points = [_points(rows, quantity, against) for rows in runs]
+    end = _last_common(runs, points)
     steps = []
-    for step in sorted(set().union(*points)):
+    for step in sorted(step for step in set().union(*points) if step <= end):
         reached = [own for own in points if own and max(own) >= step]
         if all(step in own for own in reached):
             steps.append([own[step] for own in reached])
     x = np.array([np.mean([x for x, _ in there]) for there in steps])
     ys = [[y for _, y in there] for there in steps]
     mean, low, high = (np.array([f(y) for y in ys]) for f in (np.mean, np.min, np.max))
-    # What diverges shows in the training loss.
-    diverged = any(curve(rows, "train_loss", "epoch").diverged for rows in runs)
-    return Mean(x, mean, low, high), diverged
+    return Mean(x, mean, low, high), any(_diverged(rows) for rows in runs)
+
+
+def _diverged(rows: Rows) -> bool:
+    return curve(rows, "train_loss", "epoch").diverged  # there it shows
+
+
+def _last_common(runs: Sequence[Rows], points: Sequence[dict[int, Any]]) -> float:
+    """The last step of the shortest run: beyond it a mean would move because a seed is missing."""
+    ends = [(max(own), _diverged(rows)) for rows, own in zip(runs, points, strict=True) if own]
+    whole = [end for end, diverged in ends if not diverged]
+    return min(whole) if whole else max((end for end, _ in ends), default=0)
+
+
+def _further(runs: Sequence[Rows], quantity: str, against: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each run that goes on where the mean ends, x and y from there."""
+    points = [_points(rows, quantity, against) for rows in runs]
+    end = _last_common(runs, points)
+    tails = [np.array([own[step] for step in sorted(own) if step >= end]) for own in points]
+    return [(tail[:, 0], tail[:, 1]) for tail in tails if len(tail) > 1]
 
 
 def _points(rows: Rows, quantity: str, against: str) -> dict[int, tuple[float, float]]:
@@ -135,6 +155,8 @@ def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float) -> 
     axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
     if len(line.runs) > 1:
         axes.fill_between(mean.x / scale, mean.low, mean.high, color=look["color"], alpha=0.15, linewidth=0)
+        for x, y in _further(line.runs, quantity, against):
+            axes.plot(x / scale, y, linewidth=0.9, alpha=0.6, **look)
     if diverged and len(mean.x):
         axes.plot(mean.x[-1:] / scale, mean.y[-1:], "X", color=look["color"], markersize=10, markeredgecolor="white")
 

@@ -60,6 +60,24 @@ def test_writes_a_picture_and_no_other(make_run, tmp_path, capsys):
     assert comparison_plot.plot_comparison is curves.plot_comparison
 
 
+def test_how_long_to_a_loss(make_run, tmp_path, capsys):
+    words = ["--runs", make_run("a", "bp", 1, rows=9), make_run("b", rows=9), make_run("c", rows=3)]
+    words += ["--losses", "0.3", "1.5", "--step-seconds", "60", "30", "30", "--output", str(tmp_path / "x.png")]
+    assert curves.main(words) == 0
+    said = capsys.readouterr().out
+    assert (
+        "times as fast as back-propagation" in said
+        and "1.5: back-propagation 2.0; features replay, K = 2 1.0 (2.00)" in said
+    )
+    assert "0.3: back-propagation 7.0; features replay, K = 2 never" in said  # in the mean over its two runs
+    header, *rows = (tmp_path / "x.csv").read_text().splitlines()
+    assert header == "line,run,training_loss,step,epoch,seconds" and len(rows) == 6
+    assert rows[0] == f"back-propagation,{tmp_path / 'a'},0.3,7,0.7,420.0"
+    assert rows[2] == f'"features replay, K = 2",{tmp_path / "c"},0.3,,,'
+    (tmp_path / "x.png").unlink()
+    assert curves.main(words) == 2 and "x.csv exists" in capsys.readouterr().err
+
+
 def test_what_cannot_be_drawn(make_run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     cases = [

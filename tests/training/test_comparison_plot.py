@@ -30,6 +30,18 @@ def test_a_seed_that_diverged_leaves_the_others():
     assert diverged
 
 
+def test_a_mean_ends_with_the_shortest_run_and_the_others_go_on_by_themselves():
+    runs = [rows(1.0, steps=30), rows(3.0, steps=20), rows(5.0, steps=30)]
+    error, _ = mean_over_runs(runs, "test_accuracy", "epoch")
+    np.testing.assert_allclose(error.x, [1, 2])
+    np.testing.assert_allclose(error.y, [3, 3])
+    drawing = comparison_figure([Line("three", runs, 0, 0)], title="", data_source="")
+    mean, *further = drawing.axes[2].get_lines()
+    assert mean.get_xdata().tolist() == [1, 2]
+    assert [line.get_xdata().tolist() for line in further] == [[2, 3], [2, 3]]
+    np.testing.assert_allclose([line.get_ydata() for line in further], [[1, 1], [5, 5]])
+
+
 def test_only_rows_of_the_same_step_are_averaged():
     """A run that was resumed has rows of its own."""
     odd = [row for row in rows(1.0) if row["step"] % 3 == 0 and "train_loss" in row]
