@@ -60,30 +60,38 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each loss: the minutes of each line's runs, in the mean, and beside them how the first line compares.
+    """Markdown: a row for each line of the picture, with the mean minutes of its runs, and how the first line compares.
+
+    Lines without a time are left out.
 
     Example:
-      >>> rows = [{"line": "bp", "training_loss": 1.0, "seconds": 90.0}, {"line": "fr", "training_loss": 1.0,
-      ...          "seconds": 60.0}]
+      >>> rows = [{"line": "bp", "training_loss": 1.0, "step": 90, "seconds": 90.0},
+      ...         {"line": "fr", "training_loss": 1.0, "step": 95, "seconds": 60.0}]
       >>> print(as_text(rows))
-      minutes until the training loss stays below (times as fast as bp)
-        1: bp 1.5; fr 1.0 (1.50)
+      | minutes until the training loss stays below (times as fast as bp) | 1 |
+      | --- | --- |
+      | bp | 1.5 |
+      | fr | 1.0 (1.50) |
     """
-    first = rows[0]["line"]
-    text = [f"minutes until the training loss stays below (times as fast as {first})"]
-    for loss in dict.fromkeys(row["training_loss"] for row in rows):
-        seconds: dict[str, list[float]] = {}
-        for row in rows:
-            if row["training_loss"] == loss:
-                seconds.setdefault(row["line"], []).append(math.inf if row["seconds"] is None else row["seconds"])
-        mean = {line: float(np.mean(own)) for line, own in seconds.items()}
-        cells = [_cell(line, own, None if line == first else mean[first]) for line, own in mean.items()]
-        text.append(f"  {loss:g}: {'; '.join(cells)}")
-    return "\n".join(text)
+    timeless = {row["line"] for row in rows if row["step"] is not None and row["seconds"] is None}
+    timed = [row for row in rows if row["line"] not in timeless]
+    first, losses = rows[0]["line"], list(dict.fromkeys(row["training_loss"] for row in rows))
+    minutes: dict[str, dict[float, list[float]]] = {}
+    for row in timed:
+        own = math.inf if row["seconds"] is None else row["seconds"] / 60
+        minutes.setdefault(row["line"], {}).setdefault(row["training_loss"], []).append(own)
+    mean = {line: [float(np.mean(own[loss])) for loss in losses] for line, own in minutes.items()}
+    text = [
+        [f"minutes until the training loss stays below (times as fast as {first})", *(f"{loss:g}" for loss in losses)],
+        ["---"] * (1 + len(losses)),
+    ]
+    for line, own in mean.items():
+        beside = [math.inf] * len(losses) if line == first else mean.get(first, [math.inf] * len(losses))
+        text.append([line, *map(_cell, own, beside)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
-def _cell(line: str, seconds: float, first: float | None) -> str:
-    if math.isinf(seconds):
-        return f"{line} never"
-    minutes = f"{line} {seconds / 60:.1f}"
-    return minutes if first is None or math.isinf(first) else f"{minutes} ({first / seconds:.2f})"
+def _cell(minutes: float, beside: float) -> str:
+    if math.isinf(minutes):
+        return "never"
+    return f"{minutes:.1f}" + ("" if math.isinf(beside) else f" ({beside / minutes:.2f})")

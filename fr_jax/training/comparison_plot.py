@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Line", "comparison_figure", "plot_comparison"]
 
-STROKES = ("-", "--", ":", "-.")
+STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 LOG_SCALE_RATIO = 30.0
 
 
