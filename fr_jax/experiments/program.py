@@ -243,7 +243,8 @@ def draw(session: Session, folder: RunFolder) -> None:
 def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
     """Draws the curves, writes the summary, and says how the run ended."""
     draw(session, folder)
-    write_json(folder.summary, make_summary(session, outcome))
+    summary = make_summary(session, outcome)
+    write_json(folder.summary, summary)
     if outcome.divergence is not None:
         where = outcome.divergence
         good = checkpoints.steps()
@@ -258,6 +259,9 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
         f"Done: test accuracy {t.test_accuracy:.2%} (best {t.best_test_accuracy:.2%}) on {session.dataset.name} "
         f"after {outcome.step:,} steps in {t.seconds:.0f} s."
     )
+    peaks = summary.get("device_peak_bytes", {})
+    if peaks:
+        print("Peak of memory: " + ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in peaks.items()))
     print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
     return FINISHED
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from fr_jax.diagnostics.memory import device_peaks
 from fr_jax.experiments.session import Session
 from fr_jax.experiments.settings import as_json
 from fr_jax.training.loop import Outcome
@@ -53,5 +54,13 @@ def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
         "seconds": round(t.seconds, 3),
         "step_seconds_median": outcome.step_seconds_median,
         "device": f"{len(devices)} x {jax.devices()[0].device_kind}",
+        **_peaks(devices),
         "diverged": outcome.divergence is not None,
     }
+
+
+def _peaks(devices: set[jax.Device]) -> dict[str, dict[str, int]]:
+    """The most bytes in use on each device of this process since it started, where the device counts (a GPU does)."""
+    found = device_peaks(devices & set(jax.local_devices()))
+    counted = {name: peak for name, peak in sorted(found.items()) if peak is not None}
+    return {"device_peak_bytes": counted} if counted else {}

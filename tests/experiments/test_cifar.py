@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import requests
 
-from fr_jax.experiments import cifar
+from fr_jax.experiments import cifar, records
 from fr_jax.experiments import program as program_module
 from fr_jax.experiments.console import Console
 from fr_jax.models import MODELS, resnet20
@@ -153,6 +153,7 @@ def test_summary_of_a_run(finished):
     assert (summary["dataset"], summary["model"], summary["method"], summary["K"]) == ("digits", "mlp", "fr", 3)
     assert (summary["steps"], summary["seed"], summary["diverged"]) == (STEPS, 0, False)
     assert summary["device"] == "3 x cpu" and len(summary["cuts"]) == 2
+    assert "device_peak_bytes" not in summary  # a CPU does not count
     accuracies = [row["test_accuracy"] for row in read_rows(finished / "metrics.jsonl") if "test_accuracy" in row]
     assert summary["test_accuracy"] == accuracies[-1] and summary["best_test_accuracy"] == max(accuracies)
     assert summary["seconds"] > 0 and 0 < summary["step_seconds_median"] < summary["seconds"]
@@ -522,9 +523,13 @@ def assert_only_parameters_are_float32(folder: pathlib.Path, step: int) -> None:
     assert params and all(kind.startswith("float32") for kind in params)
 
 
-def test_profile_and_tensorboard(program, tmp_path):
-    code, _, _ = program("--K", 1, *QUICK, "--steps", 4, "--profile", "--tensorboard", "--workdir", tmp_path)
+def test_profile_and_tensorboard_and_peaks_of_memory(program, tmp_path, monkeypatch):
+    of_a_gpu = lambda devices: {f"gpu:{device.id}": 2_500_000 for device in devices} | {"gpu:7": None}
+    monkeypatch.setattr(records, "device_peaks", of_a_gpu)  # a CPU does not count
+    code, out, _ = program("--K", 1, *QUICK, "--steps", 4, "--profile", "--tensorboard", "--workdir", tmp_path)
     assert code == 0
+    assert "Peak of memory: gpu:0 2 MB" in out
+    assert load(tmp_path / "summary.json")["device_peak_bytes"] == {"gpu:0": 2_500_000}
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert [path for path in (tmp_path / "tensorboard").rglob("*tfevents*") if path.stat().st_size > 100]
 
