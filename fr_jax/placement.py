@@ -33,8 +33,7 @@ def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel
       ValueError: K or D is less than one, or there are fewer than D devices.
 
     Example:
-      >>> import fr_jax as fr
-      >>> len(fr.placement(4))
+      >>> len(placement(4))
       4
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -60,14 +59,25 @@ def _sharding(group: Sequence[jax.Device]) -> Sharding:
 
 
 def replicated(sharding: Sharding | None) -> Sharding | None:
-    """The sharding of what has no batch axis (weights, scalars) on the same devices."""
+    """The sharding of what has no batch axis (weights, scalars) on the same devices.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> replicated(NamedSharding(mesh, PartitionSpec("data"))).spec == PartitionSpec()
+      True
+    """
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding
 
 
 def data_parallel_size(sharding: Sharding | None) -> int:
-    """D: over how many devices the batch is split."""
+    """D: over how many devices the batch is split.
+
+    Example:
+      >>> [data_parallel_size(sharding) for sharding in placement(2)]
+      [1, 1]
+    """
     return sharding.num_devices if isinstance(sharding, NamedSharding) else 1
 
 
@@ -76,6 +86,10 @@ def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Shard
 
     Raises:
       ValueError: the placement has not K entries, or an entry is not a sharding.
+
+    Example:
+      >>> check_placement(None, 2)
+      (None, None)
     """
     if shardings is None:
         return (None,) * K
@@ -99,7 +113,13 @@ def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Shard
 
 
 def place(x: PyTree, sharding: Sharding | None) -> PyTree:
-    """Like :func:`put`, and also onto devices of another process, for what every process holds alike (a seed's key)."""
+    """Like :func:`put`, and also onto devices of another process, for what every process holds alike (a seed's key).
+
+    Example:
+      >>> first, second = placement(2)
+      >>> place(jax.random.key(0), second).sharding == second
+      True
+    """
     if sharding is None or sharding.is_fully_addressable:
         return put(x, sharding)
     # device_put refuses to leave the process. The jit is made afresh each time: calling one a second time with arrays
@@ -112,6 +132,15 @@ def put(x: PyTree, sharding: Sharding | None) -> PyTree:
 
     A NumPy array is copied: JAX may share its memory, and a history still reads it when the caller has long since
     written the next batch there. In a run of several processes all of them must call this for the same array.
+
+    Args:
+      x: arrays of any shape, with a batch axis first where ``sharding`` splits it.
+      sharding: the stage's, from :func:`placement`, or :func:`replicated` of it.
+
+    Example:
+      >>> first, second = placement(2)
+      >>> put({"h": np.zeros((4, 3))}, second)["h"].sharding == second
+      True
     """
 
     def put_leaf(leaf: Array) -> Array:
