@@ -24,7 +24,7 @@ def balance(costs: Sequence[float], K: int, *, last_stage_weight: float = 1.0) -
       K-1 increasing positions; stage k holds ``layers[cuts[k-1]:cuts[k]]``.
 
     Raises:
-      ValueError: K is out of range, or a cost is negative or not finite.
+      ValueError: K is out of range, a cost is negative or not finite, or the weight is not above 0.
 
     Example:
       >>> import fr_jax as fr
@@ -35,6 +35,8 @@ def balance(costs: Sequence[float], K: int, *, last_stage_weight: float = 1.0) -
     _check(K, L)
     if not all(np.isfinite(cost) and cost >= 0 for cost in costs):
         raise ValueError(f"costs must be finite and at least 0; given were {list(costs)}.")
+    if not 0 < last_stage_weight < np.inf:
+        raise ValueError(f"last_stage_weight = {last_stage_weight} was given; it must be finite and above 0.")
     total = np.concatenate([[0.0], np.cumsum(np.asarray(costs, float))])
 
     def stage_costs(k: int, starts: range, stop: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fr_jax.stages import traced_once
+from fr_jax.stages import check_stages, traced_once
 from fr_jax.types import Array, PyTree, Stage
 
 __all__ = ["LayerCost", "StageWork", "layer_costs", "layer_flops", "layer_times", "stage_cost"]
@@ -205,6 +205,7 @@ def _different_layers(
     """The layers without repetition, and for each layer which of these it is."""
     if not layers:
         raise ValueError("the cost of no layers was asked for; a network has at least one layer.")
+    check_stages(layers, "layer")
     h: Any = jax.ShapeDtypeStruct(example_inputs.shape, jax.dtypes.canonicalize_dtype(example_inputs.dtype))
     known: dict[Any, int] = {}
     kinds, of_layer = [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -81,23 +82,24 @@ def data_parallel_size(sharding: Sharding | None) -> int:
     return sharding.num_devices if isinstance(sharding, NamedSharding) else 1
 
 
-def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Sharding | None, ...]:
-    """One sharding (or None, for the default device) for each of K stages.
+def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Sharding, ...]:
+    """One sharding for each of K stages; for None the default device, also for a mini-batch that comes from another.
 
     Raises:
       ValueError: the placement has not K entries, or an entry is not a sharding.
 
     Example:
-      >>> check_placement(None, 2)
-      (None, None)
+      >>> check_placement(None, 2) == placement(2, [jax.local_devices()[0]])
+      True
     """
     if shardings is None:
-        return (None,) * K
+        return (jnp.zeros(()).sharding,) * K
     if isinstance(shardings, Sharding):
         raise ValueError(
             f"placement is the single sharding {shardings!r}; it needs a sequence of K = {K}, one a stage. "
             f"Use fr_jax.placement({K}, devices) to make one from devices."
         )
+    shardings = tuple(shardings)
     if len(shardings) != K:
         raise ValueError(
             f"placement has {len(shardings)} entries for K = {K} stages; it needs one sharding a stage. "
@@ -109,7 +111,7 @@ def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Shard
                 f"placement entry {k} is {sharding!r}; each must be a jax.sharding.Sharding. "
                 f"Use fr_jax.placement({K}, devices) to make one from devices."
             )
-    return tuple(shardings)
+    return shardings
 
 
 def place(x: PyTree, sharding: Sharding | None) -> PyTree:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,11 +27,20 @@ class Chain(Stage):
 
     layers: tuple[Stage, ...]
 
-    def __new__(cls, layers: Sequence[Stage]) -> Chain:
+    def __new__(cls, layers: Any, apply: Callable | None = None) -> Any:
+        if apply is not None:  # as jax.tree.map makes it anew, from changed fields: no longer these layers
+            return Stage(layers, apply)
         layers = tuple(layers)
         self = super().__new__(cls, functools.partial(_init_chain, layers), functools.partial(_apply_chain, layers))
         self.layers = layers
         return self
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Any:  # as _replace makes it anew
+        return Stage._make(iterable)
+
+    def __getnewargs__(self) -> Any:  # copies and pickles
+        return (self.layers,)
 
 
 def chain(*stages: Stage) -> Chain:
@@ -47,7 +57,7 @@ def chain(*stages: Stage) -> Chain:
       A stage whose ``params`` and ``state`` are tuples, one entry a layer.
 
     Raises:
-      ValueError: no stage was given.
+      ValueError: no stage was given, or something that is none.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -59,7 +69,18 @@ def chain(*stages: Stage) -> Chain:
     """
     if not stages:
         raise ValueError("chain() was given no stage; a stage needs at least one layer. Pass one or more stages.")
+    check_stages(stages, "layer")
     return Chain(stages)
+
+
+def check_stages(stages: Sequence[Any], name: str) -> None:
+    """Raises ValueError, with the number of the first that is no Stage, and with how to make one."""
+    for k, stage in enumerate(stages, start=1):
+        if not isinstance(stage, Stage):
+            raise ValueError(
+                f"{name} {k} is {stage!r}; each must be an fr_jax.Stage(init, apply). "
+                "Wrap a Flax module with fr_jax.from_linen, a list of layers with fr_jax.chain(*layers)."
+            )
 
 
 def _init_chain(layers: tuple[Stage, ...], key: Array, x: Array) -> tuple[PyTree, PyTree]:
@@ -91,7 +112,10 @@ def traced_once(apply: Callable) -> Callable:
 
 
 @functools.lru_cache(maxsize=1024)
-def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) -> Stage:
+def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], written: str) -> Stage:
+    """``written`` tells apart what is equal and not the same: ``2`` and ``2.0``."""
+    from flax.errors import LazyInitError
+
     accepted = inspect.signature(type(module).__call__).parameters
 
     def flags(train: bool) -> dict[str, Any]:
@@ -100,7 +124,10 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) 
 
     def init(key: Array, x: Array) -> tuple[PyTree, PyTree]:
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-        variables = module.lazy_init({"params": key}, spec, **flags(False))
+        try:
+            variables = module.lazy_init({"params": key}, spec, **flags(False))
+        except LazyInitError:  # a variable's first value depends on the input
+            variables = module.init({"params": key}, x, **flags(False))
         state = {name: collection for name, collection in variables.items() if name != "params"}
         return variables.get("params", {}), state
 
@@ -131,6 +158,12 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     Returns:
       The stage.
 
+    Raises:
+      ValueError: ``module`` is no Linen module.
+
+    The flags go by keyword. A module that must have them by position, such as ``nn.remat(Block, static_argnums=2)``,
+    is called so inside a small module of your own.
+
     Example:
       >>> import flax.linen as nn
       >>> import fr_jax as fr
@@ -139,7 +172,14 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
       >>> sorted(state)
       ['batch_stats']
     """
-    arguments = (module, tuple(sorted(call_kwargs.items())))
+    from flax import linen as nn
+
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"from_linen() was given {module!r}; it must be a Flax Linen module, such as flax.linen.Dense(10). "
+            "A class must be called first; other functions are wrapped as fr_jax.Stage(init, apply)."
+        )
+    arguments = (module, tuple(sorted(call_kwargs.items())), repr((module, sorted(call_kwargs.items()))))
     try:
         hash(arguments)
     except TypeError:  # nn.Sequential([...]), for example, holds a list
@@ -169,7 +209,10 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Chain, ...]
       >>> [len(stage.layers) for stage in fr.partition(layers, (2,))]
       [2, 1]
     """
-    cuts = tuple(int(cut) for cut in cuts)
+    try:
+        cuts = tuple(operator.index(cut) for cut in cuts)
+    except TypeError:
+        raise ValueError(f"cuts {cuts!r} must be whole numbers, such as (3, 5), the places between layers.") from None
     if not layers:
         raise ValueError("partition() was given no layers; a network has at least one.")
     if len(cuts) + 1 > len(layers):

@@ -135,7 +135,7 @@ def step(parts: Parts, setup: Setup, state: BackpropState, batch: Batch) -> tupl
         batch_spec=state.batch_spec,
     )
     returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, steps.named_norms(norms) | top.metrics)
+    return state, Info(top.loss, returned, top.metrics | steps.named_norms(norms))
 
 
 def backprop(
@@ -153,7 +153,8 @@ def backprop(
     Args:
       stages: the K modules.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K.
+      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the module's.
       placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device. Where all are
         the same, a step is a single jitted function; ``placement(1, data_parallel=D)`` is data-parallel training.
       return_grads: also return each module's gradient in ``Info.grads``.

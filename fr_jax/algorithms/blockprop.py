@@ -206,6 +206,7 @@ def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: 
 
 
 def _for_each_cut(name: str, value: Any, K: int) -> tuple[float, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or JAX
     values = tuple(value) if isinstance(value, Iterable) else (value,) * (K - 1)
     for one in values if isinstance(value, Iterable) else (value,):
         if not isinstance(one, numbers.Real) or isinstance(one, bool) or not 0 < float(one) < math.inf:
@@ -255,7 +256,8 @@ def blockprop(
     Args:
       stages: the K blocks.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all blocks, or a sequence of K.
+      optimizer: one optax transformation for all blocks, or a sequence of K. Each block has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the block's.
       penalty: lambda_1..lambda_{K-1}, or one for all. lambda_k holds b_k(h_k) and h_{k+1} together.
       h_steps: N_h, gradient steps on each gluing variable; with 0 only block K learns.
       h_learning_rate: gamma_2..gamma_K, their step sizes, or one for all; of an example's own L_k, for any batch size.

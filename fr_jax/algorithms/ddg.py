@@ -173,7 +173,7 @@ def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDG
         batch_spec=state.batch_spec,
     )
     returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, steps.named_norms(norms) | top.metrics)
+    return state, Info(top.loss, returned, top.metrics | steps.named_norms(norms))
 
 
 def ddg(
@@ -192,9 +192,10 @@ def ddg(
     Args:
       stages: the K modules.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. The paper's are SGD, its Algorithm 1, and
-        Adam, its Algorithm 2. A learning-rate schedule counts a module's own updates, so module k follows it K-k
-        iterations late: by mini-batch, as back-propagation would.
+      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the module's. The paper's are SGD, its
+        Algorithm 1, and Adam, its Algorithm 2. A learning-rate schedule counts a module's own updates, so module k
+        follows it K-k iterations late: by mini-batch, as back-propagation would.
       weight_prediction: a. Module k < K runs forward with its weights moved on by a (K-k) times its last update, which
         is SpecTrain's prediction of the weights that the gradient will meet for a = 1
         (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise module k keeps its last update in

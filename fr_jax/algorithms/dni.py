@@ -215,14 +215,14 @@ def step(
         batch_spec=state.batch_spec,
     )
     returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, steps.named_norms(norms) | errors | top.metrics)
+    return state, Info(top.loss, returned, top.metrics | errors | steps.named_norms(norms))
 
 
 def check_synthesizers(
     synthesizers: Stage | Sequence[Stage], optimizer: optax.GradientTransformation, label_conditioning: bool, K: int
 ) -> SynthesizerSetup:
     """One synthesizer for all of the K-1 features, or a sequence of K-1; raises ValueError for anything else."""
-    given = (synthesizers,) * (K - 1) if isinstance(synthesizers, Stage) else tuple(synthesizers)
+    given = (synthesizers,) * (K - 1) if isinstance(synthesizers, Stage) else tuple(synthesizers or ())
     if len(given) != K - 1:
         raise ValueError(
             f"{len(given)} synthesizers were given for K = {K} stages; there is one for each of the K-1 = {K - 1} "
@@ -258,7 +258,8 @@ def dni(
     Args:
       stages: the K modules.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K.
+      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the module's.
       synthesizers: M_k for the output h_k of each module k < K: K-1 stages, or one for all. Its input is h_k, or
         ``(h_k, targets)`` with ``label_conditioning``; its output has the shape and dtype of h_k and stands for the
         gradient of ``loss_fn`` (the mean over the batch) with respect to h_k. See :func:`fr_jax.models.synthesizer`.

@@ -181,7 +181,7 @@ def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -
         batch_spec=state.batch_spec,
     )
     returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, steps.named_norms(norms) | top.metrics)
+    return state, Info(top.loss, returned, top.metrics | steps.named_norms(norms))
 
 
 def features_replay(
@@ -201,8 +201,9 @@ def features_replay(
     Args:
       stages: the K modules.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. A learning-rate schedule counts a
-        module's own updates, so module k follows it K-k iterations late: by mini-batch, as back-propagation would.
+      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the module's. A learning-rate schedule counts
+        a module's own updates, so module k follows it K-k iterations late: by mini-batch, as back-propagation would.
       batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once a mini-batch;
         ``"replay"``, once a replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
         with the statistics of the batch in every case. Module K has one pass only.

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import steps
@@ -119,11 +120,11 @@ def make_split(sharding: Sharding | None, M: int) -> Callable:
 def make_accumulate(sharding: Sharding | None, *, count: int) -> Callable:
     """``(total, x) -> total + x / count``, leaf by leaf: a mean of ``count`` trees, which starts at ``total`` = None.
 
-    The buffers of ``total`` are always given back; those of ``x`` never.
+    It is added up in float32 at least. The buffers of ``total`` are always given back; those of ``x`` never.
     """
 
     def accumulate(total: PyTree | None, x: PyTree) -> PyTree:
-        part = jax.tree.map(lambda leaf: leaf / count, x)
+        part = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) / count, x)
         return part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
 
     return jax.jit(accumulate, donate_argnames="total", out_shardings=replicated(sharding))
@@ -179,7 +180,7 @@ def step(
         streams=tuple(streams),
         batch_spec=state.batch_spec,
     )
-    return state, Info(loss, grads, steps.named_norms(norms) | metrics)
+    return state, Info(loss, grads, metrics | steps.named_norms(norms))
 
 
 def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None]) -> None:
@@ -221,7 +222,8 @@ def gpipe(
       stages: the K modules. K = 1 is the accumulation of gradients.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the microbatch; the mean over the batch is the mean of
         these.
-      optimizer: one optax transformation for all modules, or a sequence of K.
+      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
+        takes over all weights, such as a global norm to clip by, is over the module's.
       microbatches: M. Microbatch m = 0..M-1 has the examples m, m+M, m+2M, ... of the batch, whose ``inputs`` and
         ``targets`` are ``(B, ...)``; B is a multiple of M, and of M D with D devices a stage.
       placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device, where nothing

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax.placement import check_placement, data_parallel_size, place, replicated
-from fr_jax.stages import Chain, traced_once
+from fr_jax.stages import Chain, check_stages, traced_once
 from fr_jax.types import Array, Batch, BatchSpec, PyTree, Stage
 
 Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
@@ -69,12 +70,7 @@ def check_setup(stages: Sequence[Stage], optimizer: Optimizers, placement: Seque
     stages = tuple(stages)
     if not stages:
         raise ValueError("0 stages were given; a network has at least one. Make them with fr_jax.partition or chain.")
-    for k, stage in enumerate(stages, start=1):
-        if not isinstance(stage, Stage):
-            raise ValueError(
-                f"stage {k} is {stage!r}; each must be an fr_jax.Stage(init, apply). "
-                "Wrap a Flax module with fr_jax.from_linen, a list of layers with fr_jax.chain(*layers)."
-            )
+    check_stages(stages, "stage")
     K = len(stages)
     if isinstance(optimizer, optax.GradientTransformation) or not isinstance(optimizer, Sequence):
         optimizers = (optimizer,) * K
@@ -101,11 +97,12 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
     same key gives the same weights for every choice of cuts, so that methods and K start from the same point.
 
     Raises:
-      ValueError: the key is none, the batch cannot be split over the devices of a stage, or a stage sends
-        something on that has no gradient.
+      ValueError: the key is none, the batch is none or has no examples or not as many targets as inputs, it cannot be
+        split over the devices of a stage, or a stage sends something on that has no gradient.
     """
     if not isinstance(key, jax.Array):
         raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
+    _check_example(batch)
     check_divisible(batch, setup.shardings)
     weights_key, dropout_key = jax.random.split(key)
     h = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch.inputs)
@@ -119,9 +116,10 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
         stream = KeyStream(jax.random.fold_in(dropout_key, k), jnp.zeros((), jnp.int32))
         layer_keys, stream = place((layer_keys, stream), here)
         weights, states = [], []
-        for layer, layer_key in zip(layers, layer_keys, strict=True):
-            layer_params, layer_state = init_stage(layer, layer_key, h, here)
-            h, _ = jax.eval_shape(traced_once(layer.apply), layer_params, layer_state, h, key=dropout_key)
+        for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):
+            with _said_where(k, i, h):
+                layer_params, layer_state = init_stage(layer, layer_key, h, here)
+                h, _ = jax.eval_shape(traced_once(layer.apply), layer_params, layer_state, h, key=dropout_key)
             weights.append(layer_params)
             states.append(layer_state)
         first += len(layers)
@@ -133,6 +131,35 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
             _check_feature(h, k + 1)
     spec = BatchSpec.of(batch)
     return Modules(tuple(params), tuple(model_state), tuple(opt_state), tuple(streams), tuple(features), spec)
+
+
+@contextlib.contextmanager
+def _said_where(k: int, i: int, h: PyTree) -> Iterator[None]:
+    """Adds to an exception in which layer it was raised, and for what input."""
+    try:
+        yield
+    except Exception as error:
+        given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", h)
+        error.add_note(f"This is layer {i} (from 0) of the network, in stage {k + 1}; its input is {given}.")
+        raise
+
+
+def _check_example(batch: Batch) -> None:
+    """Raises ValueError where ``batch`` is no mini-batch that a network can be initialised for."""
+    if not isinstance(batch, Batch) or any(not hasattr(x, "shape") or not hasattr(x, "dtype") for x in batch[:2]):
+        kinds = (
+            f" of {type(batch.inputs).__name__} and {type(batch.targets).__name__}" if isinstance(batch, Batch) else ""
+        )
+        raise ValueError(
+            f"init() was given a {type(batch).__name__}{kinds} as batch; it must be fr_jax.Batch(inputs, targets), "
+            "each one array with the examples along the first axis."
+        )
+    inputs, targets = batch.inputs.shape, batch.targets.shape
+    if not inputs or not inputs[0] or inputs[:1] != targets[:1]:
+        raise ValueError(
+            f"init() was given inputs of shape {inputs} and targets of shape {targets}; both must have the same number "
+            "of examples, at least one, along the first axis."
+        )
 
 
 def init_stage(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -> tuple[PyTree, PyTree]:

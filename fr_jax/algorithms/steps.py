@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.sharding import Sharding
 
+from fr_jax.algorithms.measures import LossFn, MetricsFn, gradient_norm, loss_of, metrics_of
 from fr_jax.algorithms.setup import KeyStream
 from fr_jax.placement import put, replicated
 from fr_jax.types import Array, PyTree, Stage
-
-LossFn: TypeAlias = Callable[[Array, Array], Array]
-MetricsFn: TypeAlias = Callable[[Array, Array], dict[str, Array]]
 
 
 def _optimize(optimizer: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree) -> Any:
@@ -96,7 +94,7 @@ def make_replay(
         else:
             _, vjp, new_state = jax.vjp(lambda p: forward(p, h_in), params, has_aux=True)
             (grads,), delta_in = vjp(delta), None
-        norm = optax.tree.norm(grads)
+        norm = gradient_norm(grads)
         params, opt_state = _optimize(optimizer, grads, opt_state, params)
         new_state = new_state if update_stats else None  # XLA would copy the old one, leaf by leaf
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
@@ -138,16 +136,16 @@ def make_train(
         h_in: PyTree,
         targets: Array,
     ) -> Trained:
-        def loss_of(params: tuple, h: PyTree) -> tuple[Array, Any]:
+        def objective(params: tuple, h: PyTree) -> tuple[Array, Any]:
             new_state = []
             for k, stage in enumerate(stages):
                 key = jax.random.fold_in(streams[k].key, streams[k].count)
                 h, stage_state = stage.apply(params[k], model_state[k], h, key=key, train=True)
                 new_state.append(stage_state)
-            metrics = {} if metrics_fn is None else metrics_fn(h, targets)
-            return loss_fn(h, targets), (tuple(new_state), metrics)
+            metrics = metrics_of(metrics_fn, h, targets)
+            return loss_of(loss_fn, h, targets), (tuple(new_state), metrics)
 
-        gradient = jax.value_and_grad(loss_of, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
+        gradient = jax.value_and_grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
         (loss, (new_state, metrics)), (grads, *delta) = gradient(params, h_in)
         updated = [_optimize(o, g, s, p) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
         return Trained(
@@ -158,7 +156,7 @@ def make_train(
             delta[0] if input_gradient else None,
             loss,
             grads if return_grads else None,
-            tuple(optax.tree.norm(g) for g in grads),
+            tuple(gradient_norm(g) for g in grads),
             metrics,
         )
 
@@ -240,7 +238,8 @@ def make_update(
     """
 
     def update(params: PyTree, opt_state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree, Array]:
-        norm = optax.tree.norm(grads)
+        norm = gradient_norm(grads)
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)  # GPipe's means are wider
         return *_optimize(optimizer, grads, opt_state, params), norm
 
     donated = ("opt_state",) if keep_params else ("params", "opt_state")
@@ -263,12 +262,12 @@ def make_loss_gradient(
     def loss_gradient(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, targets: Array) -> Any:
         key = jax.random.fold_in(stream.key, stream.count)
 
-        def loss_of(params: PyTree, h_in: PyTree) -> tuple[Array, Any]:
+        def objective(params: PyTree, h_in: PyTree) -> tuple[Array, Any]:
             h_out, new_state = stage.apply(params, model_state, h_in, key=key, train=True)
-            metrics = {} if metrics_fn is None else metrics_fn(h_out, targets)
-            return loss_fn(h_out, targets), (new_state, metrics)
+            metrics = metrics_of(metrics_fn, h_out, targets)
+            return loss_of(loss_fn, h_out, targets), (new_state, metrics)
 
-        gradient = jax.value_and_grad(loss_of, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
+        gradient = jax.value_and_grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
         (loss, (new_state, metrics)), (grads, *delta) = gradient(params, h_in)
         return (grads, loss, metrics), delta[0] if input_gradient else None, new_state, stream.count + 1
 

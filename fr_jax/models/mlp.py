@@ -57,7 +57,7 @@ def mlp(
       One stage a layer; the outputs are logits ``(B, num_classes)``.
 
     Raises:
-      ValueError: ``depth`` is less than 1.
+      ValueError: ``depth``, a width or ``num_classes`` is less than 1, or ``dropout_rate`` is outside [0, 1).
 
     Example:
       >>> from fr_jax.models import mlp
@@ -68,6 +68,11 @@ def mlp(
         if depth < 1:
             raise ValueError(f"mlp() was given depth = {depth}; a network has at least 1 layer.")
         hidden = (width,) * (depth - 1)
+    for name, units in (("num_classes", num_classes), *(("a hidden width", units) for units in hidden)):
+        if units < 1:
+            raise ValueError(f"mlp() was given {name} of {units}; a layer has at least 1 unit.")
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"mlp() was given dropout_rate = {dropout_rate}; it must be at least 0 and below 1.")
     options = {"dtype": dtype, "param_dtype": param_dtype}
     layers = [DenseLayer(int(units), dropout_rate=dropout_rate, **options) for units in hidden]
     return [from_linen(layer) for layer in (*layers, DenseLayer(num_classes, output=True, **options))]

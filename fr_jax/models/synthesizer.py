@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from fr_jax.models.drawing import variance_scaling
@@ -49,9 +50,9 @@ def _taken_apart(x: Array | tuple[Array, Array], num_classes: int | None) -> tup
     """``(h, labels)``; labels are None where the synthesizer does not see them."""
     if isinstance(x, tuple) and len(x) == 2 and num_classes is not None:
         return x
-    if isinstance(x, jax.Array) and num_classes is None:
-        return x, None
-    given = "(h, labels)" if isinstance(x, tuple) else "h alone" if isinstance(x, jax.Array) else f"{x!r}"
+    if isinstance(x, jax.Array | np.ndarray) and num_classes is None:
+        return jnp.asarray(x), None
+    given = "(h, labels)" if isinstance(x, tuple) else "h alone" if isinstance(x, jax.Array | np.ndarray) else f"{x!r}"
     raise ValueError(
         f"a synthesizer with num_classes = {num_classes} was given {given}. With label_conditioning=True make it by "
         "synthesizer(num_classes), without by synthesizer(); a feature must be one array."

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import SequenceKey
+from jax.tree_util import GetAttrKey, SequenceKey
 
 from fr_jax.distributed import Group
 from fr_jax.training.classification import Score
@@ -139,7 +139,9 @@ class MetricsReader:
     def _read(self) -> None:
         step, info = self._pending.popleft()
         numbers = {"loss": info.loss, **info.metrics}
-        self._untold.append((step, {name: _number(x) for name, x in numbers.items() if _is_here(x)}))
+        self._untold.append(
+            (step, {name: _number(x) for name, x in numbers.items() if np.ndim(x) == 0 and _is_here(x)})
+        )
         now = time.perf_counter()
         if self._last_read is not None:
             self.step_seconds.append(now - self._last_read)
@@ -196,12 +198,16 @@ def _number(x: Any) -> float:
 
 
 def _not_finite(step: int, state: Any) -> Divergence | None:
-    """The first leaf here that holds a number that is not finite; tuples of a state are one entry a stage."""
+    """The first leaf here that holds a number that is not finite; tuples of a state are one entry a stage.
+
+    A module's own state and an optimizer's may hold infinities: a mask, the best loss so far.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             for shard in leaf.addressable_shards:
                 values = np.asarray(shard.data)
-                bad = values[~np.isfinite(values)]
+                may_be_infinite = isinstance(path[0], GetAttrKey) and path[0].name in ("model_state", "opt_state")
+                bad = values[np.isnan(values) if may_be_infinite else ~np.isfinite(values)]
                 if bad.size:
                     stage = path[1].idx + 1 if len(path) > 1 and isinstance(path[1], SequenceKey) else len(state.params)
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
