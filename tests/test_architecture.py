@@ -33,7 +33,7 @@ FLOORS = {
 LIBRARY_FLOOR = 4.5
 
 SIBLINGS_MAY_MEET = {"models", "reference", "diagnostics", "training", "experiments"}
-SHARED_BY_METHODS = {f"fr_jax.algorithms.{name}" for name in ("memory", "setup", "staleness", "steps")}
+SHARED_BY_METHODS = {f"fr_jax.algorithms.{name}" for name in ("measures", "memory", "setup", "staleness", "steps")}
 IMPORTS_NOTHING_OF_THE_REST = {"reference"}
 NEVER_IMPORTS = {"training": {"algorithms"}}  # it sees an Algorithm, never a concrete method
 MAY_IMPORT_FLAX = {"models", "stages"}

@@ -19,7 +19,7 @@ def test_cuts_are_the_best_of_all(L, weight):
     for K in range(1, min(L, 5) + 1):
         for costs in (*rng.uniform(0, 10, (5, L)), rng.integers(0, 4, L), np.zeros(L), np.eye(L)[-1]):
             cuts = fr.balance(list(costs), K, last_stage_weight=weight)
-            assert len(fr.partition([fr.chain] * L, cuts)) == K  # increasing, within the list
+            assert len(fr.partition([fr.Stage(None, None)] * L, cuts)) == K  # increasing, within the list
             best = min(slowest(costs, c, weight) for c in itertools.combinations(range(1, L), K - 1))
             assert slowest(costs, cuts, weight) == pytest.approx(best, rel=1e-12, abs=1e-12)
 

@@ -1,3 +1,5 @@
+import copy
+
 import chex
 import flax.linen as nn
 import jax
@@ -85,6 +87,36 @@ def test_equal_modules_are_one_stage():
     assert fr.from_linen(Flags(), scale=2) is not fr.from_linen(Flags())
 
 
+class Times(nn.Module):
+    by: float
+
+    def __call__(self, x):
+        return x * self.by
+
+
+def test_equal_numbers_of_another_kind_are_other_stages():
+    whole, real = fr.from_linen(Times(2)), fr.from_linen(Times(2.0))
+    assert whole is not real
+    x = jnp.ones((2, 3), jnp.int32)
+    assert [stage.apply({}, {}, x)[0].dtype for stage in (whole, real)] == [jnp.int32, jnp.float32]
+
+
+class LargestSeen(nn.Module):
+    """Its state starts with what the input is."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        seen = self.variable("seen", "largest", lambda: jnp.abs(x).max())
+        return x / seen.value
+
+
+def test_a_state_may_start_from_the_input():
+    stage = fr.from_linen(LargestSeen())
+    _, state = stage.init(KEY, 4.0 * jnp.ones((2, 3)))
+    assert state["seen"]["largest"] == 4.0
+    np.testing.assert_array_equal(stage.apply({}, state, jnp.ones((1, 3)))[0], np.full((1, 3), 0.25))
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [(nn.Sequential([nn.Dense(5), nn.relu]), (4, 3)), (nn.Conv(5, [3]), (4, 6, 3))],
@@ -161,6 +193,31 @@ def test_a_partition_computes_what_all_layers_compute(cuts):
 def test_cuts_that_leave_a_stage_empty_are_refused(cuts, said):
     with pytest.raises(ValueError, match=said):
         fr.partition([plus(1.0)] * 3, cuts)
+
+
+def test_a_chain_can_be_copied_and_its_functions_replaced():
+    layers = fr.chain(plus(1.0), plus(2.0))
+    params, state = layers.init(KEY, X)
+    expected = layers.apply(params, state, X)[0]
+    again = [
+        copy.deepcopy(layers),
+        layers._replace(apply=lambda *args, **flags: layers.apply(*args, **flags)),
+        *jax.tree.map(lambda function: function, (layers,)),
+    ]
+    assert len(again[0].layers) == 2 and not isinstance(again[1], Chain)
+    for stage in again:
+        np.testing.assert_array_equal(stage.apply(params, state, X)[0], expected)
+
+
+def test_what_is_no_stage_is_refused():
+    with pytest.raises(ValueError, match=r"(?s)layer 2 is Dense\(.*from_linen"):
+        fr.partition([plus(1.0), nn.Dense(3)], ())
+    with pytest.raises(ValueError, match=r"layer 1 is \[.*fr_jax.chain\(\*layers\)"):
+        fr.chain([plus(1.0)])
+    with pytest.raises(ValueError, match="A class must be called first"):
+        fr.from_linen(nn.Dense)
+    with pytest.raises(ValueError, match=r"cuts \(1.9,\) must be whole numbers"):
+        fr.partition([plus(1.0)] * 3, (1.9,))
 
 
 def test_an_empty_chain_is_refused():

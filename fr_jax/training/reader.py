@@ -139,9 +139,8 @@ class MetricsReader:
     def _read(self) -> None:
         step, info = self._pending.popleft()
         numbers = {"loss": info.loss, **info.metrics}
-        self._untold.append(
-            (step, {name: _number(x) for name, x in numbers.items() if np.ndim(x) == 0 and _is_here(x)})
-        )
+        here = {name: x for name, x in numbers.items() if _is_here(x) and not getattr(x, "ndim", 0)}  # no vectors
+        self._untold.append((step, {name: _number(x) for name, x in here.items()}))
         now = time.perf_counter()
         if self._last_read is not None:
             self.step_seconds.append(now - self._last_read)

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import fr_jax as fr
+from fr_jax.algorithms.measures import gradient_norm
 
 METHODS = [fr.backprop, fr.features_replay]
 KEY = jax.random.key(3)
@@ -77,6 +78,70 @@ def test_numpy_doubles_are_what_they_become_on_a_device(make, method):
     for batch in (BATCH, fr.Batch(*(np.asarray(x, np.float64) for x in BATCH[:2])), jax.tree.map(jnp.asarray, BATCH)):
         state, info = algorithm.step(state, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, info.loss))} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (
+            BATCH._replace(targets=np.zeros((1, 2), np.float32)),
+            r"inputs of shape \(6, 3\) and targets of shape \(1, 2\)",
+        ),
+        (jax.tree.map(lambda x: x[:0], BATCH), r"the same number of examples, at least one"),
+        (
+            BATCH._replace(inputs={"image": BATCH.inputs}),
+            r"a Batch of dict and ndarray.*fr_jax.Batch\(inputs, targets\)",
+        ),
+        (tuple(BATCH[:2]), r"a tuple as batch"),
+    ],
+)
+def test_what_is_no_mini_batch_is_refused(make, batch, said):
+    with pytest.raises(ValueError, match=said):
+        make(fr.features_replay).init(KEY, batch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_that_return_something_else_are_refused(naive, method):
+    stages = [naive.dense(2).stage] * 2
+    state = method(stages, naive.squared_error, optax.sgd(0.1)).init(KEY, BATCH)
+    for options, said in (
+        ({"loss_fn": lambda y, z: (y.mean(), {})}, "loss_fn returned a tuple; .*metrics_fn"),
+        ({"loss_fn": lambda y, z: ((y - z) ** 2).mean(1)}, r"loss_fn returned float32 of shape \(6,\); .*one floating"),
+        ({"metrics_fn": lambda y, z: y.mean()}, "metrics_fn returned a .*must be a dict"),
+        (
+            {"metrics_fn": lambda y, z: {"gradient_norm/1": y.mean(), "loss": 0.0}},
+            "'gradient_norm/1', 'loss'.*other names",
+        ),
+    ):
+        functions = {"loss_fn": naive.squared_error, **options}
+        algorithm = method(stages, functions.pop("loss_fn"), optax.sgd(0.1), **functions)
+        with pytest.raises(ValueError, match=said):
+            algorithm.step(state, BATCH)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_placement_all_is_on_the_default_device(make, method):
+    algorithm = make(method, 3)
+    state = algorithm.init(KEY, BATCH)
+    elsewhere, here = jax.devices()[1], jax.devices()[0]
+    for device in (elsewhere, elsewhere, here, elsewhere):
+        state, info = algorithm.step(state, jax.device_put(BATCH, device))
+    leaves = jax.tree.leaves((state, info))
+    assert {leaf.devices() == {here} for leaf in leaves if isinstance(leaf, jax.Array)} == {True}
+    assert algorithm.predict(state, jax.device_put(BATCH.inputs, elsewhere)).devices() == {here}
+
+
+def test_a_layer_that_does_not_fit_says_which_it_is(make, naive):
+    wants_three = fr.Stage(lambda key, x: (jnp.ones((3, 2)), ()), lambda w, s, x, *, key=None, train=True: (x @ w, s))
+    with pytest.raises(TypeError) as caught:
+        make(fr.features_replay, [naive.dense(5).stage, wants_three]).init(KEY, BATCH)
+    assert (
+        caught.value.__notes__[-1] == "This is layer 1 (from 0) of the network, in stage 2; its input is float32[6, 5]."
+    )
+
+
+def test_gradient_norms_of_half_precision_do_not_overflow():
+    assert gradient_norm({"w": jnp.full(100, 300.0, jnp.float16)}) == 3000.0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,12 +12,20 @@ from fr_jax.training.augment import InputPipeline
 from fr_jax.training.classification import Score
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Schedule, Stopwatch, Totals, train
+from fr_jax.training.reader import _not_finite
 from fr_jax.types import Algorithm, Batch, Info
 
 
 class FakeState(NamedTuple):
     step: int
     params: tuple[Any, ...]
+
+
+class FullState(NamedTuple):
+    step: int
+    params: tuple[Any, ...]
+    model_state: tuple[Any, ...]
+    opt_state: tuple[Any, ...]
 
 
 @dataclasses.dataclass
@@ -236,6 +244,27 @@ def test_weights_that_are_not_finite_are_not_saved(at_end):
     outcome = fake.train(checkpoint_every=100 if at_end else 4)
     assert outcome.divergence == (4, 2, "params/1 = inf")
     assert fake.steps_of("save") == [] and not outcome.finished
+
+
+def test_a_mask_or_a_best_loss_so_far_may_be_infinite():
+    states = (jnp.array([-jnp.inf, 1.0]), jnp.zeros(2))
+    sound = FullState(1, params=states[1:], model_state=states, opt_state=(jnp.array(jnp.inf),))
+    assert _not_finite(1, sound) is None
+    found = _not_finite(1, sound._replace(model_state=(states[0], jnp.array([jnp.nan]))))
+    assert found == (1, 2, "model_state/1 = nan")
+    assert _not_finite(1, sound._replace(params=states[:1])) == (1, 1, "params/0 = -inf")
+
+
+def test_metrics_that_are_vectors_are_not_read():
+    fake = Fake()
+    step = fake.algorithm.step
+
+    def with_vector(state, batch):
+        state, info = step(state, batch)
+        return state, info._replace(metrics={**info.metrics, "recall": jnp.ones(3)})
+
+    fake.algorithm = fake.algorithm._replace(step=with_vector)
+    assert fake.train().divergence is None and len(fake.rows) == 4
 
 
 def test_median_time_of_a_step_leaves_out_evaluation(monkeypatch):
