@@ -15,6 +15,7 @@ PACKAGE = "fr_jax"
 FLOORS = {
     "types": 1,
     "group": 1,
+    "rendezvous": 1,
     "stages": 2,
     "distributed": 2,
     "placement": 2,
