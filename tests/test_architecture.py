@@ -18,6 +18,7 @@ FLOORS = {
     "rendezvous": 1,
     "stages": 2,
     "distributed": 2,
+    "supervision": 2,
     "placement": 2,
     "history": 2,
     "reference": 2,
