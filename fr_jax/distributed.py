@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from fr_jax.group import Group, GroupError, joined
+from fr_jax.rendezvous import meet
 
 __all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"]
 
@@ -48,14 +49,15 @@ def initialize(
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
       heartbeat_seconds: after so long without a sign of life of one process, the others end with a message
         (JAX aborts them: exit code 134).
-      join_seconds: how long to wait at the start for all processes.
+      join_seconds: how long to wait at the start for all processes. Where JAX waits for them (with ``detect``, or
+        for one that is lost just after all have come), it aborts then: exit code 134.
 
     Returns:
       Whether this process is now one of several; False where nothing asked for it.
 
     Raises:
       GroupError: some of the three are given and others are missing or out of range, no cluster was found, JAX is in
-        use already, or the others did not come in time.
+        use already, the coordinator's port is taken or out of reach, or the others did not come in time.
 
     Example:
       >>> from fr_jax import distributed
@@ -71,7 +73,10 @@ def initialize(
         _check(*known)
     host = (known[0] or os.environ.get("JAX_COORDINATOR_ADDRESS") or "").rpartition(":")[0]
     try:
-        _prepare_cpu_transfers(host or _cluster_host(join_seconds))
+        mine = _own_address(host or _cluster_host(join_seconds))
+        if not detect:
+            _meet(*known, join_seconds)  # type: ignore[arg-type]
+        _prepare_cpu_transfers(mine)
         # It would take SIGTERM away from Python, and only make a note of it for those who ask.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
@@ -81,8 +86,10 @@ def initialize(
             shutdown_timeout_seconds=min(heartbeat_seconds, LEAVE_SECONDS),
             cluster_detection_method=None if detect else "deactivate",
         )
+    except GroupError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise GroupError(_why_not_joined(known, error, join_seconds), 2) from error
+        raise GroupError(_why_not_joined(known, error), 2) from error
     atexit.register(_keep_clients)
     return group().size > 1
 
@@ -101,7 +108,14 @@ def _keep_clients() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that prints, plots and writes; True in an ordinary process."""
+    """Whether this is process 0, the one that prints, plots and writes; True in an ordinary process.
+
+    Example:
+      >>> from fr_jax import distributed
+      >>> if distributed.is_first():
+      ...     print("step 1: loss 2.30")
+      step 1: loss 2.30
+    """
     return group().index == 0
 
 
@@ -126,8 +140,10 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         )
     assert coordinator is not None and num_processes is not None and process_id is not None
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise GroupError(f"--coordinator {coordinator} is not HOST:PORT, such as 10.0.0.1:8476.", 2)
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise GroupError(
+            f"--coordinator {coordinator} is not HOST:PORT with a port of 1 to 65535, such as 10.0.0.1:8476.", 2
+        )
     if num_processes < 1 or not 0 <= process_id < num_processes:
         raise GroupError(
             f"--process-id {process_id} of --num-processes {num_processes} is out of range; it can be 0 to "
@@ -136,13 +152,22 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         )
 
 
-def _why_not_joined(known: tuple, error: Exception, join_seconds: int) -> str:
+def _meet(coordinator: str, num_processes: int, process_id: int, seconds: int) -> None:
+    try:
+        meet(coordinator, num_processes, process_id, seconds)
+    except OSError as error:
+        raise GroupError(str(error), 2) from error
+
+
+def _why_not_joined(known: tuple, error: Exception) -> str:
     coordinator, num_processes, process_id = known
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if coordinator is None:
+        return f"could not join the group that --distributed asks for: {reason}"
     return (
         f"process {process_id} of {num_processes} could not join the group at {coordinator} ({reason}). Check that all "
-        f"processes are started within {join_seconds} s with the same --coordinator, that process 0 runs on that host, "
-        "that its port is free and open to the others, and that JAX was not used before."
+        "processes are given the same --coordinator, that process 0 runs on that host, and that JAX was not used "
+        "before."
     )
 
 
@@ -156,14 +181,19 @@ def _cluster_host(join_seconds: int) -> str:
     return address.rpartition(":")[0]
 
 
-def _prepare_cpu_transfers(host: str) -> None:
-    """Sockets for what CPU devices send each other; an explicit port each, because port 0 hangs (jax 0.10.2)."""
+def _own_address(host: str) -> str:
+    """The address at which the others of the group reach this machine."""
     mine = address_towards(host.strip("[]"))
     if mine.startswith("127.") and host != "localhost" and not host.startswith("127."):
         raise OSError(
             f"{host} is {mine} on this machine, which others cannot reach: give its IP address, or 127.0.0.1 if all "
             "processes run here"
         )
+    return mine
+
+
+def _prepare_cpu_transfers(mine: str) -> None:
+    """Sockets for what CPU devices send each other; an explicit port each, because port 0 hangs (jax 0.10.2)."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cross_host_transfer_socket_address", f"{mine}:{free_port(mine)}")
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{mine}:0"] * 4))
@@ -184,7 +214,13 @@ def address_towards(host: str) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine that was free a moment ago."""
+    """A port of this machine that was free a moment ago.
+
+    Example:
+      >>> from fr_jax.distributed import free_port
+      >>> 1 <= free_port() <= 65535
+      True
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -194,7 +230,14 @@ _groups: dict[tuple[int, int], Group] = {}
 
 
 def group() -> Group:
-    """The group that this process belongs to."""
+    """The group that this process belongs to, of size 1 for an ordinary process.
+
+    Example:
+      >>> from fr_jax import distributed
+      >>> group = distributed.group()
+      >>> group.index, group.size, group.exchange("seen by all")
+      (0, 1, ['seen by all'])
+    """
     where = (0, 1)
     if jax.distributed.is_initialized():
         where = (joined().process_id, joined().num_processes)

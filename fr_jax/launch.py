@@ -1,33 +1,23 @@
 """Starts a program as a group of processes on this machine: ``python -m fr_jax.launch --processes 2 -- -m module ..``.
 
 Each process gets cores of its own (and GPUs of its own, where there are enough), and every line of its output is
-marked with its number. When one fails, the others are ended.
+marked with its number. When one fails, the others are ended (:mod:`fr_jax.supervision`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import BinaryIO
+from collections.abc import Sequence
 
 from fr_jax.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID, free_port
+from fr_jax.supervision import mark_of, say, wait
 
 __all__ = ["LAUNCHED_BY", "LaunchError", "main", "start", "wait"]
 
-GRACE_SECONDS = 5.0
-"""Between the first process that fails and the end of those that have not ended by themselves."""
-STOP_SECONDS = 60.0
-"""The same, where a signal asked all of them to stop: they may have a checkpoint to write."""
-POLL_SECONDS = 0.1
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
 """Environment variable of the processes: the command that starts the group."""
 
@@ -116,6 +106,12 @@ def start(
 
     Raises:
       LaunchError: ``processes`` is below 1, or there are not enough GPUs, or cores to pin that many.
+
+    Example:
+      >>> from fr_jax import launch
+      >>> group = launch.start(["-c", "import sys; sys.exit(3)"], processes=2, pin=False)
+      >>> launch.wait(group)
+      3
     """
     if processes < 1:
         raise LaunchError(f"--processes {processes} is out of range; it must be at least 1.")
@@ -136,7 +132,7 @@ def start(
         tuned = TWO_THREADS if cores is not None and len(cores) == 1 else {}
         environment = {"PYTHONUNBUFFERED": "1", **tuned, **os.environ, **own}
         if mark and sys.stdout.isatty():
-            environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(_mark(i))))
+            environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(mark_of(i))))
         if (devices := gpus_of(i, processes, gpus)) is not None:
             environment.setdefault("JAX_LOCAL_DEVICE_IDS", devices)
         group.append(
@@ -152,111 +148,15 @@ def start(
     return group
 
 
-def wait(group: Sequence[subprocess.Popen]) -> int:
-    """Passes on the group's output and this process's signals until all have ended.
-
-    When one fails, the others have :data:`GRACE_SECONDS` to end by themselves; then they are killed. They have
-    :data:`STOP_SECONDS` where a signal came first, and :data:`GRACE_SECONDS` again after a second signal.
-
-    Returns:
-      0, or the exit code of the first that failed, counted as shells do (128 + signal).
-    """
-    readers = [
-        threading.Thread(target=_relay, args=(pipe, out, _mark(i)), daemon=True)
-        for i, process in enumerate(group)
-        for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        if pipe is not None
-    ]
-    for reader in readers:
-        reader.start()
-    try:
-        with _forwarding_signals(group) as forwarded:
-            code = _wait_for_all(group, forwarded)
-    finally:
-        for process in group:
-            process.kill()
-    for reader in readers:
-        reader.join(timeout=GRACE_SECONDS)
-    return code
-
-
-def _wait_for_all(group: Sequence[subprocess.Popen], forwarded: list[int]) -> int:
-    code, deadline = 0, float("inf")
-    running = set(range(len(group)))
-    while running:
-        time.sleep(POLL_SECONDS)
-        for i in sorted(running):
-            status = group[i].poll()
-            if status is None:
-                continue
-            running.discard(i)
-            if status and not code:
-                code = 128 - status if status < 0 else status
-                if status < 0:
-                    _say(f"process {i} was ended by {signal.Signals(-status).name}; the others cannot go on.")
-                deadline = min(deadline, time.monotonic() + (STOP_SECONDS if forwarded else GRACE_SECONDS))
-        if len(forwarded) > 1:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if running and time.monotonic() > deadline:
-            _say(f"process {', '.join(map(str, sorted(running)))} did not end by itself, and is killed.")
-            for i in running:
-                group[i].kill()
-            deadline = float("inf")
-    return code
-
-
-@contextlib.contextmanager
-def _forwarding_signals(group: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to all processes of the group; yields those that did."""
-    forwarded: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        forwarded.append(number)
-        for process in group:
-            process.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, forward) for number in numbers} if in_main else {}
-    try:
-        yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_writing = threading.Lock()
-
-
-def _relay(pipe: BinaryIO, out: object, mark: str) -> None:
-    """Copies a process's output, each line (or redrawn line of a progress bar) marked."""
-    rest = b""
-    with pipe:
-        while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
-            *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True)
-            if rest.endswith((b"\n", b"\r")):
-                whole, rest = [*whole, rest], b""
-            _write(out, "".join(mark + line.decode(errors="replace") for line in whole))
-    if rest:
-        _write(out, f"{mark}{rest.decode(errors='replace')}\n")
-
-
-def _write(out: object, text: str) -> None:
-    with _writing, contextlib.suppress(BrokenPipeError, ValueError):
-        out.write(text)  # type: ignore[attr-defined]
-        out.flush()  # type: ignore[attr-defined]
-
-
-def _mark(process_id: int) -> str:
-    return f"[{process_id}] "
-
-
-def _say(text: str) -> None:
-    _write(sys.stderr, f"fr_jax: {text}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: that of the first process that failed, 2 for bad arguments, else 0."""
+    """The program. Returns its exit code: that of :func:`wait`, or 2 for bad arguments.
+
+    Example:
+      >>> from fr_jax import launch
+      >>> launch.main(["--processes", "1", "--", "-c", "print('hello')"])
+      [0] hello
+      0
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fr_jax.launch",
         description="Start a program as a group of processes on this machine, stages spread over all of them.",
@@ -275,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return wait(start(program, settings.processes, pin=settings.pin))
     except LaunchError as error:
-        _say(str(error))
+        say(str(error))
         return 2
 
 

@@ -15,8 +15,10 @@ PACKAGE = "fr_jax"
 FLOORS = {
     "types": 1,
     "group": 1,
+    "rendezvous": 1,
     "stages": 2,
     "distributed": 2,
+    "supervision": 2,
     "placement": 2,
     "history": 2,
     "reference": 2,

@@ -1,4 +1,5 @@
 import json
+import socket
 import sys
 
 import pytest
@@ -25,6 +26,8 @@ def test_an_ordinary_process_is_a_group_of_one():
     [
         ({"coordinator": "localhost:1234"}, "--num-processes, --process-id is missing"),
         ({"coordinator": "localhost", "num_processes": 2, "process_id": 0}, "localhost is not HOST:PORT"),
+        ({"coordinator": "localhost:0", "num_processes": 2, "process_id": 0}, "localhost:0 .* port of 1 to 65535"),
+        ({"coordinator": "localhost:99999", "num_processes": 2, "process_id": 1}, "99999 .* port of 1 to 65535"),
         ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "--process-id 2 .* can be 0 to 1"),
         ({"coordinator": "no.such.host.invalid:1", "num_processes": 2, "process_id": 0}, "no way to the coordinator"),
     ],
@@ -32,6 +35,28 @@ def test_an_ordinary_process_is_a_group_of_one():
 def test_what_cannot_be_a_group_is_said(given, message):
     with pytest.raises(GroupError, match=message) as caught:
         distributed.initialize(**given)
+    assert caught.value.exit_code == 2
+
+
+def test_a_port_in_use_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        coordinator = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(GroupError, match=rf"cannot listen at {coordinator} \(Address already in use") as caught:
+            distributed.initialize(coordinator, 2, 0)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("process_id", "message"),
+    [
+        (0, r"^process 1 of 2 did not come to 127.0.0.1:\d+ within 1 s\. Check"),
+        (1, r"^process 1 of 2 could not join .* 127.0.0.1:\d+ within 1 s \(.*refused\)\. Check that process 0"),
+    ],
+)
+def test_one_that_stays_alone_says_so(process_id, message):
+    """JAX would abort it."""
+    with pytest.raises(GroupError, match=message) as caught:
+        distributed.initialize(f"127.0.0.1:{distributed.free_port()}", 2, process_id, join_seconds=1)
     assert caught.value.exit_code == 2
 
 

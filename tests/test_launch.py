@@ -108,15 +108,16 @@ def test_signals_reach_all(begin):
     assert (group.returncode, err) == (143, "")
 
 
-def test_one_that_does_not_stop_is_killed(begin):
-    stops = STOPS_WHEN_TOLD + "os.environ['FR_JAX_PROCESS_ID'] == '1' and time.sleep(100); sys.exit(143)"
-    hurried = "import sys; from fr_jax import launch; launch.STOP_SECONDS = 0.5; sys.exit(launch.main(sys.argv[1:]))"
-    words = [sys.executable, "-c", hurried, "--processes", "2", "--no-pin", "--", "-c", stops]
-    group = begin(words, stderr=subprocess.PIPE)
+@pytest.mark.parametrize(("limit", "deaf"), [("STOP_SECONDS", "1"), ("SIGNAL_SECONDS", "0, 1")])
+def test_those_that_do_not_stop_are_killed(begin, limit, deaf):
+    stops = STOPS_WHEN_TOLD + f"os.environ['FR_JAX_PROCESS_ID'] in '{deaf}' and time.sleep(100); sys.exit(143)"
+    hurried = f"import sys; from fr_jax import launch, supervision; supervision.{limit} = 0.5; "
+    words = [sys.executable, "-c", hurried + "sys.exit(launch.main(sys.argv[1:]))"]
+    group = begin([*words, "--processes", "2", "--no-pin", "--", "-c", stops], stderr=subprocess.PIPE)
     assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     group.send_signal(signal.SIGTERM)
     _, err = group.communicate(timeout=60)
-    assert (group.returncode, err) == (143, "fr_jax: process 1 did not end by itself, and is killed.\n")
+    assert (group.returncode, err) == (143, f"fr_jax: process {deaf} did not end by itself, and is killed.\n")
 
 
 def test_a_signal_ends_processes_that_have_joined(begin):
@@ -181,12 +182,3 @@ def test_gpus_are_shared_out(monkeypatch):
     assert launch.count_gpus() == 0
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert launch.count_gpus() == 0
-
-
-def test_lines_of_a_progress_bar_are_marked_too(capsys):
-    read, write = os.pipe()
-    os.write(write, b"one\n\r 10%\r 20%\nlast")
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        launch._relay(pipe, sys.stdout, "[3] ")
-    assert capsys.readouterr().out == "[3] one\n[3] \r[3]  10%\r[3]  20%\n[3] last\n"
