@@ -174,8 +174,8 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
             rows[name]["measured"].append(turn(name, steps))
             rows[name]["predicted"].append(predicted(one, found[one.timer][-1], K, steps))
     parts = {name: median(all_rounds) for name, all_rounds in found.items()}
-    timelines = {
-        name: simulate(occupying(one.schedule(parts[one.timer], 4 * K + 8), parts[one.timer].transfer_share))
+    timelines = {  # what counts of them, the second half, are whole cycles of K steps
+        name: simulate(occupying(one.schedule(parts[one.timer], 8 * K), parts[one.timer].transfer_share))
         for name, one in methods.items()
     }
     baseline = statistics.median(rows[ONE]["measured"])

@@ -165,7 +165,9 @@ def timelines(settings: ScalingSettings, network: Network, K: int) -> tuple[dict
     made = {}
     for name, method in METHODS.items():
         fastest = STEP / max(1.0, method.bound(K, settings.microbatches))
-        steps = 4 + math.ceil(until / fastest) + (2 * K if method.fills else 0)
+        steps = 4 + math.ceil(until / fastest)
+        if method.fills:  # half of them, which the chart's title is about, are whole cycles of K steps
+            steps = 2 * K * math.ceil((steps + 2 * K) / (2 * K))
         title = f"{method.title}, M = {settings.microbatches}" if name == "gpipe" else method.title
         made[title] = simulate(schedule(name, network, K, settings.ratio, settings.microbatches, steps))
     return made, until
