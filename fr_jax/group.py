@@ -97,11 +97,18 @@ class Group:
                     said=self.index != 0,
                 )
 
-    def fail(self, exit_code: int) -> None:
-        """Tells the others that this process gives up, so that they do too."""
+    def fail(self, exit_code: int) -> bool:
+        """Tells the others that this process gives up, so that they do too.
+
+        Returns:
+          False where another process has told so before: what all of them would say is said once.
+        """
         if self.size > 1:
-            with contextlib.suppress(Exception):  # somebody else may have failed before
+            try:
                 _client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
+            except Exception as error:
+                return "ALREADY_EXISTS" not in str(error)
+        return True
 
     def _get(self, key: str) -> str:
         """Waits for ``key`` in slices, to see in between whether somebody gave up."""

@@ -35,6 +35,7 @@ LOOKS = (
     Look("synthesizer", "#CC79A7", ("synthesize", "learn")),
     Look("transfer", "#D55E00", ("transfer",), "white"),
 )
+OTHER = Look("other work", "#999999", ())
 LOOK_OF = {kind: look for look in LOOKS for kind in look.kinds}
 
 DEVICES_WITH_ROOM, BARS_WITH_ROOM = 12, 150
@@ -54,7 +55,8 @@ def gantt_figure(
     """One chart a timeline, above each other with one time axis, from the first task on.
 
     Above each chart stand the seconds a step and the bubble in steady state, as :func:`summarise` finds them; the
-    chart itself shows how the devices fill at the start as well. Numbers are mini-batches (GPipe: microbatches).
+    chart itself shows how the devices fill at the start as well. Numbers are mini-batches (GPipe: microbatches). Kinds
+    of tasks that are not in :data:`LOOKS` are grey.
 
     Args:
       timelines: by label, each of at least two steps.
@@ -99,7 +101,7 @@ def gantt_figure(
         else:
             axes.tick_params(labelbottom=False)
         upper = lower - gap
-    handles = [Patch(color=look.colour, label=look.label) for look in LOOKS if look.label in shown]
+    handles = [Patch(color=look.colour, label=look.label) for look in (*LOOKS, OTHER) if look.label in shown]
     anchor = (0.5, 1 - 0.36 / height)
     drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=anchor, ncols=len(handles), frameon=False)
     return drawing
@@ -121,8 +123,8 @@ def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:
     ]
     few = devices <= DEVICES_WITH_ROOM and len(visible) <= BARS_WITH_ROOM * devices
     shown = set()
-    for look in LOOKS:
-        bars = [(task, start, stop) for task, start, stop in visible if LOOK_OF[task.kind] is look]
+    for look in (*LOOKS, OTHER):
+        bars = [(task, start, stop) for task, start, stop in visible if LOOK_OF.get(task.kind, OTHER) is look]
         if bars:
             shown.add(look.label)
             _draw_bars(axes, look, bars, few)
@@ -157,7 +159,8 @@ def _draw_numbers(axes: Axes, bars: Sequence[tuple[Task, float, float]], end: fl
             and stop <= end
             and (stop - start) * points_per_unit > POINTS_PER_DIGIT * len(text) + 3
         ):
-            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": LOOK_OF[task.kind].ink}
+            ink = LOOK_OF.get(task.kind, OTHER).ink
+            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": ink}
             axes.text((start + stop) / 2, task.device, text, **style)
 
 

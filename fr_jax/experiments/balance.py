@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 
 import fr_jax as fr
-from fr_jax.distributed import group, initialize
-from fr_jax.experiments.checks import choice
+from fr_jax.distributed import is_first
+from fr_jax.experiments.checks import check_parts, choice
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.contestants import make_entry, method_settings, shared_costs
 from fr_jax.experiments.cuts import choose_cuts, stage_costs
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_file, write_beside
 from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, quietly, start_pinned, take_devices
-from fr_jax.training.files import write_atomically
-from fr_jax.training.metrics import write_json
+from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, placed_on, quietly, start_pinned, take_devices
 from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class BalanceSettings:
     """One process a stage, each pinned to one core."""
     output: Path | None = None
     """A JSON file for the numbers; the picture gets its name with .png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
 
 
 def check(settings: BalanceSettings) -> None:
@@ -74,6 +76,10 @@ def check(settings: BalanceSettings) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
     if settings.K < 2:
         raise SettingsError(f"--K {settings.K} leaves nothing to cut; it must be at least 2.")
+    check_parts(settings.batch_size, METHODS[settings.method].own.get("microbatches", 1), settings.method)
+    if not settings.pinned:
+        one_process("balance without --pinned measures in one process.")
+    check_file(settings.output, overwrite=settings.overwrite)
 
 
 def choices_of_cuts(settings: BalanceSettings, layers: int) -> list[tuple[int, ...]]:
@@ -82,7 +88,7 @@ def choices_of_cuts(settings: BalanceSettings, layers: int) -> list[tuple[int, .
     Raises:
       SettingsError: there are none, or too many to time.
     """
-    last = min(settings.last or layers - 1, layers - 1)
+    last = layers - 1 if settings.last is None else min(settings.last, layers - 1)
     places = range(settings.first, last + 1)
     found = math.comb(len(places), settings.K - 1)
     if not 1 <= found <= MOST_CHOICES:
@@ -95,6 +101,7 @@ def choices_of_cuts(settings: BalanceSettings, layers: int) -> list[tuple[int, .
 
 def measure(settings: BalanceSettings) -> dict[str, Any]:
     """Costs of the layers, the cuts they choose, and a step's time for all cuts."""
+    placed = placed_on(settings.pinned, settings.K)
     layers = fr.models.MODELS[settings.model]()
     example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
     all_cuts = choices_of_cuts(settings, len(layers))
@@ -126,7 +133,7 @@ def measure(settings: BalanceSettings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "K": settings.K,
         "layers": len(layers),
-        "placement": "one pinned process a stage" if settings.pinned else "devices of one process",
+        **placed,
         "rounds": settings.rounds,
         "steps_per_round": settings.steps,
         **machine(),
@@ -193,18 +200,20 @@ def run(settings: BalanceSettings) -> dict[str, Any]:
       SettingsError: a setting cannot be used.
     """
     check(settings)
-    take_devices(settings.K)
-    result = measure(settings)
-    if group().index == 0:
+    take_devices(settings.K, each=True)
+    try:
+        result = measure(settings)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
+    if is_first():
         print(table(result), flush=True)
         if settings.output is not None:
-            write_json(settings.output, result)
-            write_atomically(settings.output.with_suffix(".png"), png(figure(result)))
+            write_beside(settings.output, result, png(figure(result)))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, or 2 for bad arguments."""
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -212,8 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         check(settings)
-        if settings.pinned and not initialize():
-            return start_pinned("fr_jax.experiments.balance", arguments, settings.K)
+        if settings.pinned:
+            code = start_pinned("fr_jax.experiments.balance", arguments, settings.K)
+            if code is not None:
+                return code
         run(settings)
         return 0
 

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fr_jax.experiments.results import no_folder, write_results
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_folder, write_results
+from fr_jax.experiments.settings import SettingsError
+from fr_jax.experiments.turns import code_of
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
 from fr_jax.training.plots import COLOURS, png
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChainRuleSettings", "figure", "main", "measure", "table"]
 
+FILES = ("counts.json", "counts.png")
 METHODS: dict[str, Callable[[network.Params, network.Trace, Multiplications | None], network.Params]] = {
     "naive": chain_rule.output_gradients,
     "backpropagation": backpropagation.output_gradients,
@@ -60,6 +64,8 @@ class ChainRuleSettings:
     """Seed of weights and inputs."""
     output: Path | None = None
     """A folder for counts.json and counts.png; without it only the table is printed."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
 
 
 def refusal(settings: ChainRuleSettings) -> str | None:
@@ -97,7 +103,9 @@ def measure(settings: ChainRuleSettings) -> dict[str, Any]:
         rows = [{"size": n, **_row(params, activation, rng, repeats)} for n, params in networks]
         entries[name] = {"title": title, "size_is": unit, "rows": rows, "slopes": _slopes(rows)}
     return {
-        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "output"},
+        "settings": {
+            name: value for name, value in dataclasses.asdict(settings).items() if name not in ("output", "overwrite")
+        },
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
         "date": datetime.date.today().isoformat(),
         "numpy": np.__version__,
@@ -229,16 +237,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(ChainRuleSettings, args=arguments, prog="python -m fr_jax.experiments.chain_rule")
+    return code_of(lambda: run(settings))
+
+
+def run(settings: ChainRuleSettings) -> int:
+    """Counts, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
     if problem := refusal(settings):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
-    if settings.output is not None and (problem := no_folder(settings.output)):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
+        raise SettingsError(problem)
+    one_process("chain_rule counts in one process.")
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
     result = measure(settings)
     print(table(result), flush=True)
     if settings.output is not None:
-        return write_results(settings.output, {"counts.json": result, "counts.png": png(figure(result))})
+        return write_results(settings.output, dict(zip(FILES, (result, png(figure(result))), strict=True)))
     return 0
 
 

@@ -17,7 +17,9 @@ from fr_jax.training.data import DATASETS
 
 __all__ = [
     "check",
+    "check_cuts",
     "check_fit",
+    "check_parts",
     "check_shared",
     "choice",
     "default_batch_size",
@@ -172,10 +174,24 @@ def check(settings: TrainSettings) -> None:
         raise SettingsError(f"--seed {settings.seed} is out of range; it must be at most {LARGEST_SEED} (32 bits).")
     if settings.resume and settings.overwrite:
         raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
-    if settings.cuts is not None and len(settings.cuts) != settings.K - 1:
+    check_cuts(settings.cuts, settings.K)
+
+
+def check_cuts(cuts: Sequence[int] | None, K: int) -> None:
+    """Raises SettingsError where explicit cuts do not make K stages."""
+    if cuts is not None and len(cuts) != K - 1:
         raise SettingsError(
-            f"--cuts has {len(settings.cuts)} positions for --K {settings.K}; "
-            f"K stages need K-1 = {settings.K - 1} cuts."
+            f"--cuts {_text(list(cuts))} make {len(cuts) + 1} stages, and --K is {K}; K stages need K-1 = {K - 1} "
+            f"cuts. Give that many, or --K {len(cuts) + 1}."
+        )
+
+
+def check_parts(batch_size: int, parts: int, method: str) -> None:
+    """Raises SettingsError where a method cannot split the mini-batch as it must."""
+    if batch_size % parts:
+        raise SettingsError(
+            f"--batch-size {batch_size} cannot be split into the {parts} equal parts of {method}. Change it, or leave "
+            f"{method} out."
         )
 
 

@@ -8,18 +8,17 @@ that is finished, and continues the one that was stopped.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fr_jax import distributed
 from fr_jax.experiments import program
 from fr_jax.experiments.checks import check, check_fit, check_shared, default_batch_size, differences, resolve
 from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.comparison import Entry, report
 from fr_jax.experiments.methods import owners
+from fr_jax.experiments.processes import one_process
 from fr_jax.experiments.session import make_layers, request_devices
 from fr_jax.experiments.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, as_json, flag
 from fr_jax.training import data
@@ -193,11 +192,10 @@ def run(settings: CompareSettings) -> int:
       ValueError: a setting cannot be used, data are missing, or the folder holds other runs.
       CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
     """
-    if distributed.NUM_PROCESSES in os.environ:
-        raise SettingsError(
-            "compare trains one run after another in one process. Start it without fr_jax.launch, or launch "
-            "fr_jax.experiments.cifar or mnist."
-        )
+    one_process(
+        "compare trains one run after another in one process.",
+        "Start it without fr_jax.launch, or launch fr_jax.experiments.cifar or mnist.",
+    )
     planned = plan(settings)
     wanted = max(one.settings.K * one.settings.data_parallel for one in planned)
     request_devices(settings.devices or wanted)

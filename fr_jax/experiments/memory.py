@@ -7,7 +7,6 @@ same cuts. Every row is compared with back-propagation on one device, the paper'
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import os
@@ -28,12 +27,17 @@ from fr_jax.diagnostics.activations import closed_form, module_activations
 from fr_jax.diagnostics.memory import MemoryReport, step_memory
 from fr_jax.diagnostics.memory_plot import memory_figure
 from fr_jax.experiments.memory_methods import CONTESTANTS
-from fr_jax.experiments.results import no_folder, write_results
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_folder, write_results
+from fr_jax.experiments.settings import SettingsError
+from fr_jax.experiments.turns import code_of, take_devices
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.plots import COLOURS, png
 from fr_jax.types import Batch, Stage
 
 __all__ = ["MemorySettings", "figure", "main", "measure", "table"]
+
+FILES = ("memory.json", "memory.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class MemorySettings:
     batch_size: int = 128
     """Examples of a mini-batch of 32x32x3 images."""
     microbatches: int = 4
-    """GPipe's; they must divide the batch."""
+    """GPipe's; with it they must divide the batch."""
     output: Path | None = None
     """A folder for memory.json and memory.png; without it only the table is printed."""
     overwrite: bool = False
@@ -71,15 +75,12 @@ def refusal(settings: MemorySettings) -> str | None:
     for model in settings.models:
         if (L := len(fr.models.MODELS[model]())) < max(settings.K):
             return f"--K {max(settings.K)}: {model} has {L} layers, so K can be 1 to {L}."
-    if settings.batch_size < 1 or settings.microbatches < 1 or settings.batch_size % settings.microbatches:
+    parts = settings.microbatches if "gpipe" in settings.methods else 1
+    if settings.batch_size < 1 or settings.microbatches < 1 or settings.batch_size % parts:
         return (
             f"--batch-size {settings.batch_size} --microbatches {settings.microbatches}: both must be 1 or more, and "
-            "the second must divide the first."
+            "with gpipe the second must divide the first."
         )
-    if settings.output is not None and not settings.overwrite:
-        there = [name for name in ("memory.json", "memory.png") if (settings.output / name).exists()]
-        if there:
-            return f"--output {settings.output} holds {' and '.join(there)}: give another folder, or --overwrite."
     return None
 
 
@@ -200,18 +201,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(MemorySettings, args=arguments, prog="python -m fr_jax.experiments.memory")
+    return code_of(lambda: run(settings))
+
+
+def run(settings: MemorySettings) -> int:
+    """Compiles everything, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
     if problem := refusal(settings):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
-    if settings.output is not None and (problem := no_folder(settings.output)):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
-    with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
-        jax.config.update("jax_num_cpu_devices", max(settings.K))
+        raise SettingsError(problem)
+    one_process("memory compiles in one process for all devices.")
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
+    spread = [name for name in settings.methods if not CONTESTANTS[name].one_device]
+    alone = [name for name, method in CONTESTANTS.items() if method.one_device]
+    instead = f"leave {', '.join(spread)} out of --methods (of one device are {', '.join(alone)}), "
+    take_devices(max(settings.K) if spread else 1, each=True, instead=instead)
     result = measure(settings)
     print(table(result), flush=True)
     if settings.output is not None:
-        return write_results(settings.output, {"memory.json": result, "memory.png": png(figure(result))})
+        return write_results(settings.output, dict(zip(FILES, (result, png(figure(result))), strict=True)))
     return 0
 
 

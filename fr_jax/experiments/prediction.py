@@ -2,9 +2,9 @@
 
 Every module's functions and the transfers are timed (``fr_jax.diagnostics.stage_times``, ``step_times``), and the
 schedule of each method is simulated with these times; then the method itself runs. Measurements take turns, round after
-round. One device is one core only where each stage is a process of its own:
+round. One device is one core only where each stage is a process of its own, on as many cores as there are stages:
 
-    python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.prediction --K 2
+    taskset -c 0,1 python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.prediction --K 2
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from fr_jax.diagnostics.step_times import step_timer
 from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
 from fr_jax.experiments.contestants import OPTIMIZER, host_batch, make_entry, method_settings, shared_costs
 from fr_jax.experiments.cuts import choose_cuts
-from fr_jax.experiments.results import write_results
-from fr_jax.experiments.settings import SharedSettings
-from fr_jax.experiments.turns import Contestant, code_of, machine, quietly, take_devices
+from fr_jax.experiments.results import check_folder, write_results
+from fr_jax.experiments.settings import SettingsError, SharedSettings
+from fr_jax.experiments.turns import Contestant, code_of, cores_by_process, machine, quietly, take_devices
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.plots import png
 from fr_jax.types import Stage
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
 
+FILES = ("prediction.json", "prediction.png")
 ONE = "one device"
 TITLES = {"fr": "features replay", "ddg": "DDG", "dni": "DNI", "gpipe": "GPipe", "bp": "back-propagation"}
 TIMERS = {"fr": "at once", "ddg": "at once", "dni": "at once", "gpipe": "GPipe's step", "bp": "back-propagation's step"}
@@ -93,10 +94,8 @@ def refusal(settings: PredictionSettings) -> str | None:
     cuts = settings.cuts
     if cuts is not None and (len(cuts) != settings.K - 1 or [0, *cuts, layers] != sorted({0, *cuts, layers})):
         return f"--cuts {' '.join(map(str, cuts))}: give K-1 = {settings.K - 1} increasing places, 1 to {layers - 1}."
-    if settings.output is not None and not settings.overwrite:
-        there = [name for name in ("prediction.json", "prediction.png") if (settings.output / name).exists()]
-        if there:
-            return f"--output {settings.output} has {', '.join(there)} already. Add --overwrite, or choose another."
+    if settings.K == 1 and "bp" in settings.methods:
+        return "--K 1: back-propagation on one device is always there. Use --K 2 or more, or leave bp out of --methods."
     return None
 
 
@@ -174,8 +173,8 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
             rows[name]["measured"].append(turn(name, steps))
             rows[name]["predicted"].append(predicted(one, found[one.timer][-1], K, steps))
     parts = {name: median(all_rounds) for name, all_rounds in found.items()}
-    timelines = {
-        name: simulate(occupying(one.schedule(parts[one.timer], 4 * K + 8), parts[one.timer].transfer_share))
+    timelines = {  # what counts of them, the second half, are whole cycles of K steps
+        name: simulate(occupying(one.schedule(parts[one.timer], 8 * K), parts[one.timer].transfer_share))
         for name, one in methods.items()
     }
     baseline = statistics.median(rows[ONE]["measured"])
@@ -183,6 +182,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
         "cuts": list(cuts),
         "processes": distributed.group().size,
+        "cores_by_process": cores_by_process(),
         **machine(),
         "results": {name: _summary(row, summarise(timelines[name])) for name, row in rows.items()},
         "parts": {name: _as_json(measured) for name, measured in parts.items()},
@@ -246,9 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(PredictionSettings, args=arguments, prog="python -m fr_jax.experiments.prediction")
-    if problem := refusal(settings):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
     return code_of(lambda: run(settings))
 
 
@@ -256,16 +253,23 @@ def run(settings: PredictionSettings) -> int:
     """Predicts and measures, prints the table and writes the files; returns the exit code.
 
     Raises:
+      SettingsError: a setting cannot be used, or there are fewer devices than stages.
       GroupError: the processes of a run of several do not find each other, or one of them failed.
     """
+    if problem := refusal(settings):
+        raise SettingsError(problem)
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
     distributed.initialize()
-    take_devices(settings.K)
-    result, picture = measure(settings)
+    take_devices(settings.K, each=True)
+    try:
+        result, picture = measure(settings)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
     if not distributed.is_first():
         return 0
     print(table(result), flush=True)
     if settings.output is not None:
-        return write_results(settings.output, {"prediction.json": result, "prediction.png": picture})
+        return write_results(settings.output, dict(zip(FILES, (result, picture), strict=True)))
     return 0
 
 

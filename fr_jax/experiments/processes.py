@@ -33,7 +33,22 @@ OF_ONE_PROCESS = frozenset(
 )
 """Settings that may differ between the processes of a run."""
 
-__all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data"]
+__all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data", "one_process"]
+
+
+def one_process(why: str, instead: str = "Start it without fr_jax.launch.", *, asked: bool = False) -> None:
+    """Refuses to be one of several processes, before anything is done.
+
+    Args:
+      why: the program does not run so, a sentence.
+      instead: what to do, a sentence.
+      asked: whether its own flags ask for several, as the environment that ``fr_jax.launch`` makes does.
+
+    Raises:
+      SettingsError: it is one.
+    """
+    if asked or distributed.NUM_PROCESSES in os.environ:
+        raise SettingsError(f"{why} {instead}")
 
 
 def join(settings: TrainSettings) -> None:

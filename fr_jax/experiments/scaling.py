@@ -22,8 +22,11 @@ import jax
 from fr_jax.diagnostics.gantt import gantt_figure
 from fr_jax.diagnostics.timeline import Timeline, simulate
 from fr_jax.experiments import scaling_picture
-from fr_jax.experiments.results import no_folder, write_results
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_folder, write_results
 from fr_jax.experiments.scaling_network import METHODS, STEP, Network, described, ideal, schedule, speedups
+from fr_jax.experiments.settings import SettingsError
+from fr_jax.experiments.turns import code_of
 from fr_jax.models import MODELS
 from fr_jax.training.plots import png
 
@@ -165,7 +168,9 @@ def timelines(settings: ScalingSettings, network: Network, K: int) -> tuple[dict
     made = {}
     for name, method in METHODS.items():
         fastest = STEP / max(1.0, method.bound(K, settings.microbatches))
-        steps = 4 + math.ceil(until / fastest) + (2 * K if method.fills else 0)
+        steps = 4 + math.ceil(until / fastest)
+        if method.fills:  # half of them, which the chart's title is about, are whole cycles of K steps
+            steps = 2 * K * math.ceil((steps + 2 * K) / (2 * K))
         title = f"{method.title}, M = {settings.microbatches}" if name == "gpipe" else method.title
         made[title] = simulate(schedule(name, network, K, settings.ratio, settings.microbatches, steps))
     return made, until
@@ -185,26 +190,24 @@ def pictures(settings: ScalingSettings, network: Network, result: dict[str, Any]
     return {name: png(drawing, dpi=150 if name == "scaling.png" else 110) for name, drawing in drawn.items()}
 
 
-def _prepare_output(settings: ScalingSettings) -> str | None:
-    """Why the files cannot be written, or None."""
-    if settings.output is None:
-        return None
-    if problem := no_folder(settings.output):
-        return problem
-    there = [name for name in output_files(settings) if (settings.output / name).exists()]
-    if there and not settings.overwrite:
-        return f"--output {settings.output} has {', '.join(there)} already. Add --overwrite, or choose another folder."
-    return None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
     import tyro
 
     settings = tyro.cli(ScalingSettings, args=arguments, prog="python -m fr_jax.experiments.scaling")
-    if problem := refusal(settings) or _prepare_output(settings):
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
+    return code_of(lambda: run(settings))
+
+
+def run(settings: ScalingSettings) -> int:
+    """Simulates, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    if problem := refusal(settings):
+        raise SettingsError(problem)
+    one_process("scaling simulates in one process.")
+    check_folder(settings.output, output_files(settings), overwrite=settings.overwrite)
     network = make_network(settings)
     result = simulated(settings, network)
     print(table(result), flush=True)

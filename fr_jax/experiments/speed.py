@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.diagnostics.stage_times import Measured, median, stage_timer
-from fr_jax.distributed import group, initialize
-from fr_jax.experiments.checks import choice
+from fr_jax.distributed import is_first
+from fr_jax.experiments.checks import check_cuts, check_parts, choice
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.contestants import (
     BASELINE,
@@ -36,11 +36,13 @@ from fr_jax.experiments.contestants import (
     shared_costs,
 )
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_file, write_beside
 from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.speed_picture import plot_speed
-from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, quietly, start_pinned, take_devices
+from fr_jax.experiments.speed_picture import speed_figure
+from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, placed_on, quietly, start_pinned, take_devices
 from fr_jax.training.classification import cross_entropy
-from fr_jax.training.metrics import write_json
+from fr_jax.training.plots import png
 from fr_jax.types import Stage
 
 __all__ = ["SpeedSettings", "main", "run"]
@@ -81,6 +83,8 @@ class SpeedSettings:
     """One process a stage, each pinned to one core."""
     output: Path | None = None
     """A JSON file for the numbers; the picture gets its name with .png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
 
 
 def check(settings: SpeedSettings) -> None:
@@ -93,13 +97,18 @@ def check(settings: SpeedSettings) -> None:
     for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
         if (value := getattr(settings, name)) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    check_cuts(settings.cuts, settings.K)
+    if settings.K == 1 and settings.methods != SpeedSettings.methods and {*settings.methods} - {"bp", "fr"}:
+        raise SettingsError(
+            f"--K 1 --methods {' '.join(settings.methods)}: with one stage every method is back-propagation, which is "
+            "timed anyway. Use --K 2 or more, or drop --methods."
+        )
     parts = {"gpipe": settings.microbatches, DATA_PARALLEL: settings.K}
-    for method in settings.methods:
-        if settings.batch_size % parts.get(method, 1):
-            raise SettingsError(
-                f"--batch-size {settings.batch_size} cannot be split into the {parts[method]} equal parts of {method}. "
-                "Change it, or leave the method out."
-            )
+    for method in settings.methods if settings.K > 1 else ():
+        check_parts(settings.batch_size, parts.get(method, 1), method)
+    if not settings.pinned:
+        one_process("speed without --pinned measures in one process.")
+    check_file(settings.output, overwrite=settings.overwrite)
 
 
 def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
@@ -147,6 +156,7 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
 
 def measure(settings: SpeedSettings) -> dict[str, Any]:
     """Makes all contestants, and times them."""
+    placed = placed_on(settings.pinned, settings.K)
     layers = fr.models.MODELS[settings.model](dtype=jnp.dtype(settings.dtype))
     entries = make_entries(settings, layers)
     turns = in_turns(
@@ -172,7 +182,7 @@ def measure(settings: SpeedSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "K": settings.K,
         "balance": "given" if settings.cuts is not None else settings.balance,
-        "placement": "one pinned process a stage" if settings.pinned else "devices of one process",
+        **placed,
         "rounds": settings.rounds,
         "steps_per_round": settings.steps,
         **machine(),
@@ -216,16 +226,15 @@ def run(settings: SpeedSettings) -> dict[str, Any]:
         result = measure(settings)
     except ValueError as error:  # of the library, whose messages fit the flags
         raise SettingsError(str(error)) from error
-    if group().index == 0:
+    if is_first():
         print(table(result), flush=True)
         if settings.output is not None:
-            write_json(settings.output, result)
-            plot_speed(result, settings.output.with_suffix(".png"))
+            write_beside(settings.output, result, png(speed_figure(result)))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, or 2 for bad arguments."""
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -233,8 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         check(settings)
-        if settings.pinned and not initialize():
-            return start_pinned("fr_jax.experiments.speed", arguments, settings.K)
+        if settings.pinned:
+            code = start_pinned("fr_jax.experiments.speed", arguments, settings.K)
+            if code is not None:
+                return code
         run(settings)
         return 0
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS, png
+from fr_jax.training.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_speed", "speed_figure"]
-
-
-def plot_speed(result: Mapping[str, Any], path: Path) -> None:
-    """Draws :func:`speed_figure` into a PNG file, replaced in one go.
-
-    Raises:
-      OSError: the file cannot be written; an old one is intact.
-    """
-    write_atomically(path, png(speed_figure(result)))
+__all__ = ["speed_figure"]
 
 
 def speed_figure(result: Mapping[str, Any]) -> Figure:

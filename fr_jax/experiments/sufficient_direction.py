@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 import fr_jax as fr
-from fr_jax import distributed
 from fr_jax.diagnostics.sufficient_direction import (
     Direction,
     SampledGradient,
@@ -29,6 +27,7 @@ from fr_jax.experiments import program
 from fr_jax.experiments.command_line import Program, parse
 from fr_jax.experiments.direction_picture import plot_directions, standing_out
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.processes import one_process
 from fr_jax.experiments.session import Session, make_algorithm
 from fr_jax.experiments.settings import SettingsError, TrainSettings
 from fr_jax.training.classification import cross_entropy
@@ -188,12 +187,12 @@ def check(settings: SufficientDirectionSettings) -> None:
         raise SettingsError(
             f"--gradient-batches {settings.gradient_batches} is out of range; give 1 or more, or 0 for a whole epoch."
         )
-    several = settings.coordinator or settings.distributed or distributed.NUM_PROCESSES in os.environ
-    if several:
-        raise SettingsError(
-            "sufficient_direction adds up what all modules have, and runs in one process. Start it without "
-            "fr_jax.launch, --coordinator and --distributed; its stages spread over the devices of this process."
-        )
+    one_process(
+        "sufficient_direction adds up what all modules have, and runs in one process.",
+        "Start it without fr_jax.launch, --coordinator and --distributed; its stages spread over the devices of this "
+        "process.",
+        asked=settings.coordinator is not None or settings.distributed,
+    )
 
 
 SUFFICIENT_DIRECTION = Program("sufficient_direction", dataset="cifar10", defaults=SufficientDirectionSettings())

@@ -25,10 +25,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fr_jax.experiments.results import no_folder, write_results
+from fr_jax.experiments.processes import one_process
+from fr_jax.experiments.results import check_folder, write_results
+from fr_jax.experiments.settings import SettingsError
 from fr_jax.experiments.theorems_moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems_picture import figure
 from fr_jax.experiments.theorems_problems import LAYERS, PROBLEMS, Problem
+from fr_jax.experiments.turns import code_of
 from fr_jax.training.plots import png
 
 __all__ = ["TheoremsSettings", "constants", "main", "sides", "table"]
@@ -82,9 +85,6 @@ def refusal(settings: TheoremsSettings) -> str | None:
         return "--batch-size must be 1 or more, and --seed 0 or more."
     if settings.replicas < 2 or settings.replicas % 2:
         return f"--replicas {settings.replicas}: give an even number, 2 or more; either half has a use of its own."
-    there = [settings.output / name for name in FILES if settings.output and (settings.output / name).exists()]
-    if there and not settings.overwrite:
-        return f"{there[0]} exists. Give another --output, or add --overwrite."
     return None
 
 
@@ -270,10 +270,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(TheoremsSettings, args=arguments, prog="python -m fr_jax.experiments.theorems")
-    problem = refusal(settings) or (no_folder(settings.output) if settings.output is not None else None)
-    if problem:
-        print(f"fr_jax: {problem}", file=sys.stderr)
-        return 2
+    return code_of(lambda: run(settings))
+
+
+def run(settings: TheoremsSettings) -> int:
+    """Runs everything, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    if problem := refusal(settings):
+        raise SettingsError(problem)
+    one_process("theorems runs in one process.")
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
     result = measure_all(settings)
     print(table(result), flush=True)
     if settings.output is not None:

@@ -28,11 +28,13 @@ from fr_jax.experiments.command_line import call
 from fr_jax.experiments.contestants import Entry, make_batch, make_entry, method_settings, plain
 from fr_jax.experiments.cuts import network_costs, stage_costs
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.processes import one_process
 from fr_jax.experiments.pytorch_peer import Peer, PeerError
+from fr_jax.experiments.results import check_file, write_beside
 from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.throughput_picture import plot_throughput
+from fr_jax.experiments.throughput_picture import throughput_figure
 from fr_jax.experiments.turns import TakesTurns, as_rows, code_of, in_turns, machine, quietly
-from fr_jax.training.metrics import write_json
+from fr_jax.training.plots import png
 from fr_jax.types import Stage
 
 __all__ = ["ThroughputSettings", "main", "run"]
@@ -70,6 +72,8 @@ class ThroughputSettings:
     """Steps of a turn."""
     output: Path | None = None
     """A JSON file for the numbers; the picture gets its name with .png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
 
 
 def check(settings: ThroughputSettings) -> None:
@@ -91,6 +95,8 @@ def check(settings: ThroughputSettings) -> None:
         raise SettingsError(f"--patience {settings.patience} is out of range; it must be above 0 seconds.")
     if modes(settings):
         pytorch_peer.check_pytorch(settings.models)
+    one_process("throughput times one device from one process.")
+    check_file(settings.output, overwrite=settings.overwrite)
 
 
 def modes(settings: ThroughputSettings) -> list[str]:
@@ -237,9 +243,7 @@ def run(settings: ThroughputSettings) -> dict[str, Any]:
 
     def keep(result: dict[str, Any]) -> None:
         if settings.output is not None:
-            settings.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(settings.output, result)
-            plot_throughput(result, settings.output.with_suffix(".png"))
+            write_beside(settings.output, result, png(throughput_figure(result)))
 
     try:
         result = measure(settings, keep)
@@ -250,7 +254,7 @@ def run(settings: ThroughputSettings) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where PyTorch's process dies, 2 for bad arguments."""
+    """The program. Returns its exit code: 0, 1 where PyTorch's process dies or a disk is full, 2 for bad arguments."""
     import tyro
 
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.training.files import write_atomically
-from fr_jax.training.plots import COLOURS, png
+from fr_jax.training.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_throughput", "throughput_figure"]
-
-
-def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
-    """Draws :func:`throughput_figure` into a PNG file, replaced in one go.
-
-    Raises:
-      OSError: the file cannot be written; an old one is intact.
-    """
-    write_atomically(path, png(throughput_figure(result)))
+__all__ = ["throughput_figure"]
 
 
 def throughput_figure(result: Mapping[str, Any]) -> Figure:

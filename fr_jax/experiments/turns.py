@@ -9,13 +9,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
 from fr_jax import launch
-from fr_jax.distributed import GroupError, group
+from fr_jax.distributed import NUM_PROCESSES, GroupError, group, initialize
+from fr_jax.experiments.session import request_devices
 from fr_jax.experiments.settings import SettingsError
 from fr_jax.types import Array
 
@@ -25,8 +26,10 @@ __all__ = [
     "Turn",
     "as_rows",
     "code_of",
+    "cores_by_process",
     "in_turns",
     "machine",
+    "placed_on",
     "quietly",
     "spread",
     "start_pinned",
@@ -147,35 +150,111 @@ def _processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def take_devices(K: int) -> None:
-    """Starts JAX with K devices, or with those of a group's processes; these meet here and must all call it."""
+def take_devices(K: int, *, each: bool = False, instead: str = "") -> None:
+    """Starts JAX with K devices, or with those of a group's processes; these meet here and must all call it.
+
+    Args:
+      K: how many at least, where JAX makes them: on the CPU.
+      each: K stages must have a device each; otherwise they may share what there is.
+      instead: what to do besides where there are fewer, as it stands in a list.
+
+    Raises:
+      SettingsError: there are fewer, and ``each`` stage must have one.
+    """
     if group().size == 1:
-        with contextlib.suppress(RuntimeError):  # JAX is in use already: take the devices that there are
-            jax.config.update("jax_num_cpu_devices", K)
-    jax.devices()
+        request_devices(K)
+    there = len(jax.devices())
+    if each and there < K:
+        kind = jax.devices()[0].platform
+        more = "call it before anything else is asked of JAX, which then makes as many"
+        if kind != "cpu":
+            more = "set JAX_PLATFORMS=cpu, where the program makes as many as it needs"
+        if group().size > 1:
+            more = f"start {K} processes"
+        raise SettingsError(
+            f"--K {K} stages need a device each, and JAX sees {there} ({kind}). Use at most --K {there}, "
+            f"{instead}or {more}."
+        )
 
 
 def code_of(work: Callable[[], int]) -> int:
-    """Does the work; what its user can mend is one message, exit code 2, and the end of the other processes."""
+    """Does the work; what its user can mend is one message, an exit code, and the end of the other processes."""
     try:
         return work()
     except (SettingsError, GroupError) as error:
-        group().fail(2)
+        code = error.exit_code if isinstance(error, GroupError) else 2
+        said = isinstance(error, GroupError) and error.said
+        if not said and group().fail(code):
+            print(f"fr_jax: {error}", file=sys.stderr)
+        return code
+    except OSError as error:
+        group().fail(1)
         print(f"fr_jax: {error}", file=sys.stderr)
-        return 2
+        return 1
 
 
-def start_pinned(module: str, arguments: Sequence[str], processes: int) -> int:
-    """Starts ``python -m MODULE ARGUMENTS`` once a stage, each on a core of its own. Returns the exit code."""
-    cores = len(os.sched_getaffinity(0))
-    if cores < processes:
-        print(
-            f"fr_jax: --pinned needs {processes} cores for --K {processes}; there are {cores}. Use a smaller --K, or "
-            "drop --pinned.",
-            file=sys.stderr,
+def start_pinned(module: str, arguments: Sequence[str], K: int) -> int | None:
+    """Starts ``python -m MODULE ARGUMENTS`` once a stage, each on a single core of its own.
+
+    Returns:
+      The exit code; None in one of these processes, which has joined the others and goes on.
+
+    Raises:
+      SettingsError: there are not as many cores, or processes cannot be pinned here.
+    """
+    if NUM_PROCESSES in os.environ:
+        initialize()
+        return None
+    if not hasattr(os, "sched_setaffinity"):
+        raise SettingsError(
+            f"--pinned: {platform.system()} does not pin processes to cores; Linux does. Drop --pinned: the stages are "
+            "then devices of one process."
         )
-        return 2
-    return launch.wait(launch.start(["-m", module, *arguments], processes, mark=False))
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < K:
+        raise SettingsError(
+            f"--pinned needs {K} cores for --K {K}; there are {len(cores)}. Use a smaller --K, or drop --pinned."
+        )
+    try:
+        with _confined(cores[:K]):  # of which launch gives each process an equal share
+            processes = launch.start(["-m", module, *arguments], K, mark=False)
+    except launch.LaunchError as error:
+        raise SettingsError(f"--pinned: {error}") from error
+    return launch.wait(processes)
+
+
+@contextlib.contextmanager
+def _confined(cores: Sequence[int]) -> Iterator[None]:
+    """What is started meanwhile has no other cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def cores_by_process() -> list[list[int] | None]:
+    """The cores that each process may use, None where that cannot be known; in a group all processes must call it."""
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return group().exchange(own)
+
+
+def placed_on(pinned: bool, K: int) -> dict[str, Any]:
+    """What a result says of where its K stages were; in a group all processes must call it.
+
+    Raises:
+      SettingsError: with ``pinned``, they are not K processes with a core each.
+    """
+    found = cores_by_process()
+    if pinned and not (len(found) == K == len({core for own in found for core in own or ()}) and all(found)):
+        cores = "; ".join("any" if own is None else " ".join(map(str, own)) for own in found)
+        raise SettingsError(
+            f"--pinned needs {K} processes with a core each for --K {K}; these are {len(found)}, on the cores {cores}. "
+            "Start the program without fr_jax.launch: with --pinned it starts the processes itself."
+        )
+    what = "one pinned process a stage" if pinned else "devices of one process"
+    return {"placement": what, "cores_by_process": found}
 
 
 def quietly(text: str) -> None:

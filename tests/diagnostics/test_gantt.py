@@ -3,9 +3,9 @@ import io
 import pytest
 from matplotlib.collections import PolyCollection
 
-from fr_jax.diagnostics.gantt import LOOKS, gantt_figure
+from fr_jax.diagnostics.gantt import LOOKS, OTHER, gantt_figure
 from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
-from fr_jax.diagnostics.timeline import occupying, simulate
+from fr_jax.diagnostics.timeline import Task, occupying, simulate
 from fr_jax.diagnostics.times import ModuleTimes, balanced_shares, times_of_costs
 
 
@@ -52,6 +52,13 @@ def test_transfers_that_occupy_devices_are_bars():
 
 def test_every_kind_of_work_has_a_look():
     assert sorted(kind for look in LOOKS for kind in look.kinds) == sorted((*ModuleTimes._fields, "transfer"))
+
+
+def test_kinds_of_ones_own_are_grey():
+    tasks = [Task(kind, 0, 1.0, t, t) for t in range(4) for kind in ("last", "allreduce")]
+    figure = gantt_figure({"mine": simulate(tasks)}, title="own kinds")
+    assert OTHER.label in {text.get_text() for text in figure.legends[0].get_texts()}
+    assert drawn(figure)
 
 
 def test_nothing_to_draw():

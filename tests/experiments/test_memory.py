@@ -36,7 +36,7 @@ def test_writes_numbers_and_a_picture_once(tmp_path, capsys):
     assert "table 1" in printed and printed.count("mlp") >= 6
 
     assert memory.main(arguments) == 2
-    assert f"--output {output} holds memory.json and memory.png" in capsys.readouterr().err
+    assert f"{output} has memory.json, memory.png already. Add --overwrite" in capsys.readouterr().err
     (output / "memory.png").unlink()
     assert memory.main([*arguments, "--overwrite"]) == 0
     assert (output / "memory.png").exists()
@@ -58,12 +58,25 @@ def test_every_contestant_without_output(tmp_path, monkeypatch, capsys):
         (["--K", "2", "1"], "--K 2 1: give one or more increasing whole numbers, each 1 or more"),
         (["--K", "0"], "--K 0: give one or more increasing whole numbers"),
         (["--models", "mlp", "--K", "7"], "--K 7: mlp has 6 layers, so K can be 1 to 6"),
-        (["--batch-size", "6"], "--batch-size 6 --microbatches 4: both must be 1 or more, and the second must divide"),
+        (
+            ["--batch-size", "6", "--methods", "gpipe"],
+            "--batch-size 6 --microbatches 4: both must be 1 or more, and with",
+        ),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):
     assert memory.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fewer_devices_than_stages(monkeypatch, capsys):
+    """They would share a device, and pass for K; methods of one device need one only."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    assert memory.main([*SMALL, "--methods", "fr", "recompute"]) == 2
+    said = capsys.readouterr().err
+    assert "--K 3 stages need a device each, and JAX sees 1 (cpu). Use at most --K 1, leave fr out of --methods" in said
+    assert memory.main([*SMALL, "--methods", "recompute", "fr-one-device", "--K", "2", "--batch-size", "5"]) == 0
 
 
 def test_output_that_is_a_file_ends_with_2(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from fr_jax.experiments import prediction
@@ -46,6 +47,15 @@ def test_one_process_a_stage(tmp_path, program_env):
     assert check(output, ["fr", "ddg", "bp"])["processes"] == 2
 
 
+def test_fewer_devices_than_stages(monkeypatch, capsys):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    assert prediction.main([*SMALL, "--K", "2"]) == 2
+    assert (
+        "--K 2 stages need a device each, and JAX sees 1 (cpu). Use at most --K 1, or call" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,6 +64,7 @@ def test_one_process_a_stage(tmp_path, program_env):
         (["--K", "40"], "--K 40: resnet20 has 11 layers"),
         (["--cuts", "0"], "--cuts 0: give K-1 = 1 increasing places, 1 to 10"),
         (["--K", "3", "--cuts", "4", "2"], "--cuts 4 2: give K-1 = 2 increasing places"),
+        (["--K", "1"], "--K 1: back-propagation on one device is always there. Use --K 2 or more"),
         (["--methods", "gpipe", "--microbatches", "3"], "--batch-size 128 cannot be split into 3 --microbatches"),
     ],
 )

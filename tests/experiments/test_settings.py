@@ -253,7 +253,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"method": "gpipe", "microbatches": 0}, "--microbatches 0 is out of range; it must be at least 1"),
         ({"model": "mlp", "dropout_rate": 1.0}, "--dropout-rate 1.0 is out of range; it must be below 1"),
         ({"method": "blockprop", "h_every": 2}, "--h-every 2 needs the gluing variables .* Add --cache"),
-        ({"K": 3, "cuts": (1,)}, r"--cuts has 1 positions for --K 3; K stages need K-1 = 2 cuts"),
+        ({"K": 3, "cuts": (1,)}, "--cuts 1 make 2 stages, and --K is 3; K stages need K-1 = 2 cuts"),
         ({"K": 1, "cuts": (1,)}, r"K-1 = 0 cuts"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -57,6 +58,7 @@ def test_given_cuts_and_methods_without_a_bound(capsys):
     row = result["results"]["DNI, K = 3"]
     assert row["cuts"] == [2, 3] and row["bound"] is row["share_of_bound"] is None
     assert [one["cut"] for one in result["transfers"]] == [2, 3]
+    assert result["placement"] == "devices of one process" and len(result["cores_by_process"]) == 1
 
 
 def test_stages_that_share_a_device_have_no_bound():
@@ -81,6 +83,9 @@ def test_bounds_are_the_closed_forms():
         (["--batch-size", "130"], "cannot be split into the 4 equal parts of gpipe"),
         (["--model", "mlp", "--K", "7", "--methods", "fr"], "K = 7 stages were asked of"),
         (["--K", "4096", "--pinned", "--methods", "fr"], "--pinned needs 4096 cores for --K 4096"),
+        (["--cuts", "1", "2"], "--cuts 1 2 make 3 stages, and --K is 2; K stages need K-1 = 1 cuts"),
+        (["--K", "1", "--cuts", "1", "2"], "--cuts 1 2 make 3 stages, and --K is 1"),
+        (["--K", "1", "--methods", "fr", "ddg"], "--K 1 --methods fr ddg: with one stage every method is back-prop"),
     ],
 )
 def test_bad_arguments_are_one_message(arguments, said, capsys):
@@ -94,4 +99,9 @@ def test_one_pinned_process_a_stage(tmp_path, program_env):
     command = [sys.executable, "-m", "fr_jax.experiments.speed", "--pinned", "--model", "mlp", "--rounds", "3"]
     done = subprocess.run([*command, "--output", str(output)], env=program_env, capture_output=True, timeout=250)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    check(json.loads(output.read_text()), processes=2)
+    result = json.loads(output.read_text())
+    check(result, processes=2)
+    cores = sorted(os.sched_getaffinity(0))
+    assert result["cores_by_process"] == [[core] for core in cores[:2]]
+    refused = subprocess.run([*command, "--output", str(output)], env=program_env, capture_output=True, timeout=100)
+    assert refused.returncode == 2 and b"speed.json, speed.png already. Add --overwrite" in refused.stderr

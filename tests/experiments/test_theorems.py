@@ -208,7 +208,10 @@ def test_program_writes_curves_and_a_picture(tmp_path, capsys):
     assert "proved" in rows[1]["curves"] and rows[1]["proved_second_moment"] > rows[1]["second_moment"]
     assert "linear   2    0.1 fixed" in capsys.readouterr().out
     assert theorems.main([*QUICK, "--output", str(output)]) == 2
-    assert "theorems.json exists. Give another --output, or add --overwrite." in capsys.readouterr().err
+    assert (
+        "has theorems.json, theorems.png already. Add --overwrite, or choose another --output."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
