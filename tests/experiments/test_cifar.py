@@ -416,7 +416,7 @@ def test_a_folder_that_cannot_be_made(program, tmp_path, monkeypatch):
         (["--method", "x"], ["--method x", "fr, bp"]),
         (["--K", "0"], ["--K 0", "at least 1"]),
         (["--K", "7"], ["--K 7", "mlp", "6 layers", "1 to 6", "smaller K"]),
-        (["--K", "3", "--cuts", "2"], ["--cuts has 1", "K-1 = 2"]),
+        (["--K", "3", "--cuts", "2"], ["--cuts 2 make 2 stages", "K-1 = 2", "--K 2"]),
         (["--K", "3", "--cuts", "4", "2"], ["(4, 2)", "increase strictly within 1 .. 5"]),
         (["--batch-size", "2000"], ["2000", "1,433 training examples", "Try 1433"]),
         (["--data-parallel", "2", "--batch-size", "33"], ["33", "multiple of 2", "Try 32"]),
