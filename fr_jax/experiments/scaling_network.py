@@ -185,8 +185,8 @@ def speedups(network: Network, K: int, ratio: float, M: int) -> dict[str, float]
         return None
     found = {}
     for name, method in METHODS.items():
-        # With transfers a decoupled method repeats itself every K steps, or every few times K: a part of such a cycle is
-        # not its mean. Before that, DDG runs ahead for some 150 steps of what a network with uneven cuts keeps up.
+        # With transfers a decoupled method repeats itself every K steps, or every few times K: a part of such a cycle
+        # is not its mean. Before that, DDG runs ahead for some 150 steps of what a network with uneven cuts keeps up.
         cycles = max(6, 12 * (32 // K))
         steps, skip = (cycles * K, cycles * 2 // 3 * K) if method.fills else (4, 2)
         tasks = schedule(name, network, K, ratio, M, steps)
