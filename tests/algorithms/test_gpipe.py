@@ -190,3 +190,23 @@ def test_targets_that_would_be_split_apart_from_their_inputs_are_refused(naive, 
     (batch,) = make_batches(1)
     with pytest.raises(ValueError, match=r"targets of shape \(12,\) came with 6 examples"):
         gpipe.init(jax.random.key(0), batch._replace(targets=batch.targets.ravel()))
+
+
+def test_gradients_of_half_precision_do_not_get_worse_with_more_microbatches():
+    """One product, whose gradient is the mean over the examples: in bfloat16 the sums of 64 parts would lose digits."""
+    B, M = 256, 64
+    product = fr.Stage(
+        lambda key, x: (jnp.ones((x.shape[1], 1), x.dtype), ()),
+        lambda w, state, x, *, key=None, train=True: (x @ w, state),
+    )
+    x = np.random.default_rng(0).uniform(0.5, 1.5, (B, 4))
+    batch = fr.Batch(jnp.asarray(x, jnp.bfloat16), jnp.zeros((B, 1), jnp.bfloat16))
+    mean = lambda y, z: (y - z).mean()
+    algorithm = fr.gpipe(product, mean, optax.sgd(0.1), microbatches=M, return_grads=True)
+    state = algorithm.init(jax.random.key(0), batch)
+    new, info = algorithm.step(state, batch)
+    parts = [np.asarray(batch.inputs[m::M], np.float64).mean(0) for m in range(M)]
+    exact = np.mean(parts, axis=0)[:, None]
+    error = np.abs(np.asarray(info.grads[0], np.float64) - exact).max() / np.abs(exact).max()
+    assert error < 2**-9  # half a unit in bfloat16's last place; sums in bfloat16 are off by several
+    assert jax.tree.leaves(new.params)[0].dtype == jnp.bfloat16
