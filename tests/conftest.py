@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # the time of its default ones (0.11 has no choice). To test with the default ones, set XLA_FLAGS to an empty string.
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Where in the source each operation stands is looked up for every one, and nobody reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest
@@ -31,6 +34,14 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests that compile many small functions and run each a few times: XLA need not optimise them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One compilation cache for all test processes of a session, which compile many functions again and again.
@@ -47,6 +58,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # which may have been opened, and found disabled, while tests were collected
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seldom_collection() -> None:
+    """Garbage collection leaves out what was imported, and comes less often: tracing makes many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,10 @@ def calls_of(
     params, state, opt_state, stream, h_in, _, vjp, delta, grads = module
     run = (params, state, stream, h_in)
     common: dict[str, Any] = {"return_grads": False, "donate": True}
+    accumulate = gpipe.make_accumulate(here, count=2)
     makers: dict[str, Callable[[], Call]] = {
         "update": lambda: Call(steps.make_update(optimizer, here, donate=True), (params, opt_state, grads)),
-        "accumulate": lambda: Call(gpipe.make_accumulate(here, count=2), (grads, grads)),
+        "accumulate": lambda: Call(accumulate, (accumulate(None, grads), grads)),
     }
     if k < K - 1:
         replay = lambda: steps.make_replay(

@@ -222,6 +222,7 @@ def median(measured: Sequence[Measured]) -> Measured:
             tuple(ModuleTimes(*middle(rows)) for rows in modules),
             middle([times.features for times in all_times]),
             middle([times.gradients for times in all_times]),
+            statistics.median(times.all_reduce for times in all_times),
         ),
         statistics.median(one.transfer_share for one in measured),
     )

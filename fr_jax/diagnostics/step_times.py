@@ -1,4 +1,4 @@
-"""Measures stage times while a method with locking runs: every function in its place in the step, one at a time.
+"""Measures stage times while a method that waits runs: every function in its place in the step, one at a time a device.
 
 Timed alone and again and again, a function of back-propagation or GPipe is faster than in a step, where its inputs come
 from another core's memory, its device has just been idle, and the VJPs of other microbatches are alive. So here the
@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from fr_jax.algorithms import backprop, gpipe, steps
 from fr_jax.algorithms.setup import Optimizers, Setup, check_count, check_setup
+from fr_jax.diagnostics import lockstep
 from fr_jax.diagnostics.module_calls import run_once
 from fr_jax.diagnostics.stage_times import Measured, crossings, exchanged, is_mine
 from fr_jax.distributed import group
@@ -68,10 +69,11 @@ def step_timer(
     repeats: int = 3,
     hops: int = 10,
 ) -> Callable[[], Measured]:
-    """Prepares a measurement of the stage times of ``"bp"`` or ``"gpipe"`` in their own steps.
+    """Prepares a measurement of stage times in a method's own step.
 
     Args:
-      method: ``"bp"`` (back-propagation over several devices) or ``"gpipe"``.
+      method: ``"bp"`` (back-propagation over several devices), ``"gpipe"``, or ``"fr-lockstep"`` (features replay with
+        barriers, :mod:`fr_jax.diagnostics.lockstep`).
       stages: the K modules.
       loss_fn: ``(outputs, targets) -> scalar``.
       optimizer: one optax transformation, or K.
@@ -102,27 +104,28 @@ def step_timer(
     setup = check_setup(stages, optimizer, placement)
     check_count("repeats", repeats)
     check_count("hops", hops)
-    if method not in ("bp", "gpipe"):
-        raise ValueError(f"method = {method!r} has no step timer; it can be 'bp' or 'gpipe'. Others: stage_timer.")
+    if method not in STEPS:
+        raise ValueError(f"method = {method!r} has no step timer; it can be {', '.join(STEPS)}. Others: stage_timer.")
     if method == "bp" and len(set(setup.shardings)) == 1:
         raise ValueError("back-propagation on a single device is one function: time it with stage_timer, kind 'last'.")
     clock = Clock(setup.shardings)
     parts = microbatches if method == "gpipe" else 1
     part = Batch(*(x[: len(x) // parts] for x in (batch.inputs, batch.targets)))
     batch = Batch(place(batch.inputs, setup.shardings[0]), place(batch.targets, setup.shardings[-1]))
-    step, state = (_backprop if method == "bp" else _gpipe)(setup, loss_fn, batch, clock, microbatches)
+    step, state = STEPS[method](setup, loss_fn, batch, clock, microbatches)
     part = Batch(place(part.inputs, setup.shardings[0]), place(part.targets, setup.shardings[-1]))
     features = [module.h_out for module in run_once(setup, loss_fn, part, keep_weights=False)[:-1]]
+    warm_up = max(WARM_UP, len(setup.stages))  # until all modules replay
 
     def measure() -> Measured:
         nonlocal state
         rounds: list[dict[tuple[int, str], float]] = []
-        for number in range(WARM_UP + repeats):
+        for number in range(warm_up + repeats):
             clock.seconds.clear()
             group().exchange(None)
             state, info = step(state, batch)
             jax.block_until_ready([x for x in jax.tree.leaves((state, info)) if _is_here(x)])
-            if number >= WARM_UP:
+            if number >= warm_up:
                 rounds.append({name: statistics.fmean(seconds) for name, seconds in clock.seconds.items()})
         mine = [(*name, statistics.median(one[name] for one in rounds)) for name in rounds[0]]
         return exchanged(len(setup.stages), mine, crossings(features, setup.shardings, hops))
@@ -157,3 +160,19 @@ def _gpipe(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: i
     )
     state = gpipe.init(setup, M, jax.random.key(0), batch)
     return lambda state, batch: gpipe.step(parts, setup, M, False, state, batch), state
+
+
+def _lockstep(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
+    parts, top = lockstep.make_parts(setup, loss_fn), len(setup.stages) - 1
+    parts = lockstep.Parts(
+        plays=clock.all_around(parts.plays, "play"),
+        replays=clock.all_around(parts.replays, "replay"),
+        forward=clock.around(parts.forward, top, "forward"),
+        backward=clock.around(parts.backward, top, "backward"),
+        update=clock.around(parts.update, top, "update"),
+    )
+    state = lockstep.init(setup, jax.random.key(0), batch)
+    return lambda state, batch: lockstep.step(parts, setup, state, batch), state
+
+
+STEPS = {"bp": _backprop, "gpipe": _gpipe, "fr-lockstep": _lockstep}

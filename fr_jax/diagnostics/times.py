@@ -51,11 +51,13 @@ class Times(NamedTuple):
       modules: K entries.
       features: K-1 entries, the seconds in which h_k gets from module k to k+1.
       gradients: K-1 entries, the seconds in which delta_k gets back.
+      all_reduce: of all sums over devices in a step of data parallelism (gradients, batch statistics).
     """
 
     modules: tuple[ModuleTimes, ...]
     features: tuple[float, ...]
     gradients: tuple[float, ...]
+    all_reduce: float = 0.0
 
 
 def times_of_costs(

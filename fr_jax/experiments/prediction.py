@@ -12,37 +12,24 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import optax
+from typing import Any, Literal
 
 import fr_jax as fr
 from fr_jax import distributed
 from fr_jax.diagnostics.gantt import gantt_figure
-from fr_jax.diagnostics.schedules import SCHEDULES, gpipe
-from fr_jax.diagnostics.stage_times import KINDS_OF, Measured, median, stage_timer
-from fr_jax.diagnostics.step_times import step_timer
-from fr_jax.diagnostics.timeline import Task, occupying, resumed, simulate, summarise
-from fr_jax.experiments.contestants import OPTIMIZER, host_batch, make_entry, method_settings, shared_costs
-from fr_jax.experiments.cuts import choose_cuts
+from fr_jax.diagnostics.stage_times import Measured, median
+from fr_jax.diagnostics.timeline import occupying, resumed, simulate, summarise
+from fr_jax.experiments.prediction_methods import ONE, Prediction, choose, prepare, title_of
 from fr_jax.experiments.results import check_folder, write_results
 from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.turns import Contestant, code_of, cores_by_process, machine, quietly, take_devices
-from fr_jax.training.classification import cross_entropy
+from fr_jax.experiments.turns import code_of, cores_by_process, machine, quietly, take_devices
 from fr_jax.training.plots import png
-from fr_jax.types import Stage
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
 
 FILES = ("prediction.json", "prediction.png")
-ONE = "one device"
-TITLES = {"fr": "features replay", "ddg": "DDG", "dni": "DNI", "gpipe": "GPipe", "bp": "back-propagation"}
-TIMERS = {"fr": "at once", "ddg": "at once", "dni": "at once", "gpipe": "GPipe's step", "bp": "back-propagation's step"}
-"""How the stages are timed for a method: alone, all devices at once, or in their places in the method's own step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +38,9 @@ class PredictionSettings:
 
     K: int = 2
     """Stages."""
-    methods: tuple[Literal["fr", "ddg", "dni", "gpipe", "bp"], ...] = ("fr", "ddg", "bp")
-    """What to predict; back-propagation on one device is always there."""
+    methods: tuple[Literal["fr", "fr-lockstep", "ddg", "dni", "gpipe", "dp", "bp"], ...] = ("fr", "ddg", "bp")
+    """What to predict; back-propagation on one device is always there. fr-lockstep: features replay by a loop that
+    waits between plays and replays; dp: data parallelism over K devices."""
     model: str = "resnet20"
     """A name from fr_jax.models.MODELS."""
     batch_size: int = 128
@@ -71,14 +59,6 @@ class PredictionSettings:
     """Replace these files where they exist."""
 
 
-class Prediction(NamedTuple):
-    """A method: its schedule, the name of the timer of its parts, and what runs it."""
-
-    schedule: Callable[[Measured, int], tuple[Task, ...]]
-    timer: str
-    contestant: Contestant
-
-
 def refusal(settings: PredictionSettings) -> str | None:
     """What is wrong with the settings, or None."""
     if settings.model not in fr.models.MODELS:
@@ -88,57 +68,21 @@ def refusal(settings: PredictionSettings) -> str | None:
             return f"--{name.replace('_', '-')} {getattr(settings, name)}: give 1 or more."
     if "gpipe" in settings.methods and settings.batch_size % settings.microbatches:
         return f"--batch-size {settings.batch_size} cannot be split into {settings.microbatches} --microbatches."
+    if "dp" in settings.methods and settings.batch_size % settings.K:
+        return f"--batch-size {settings.batch_size} cannot be split over --K {settings.K} devices of data parallelism."
     layers = len(fr.models.MODELS[settings.model]())
     if layers < settings.K:
         return f"--K {settings.K}: {settings.model} has {layers} layers. Use at most that many."
     cuts = settings.cuts
     if cuts is not None and (len(cuts) != settings.K - 1 or [0, *cuts, layers] != sorted({0, *cuts, layers})):
         return f"--cuts {' '.join(map(str, cuts))}: give K-1 = {settings.K - 1} increasing places, 1 to {layers - 1}."
-    if settings.K == 1 and "bp" in settings.methods:
-        return "--K 1: back-propagation on one device is always there. Use --K 2 or more, or leave bp out of --methods."
+    alone = [name for name in ("bp", "dp") if name in settings.methods]
+    if settings.K == 1 and alone:
+        return (
+            "--K 1: back-propagation on one device is always there. Use --K 2 or more, or leave "
+            f"{' and '.join(alone)} out of --methods."
+        )
     return None
-
-
-def _schedule_of(name: str, microbatches: int) -> Callable[[Measured, int], tuple[Task, ...]]:
-    if name == "gpipe":
-        return lambda measured, steps: gpipe(measured.times, steps, microbatches)
-    return lambda measured, steps: SCHEDULES[name](measured.times, steps)
-
-
-def choose(shared: SharedSettings, layers: Sequence[Stage], settings: PredictionSettings) -> tuple[int, ...]:
-    """The cuts: as given, or by measured times for features replay."""
-    if settings.cuts is not None or settings.K == 1:
-        return settings.cuts or ()
-    own = method_settings(shared, "fr", settings.K, None)
-    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
-    return choose_cuts(own, layers, example, shared_costs(own, layers, example))
-
-
-def prepare(settings: PredictionSettings) -> tuple[dict[str, Prediction], dict[str, Callable], tuple[int, ...]]:
-    """The methods, the timers of their parts, and the cuts."""
-    K, size, microbatches = settings.K, settings.batch_size, settings.microbatches
-    layers, batch = fr.models.MODELS[settings.model](), host_batch(size)
-    shared = SharedSettings(model=settings.model, batch_size=size, balance="time", microbatches=microbatches)
-    cuts = choose(shared, layers, settings)
-    first, spread = fr.placement(1), fr.placement(K)
-    whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
-    own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-    timers = {ONE: stage_timer(whole, cross_entropy, OPTIMIZER, batch, kinds=["last"], placement=first)}
-    free = [name for name in settings.methods if TIMERS[name] == "at once"]
-    if free:
-        kinds = {kind for name in free for kind in KINDS_OF[name]}
-        options: dict[str, Any] = own | {"kinds": kinds, "placement": spread}
-        timers["at once"] = stage_timer(stages, cross_entropy, OPTIMIZER, batch, **options)
-    for name in settings.methods:
-        if name not in free:
-            options = {"placement": spread, "microbatches": microbatches}
-            timers[TIMERS[name]] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
-    bp = make_entry(shared, layers, "bp", 1).contestant
-    found = {ONE: Prediction(_schedule_of("bp", microbatches), ONE, bp)}
-    for name in settings.methods:
-        entry = make_entry(shared, layers, name, K, cuts=cuts)
-        found[name] = Prediction(_schedule_of(name, microbatches), TIMERS[name], entry.contestant)
-    return found, timers, cuts
 
 
 def predicted(one: Prediction, measured: Measured, K: int, steps: int) -> float:
@@ -154,7 +98,13 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
       What goes into prediction.json, and a PNG file with the timelines of the median times.
     """
     K, steps = settings.K, settings.steps
-    methods, timers, cuts = prepare(settings)
+    shared = SharedSettings(
+        model=settings.model, batch_size=settings.batch_size, balance="time", microbatches=settings.microbatches
+    )
+    layers, cuts = fr.models.MODELS[settings.model](), settings.cuts or ()
+    if settings.cuts is None and K > 1:
+        cuts = choose(shared, layers, K)
+    methods, timers = prepare(shared, layers, settings.methods, K, cuts)
 
     def turn(name: str, steps: int) -> float:
         contestant, took = methods[name].contestant.take_turn(steps)
@@ -193,7 +143,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
         },
     }
     title = f"{settings.model}, batch {settings.batch_size}, K = {K}, simulated with measured times"
-    charts = {_title(name, settings): timeline for name, timeline in timelines.items()}
+    charts = {title_of(name, settings.microbatches): timeline for name, timeline in timelines.items()}
     one_step = summarise(timelines[ONE]).step_seconds
     return result, png(gantt_figure(charts, title=title, seconds=4 * one_step, reference=one_step), dpi=130)
 
@@ -213,13 +163,8 @@ def _summary(row: dict[str, list[float]], steady: Any) -> dict[str, Any]:
 def _as_json(measured: Measured) -> dict[str, Any]:
     modules = [{k: v for k, v in one._asdict().items() if v == v} for one in measured.times.modules]  # without NaN
     features = list(measured.times.features)
-    return {"modules": modules, "transfer_seconds": features, "transfer_share": measured.transfer_share}
-
-
-def _title(name: str, settings: PredictionSettings) -> str:
-    if name == ONE:
-        return "back-propagation, one device"
-    return TITLES[name] + (f", M = {settings.microbatches}" if name == "gpipe" else "")
+    found = {"modules": modules, "transfer_seconds": features, "transfer_share": measured.transfer_share}
+    return found | ({"all_reduce_seconds": all_reduce} if (all_reduce := measured.times.all_reduce) else {})
 
 
 def table(result: dict[str, Any]) -> str:
@@ -238,6 +183,9 @@ def table(result: dict[str, Any]) -> str:
     for name, ratio in result["transfer_compute_ratio"].items():
         share = result["parts"][name]["transfer_share"]
         lines.append(f"transfer/compute ratio ({name}): {ratio:.4f}; a transfer keeps each core busy for {share:.0%}")
+    for name, parts in result["parts"].items():
+        if "all_reduce_seconds" in parts:
+            lines.append(f"all-reduces ({name}): {parts['all_reduce_seconds']:.4f} s")
     return "\n".join(lines)
 
 

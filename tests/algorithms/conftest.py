@@ -13,11 +13,8 @@ import fr_jax as fr
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests compile hundreds of small functions and run each a few times: XLA need not optimise them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def all_compile_quickly(quick_compilation: None) -> None:
+    """They compile hundreds of functions."""
 
 
 @pytest.fixture(scope="session")

@@ -132,8 +132,10 @@ def calls(monkeypatch, count_new):
     return seen
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("devices", [1, K])
+@pytest.mark.parametrize(
+    ("devices", "donate"),
+    [(1, False), (K, True), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, True), (K, False)))],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_inside_a_step_nothing_outlives_its_last_use(make, calls, method, devices, donate):
     """At every call: exactly what a later call or the caller still needs, as found by tracing the step."""

@@ -140,8 +140,15 @@ def test_two_processes_tell_each_other(tmp_path, program_env):
     assert min(replay, last, transfer) > 0 and jnp.isfinite(transfer) and 0 < share <= 1
 
 
-@pytest.mark.parametrize(("method", "kinds"), [("bp", {"forward", "last"}), ("gpipe", {"forward", "gradient"})])
-def test_the_parts_of_a_step_are_those_of_the_schedule(method, kinds):
+@pytest.mark.parametrize(
+    ("method", "below", "top"),
+    [
+        ("bp", {"forward", "backward", "update"}, {"last"}),
+        ("gpipe", {"forward", "backward", "accumulate", "update"}, {"gradient", "accumulate", "update"}),
+        ("fr-lockstep", {"play", "replay"}, {"forward", "backward", "update"}),
+    ],
+)
+def test_the_parts_of_a_step_are_those_of_the_schedule(method, below, top):
     stages, loss_fn, optimizer, batch = setting()
     K = len(stages)
     measure = step_timer(
@@ -151,15 +158,14 @@ def test_the_parts_of_a_step_are_those_of_the_schedule(method, kinds):
     assert 0 <= share <= 1 and len(times.features) == K - 1 and all(0 < one < 10 for one in times.features)
     for k, module in enumerate(times.modules):
         found = {kind for kind, seconds in module._asdict().items() if 0 < seconds < 10}
-        lower, top = {"forward", "backward"} <= found, (kinds - {"forward"}) <= found
-        assert top if k == K - 1 else lower
-    schedule = schedules.gpipe(times, 4, 2) if method == "gpipe" else schedules.SCHEDULES["bp"](times, 4)
+        assert found == (top if k == K - 1 else below)
+    schedule = schedules.gpipe(times, 4, 2) if method == "gpipe" else schedules.SCHEDULES[method](times, 4)
     assert 0 < summarise(simulate(schedule)).step_seconds < 10
 
 
 def test_what_has_no_step_timer():
     stages, loss_fn, optimizer, batch = setting()
-    with pytest.raises(ValueError, match="it can be 'bp' or 'gpipe'"):
+    with pytest.raises(ValueError, match="it can be bp, gpipe, fr-lockstep"):
         step_timer("fr", stages, loss_fn, optimizer, batch)
     with pytest.raises(ValueError, match="single device is one function"):
         step_timer("bp", stages, loss_fn, optimizer, batch)

@@ -42,9 +42,9 @@ def test_jax_settings_win(enabled, tmp_path):
     assert keep_compiled("auto") is None
 
 
-def test_the_second_start_finds_what_the_first_compiled(tmp_path, program_env):
+def test_the_second_start_finds_what_the_first_compiled(tmp_path, quick_env):
     folder = tmp_path / "compiled"
-    env = {k: v for k, v in program_env.items() if not k.startswith("JAX_COMPILATION")} | {"JAX_LOGGING_LEVEL": "DEBUG"}
+    env = {k: v for k, v in quick_env.items() if not k.startswith("JAX_COMPILATION")} | {"JAX_LOGGING_LEVEL": "DEBUG"}
     command = [sys.executable, "-m", "fr_jax.experiments.cifar", *SMALL, "--compilation-cache", str(folder)]
     hits = []
     for run in ("first", "second"):

@@ -65,7 +65,11 @@ def test_all_methods_are_here():
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in ("bp", "gpipe") else ()) for name in METHODS]
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("bp", "gpipe", "ddg", "blockprop") else ())
+        for name in METHODS
+    ],
 )
 def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
     """From the checkpoint of step 10 on; stages on devices of their own."""

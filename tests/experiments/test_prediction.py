@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from fr_jax.experiments import prediction
+from fr_jax.experiments.prediction_methods import timer_of
 
 SMALL = ["--model", "mlp", "--batch-size", "8", "--rounds", "2", "--steps", "2"]
 
@@ -27,10 +28,11 @@ def check(output, methods):
 
 @pytest.mark.slow
 def test_predicts_and_measures_all_methods_in_one_process(tmp_path, capsys):
-    output, methods = tmp_path / "new", ["fr", "ddg", "dni", "gpipe", "bp"]
+    output, methods = tmp_path / "new", ["fr", "fr-lockstep", "ddg", "dni", "gpipe", "dp", "bp"]
     assert prediction.main([*SMALL, "--methods", *methods, "--cuts", "2", "--output", str(output)]) == 0
     result = check(output, methods)
-    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, *prediction.TIMERS.values()}
+    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, *map(timer_of, methods)}
+    assert result["parts"]["data parallelism's step"]["all_reduce_seconds"] > 0
     assert set(result["parts"]["at once"]["modules"][1]) == {"last", "update"}
     assert "predicted s" in capsys.readouterr().out
     assert prediction.main([*SMALL, "--output", str(output)]) == 2
@@ -64,6 +66,8 @@ def test_fewer_devices_than_stages(monkeypatch, capsys):
         (["--K", "40"], "--K 40: resnet20 has 11 layers"),
         (["--cuts", "0"], "--cuts 0: give K-1 = 1 increasing places, 1 to 10"),
         (["--K", "3", "--cuts", "4", "2"], "--cuts 4 2: give K-1 = 2 increasing places"),
+        (["--K", "3", "--methods", "dp"], "--batch-size 128 cannot be split over --K 3 devices of data parallelism"),
+        (["--K", "1", "--methods", "dp"], "Use --K 2 or more, or leave dp out of --methods"),
         (["--K", "1"], "--K 1: back-propagation on one device is always there. Use --K 2 or more"),
         (["--methods", "gpipe", "--microbatches", "3"], "--batch-size 128 cannot be split into 3 --microbatches"),
     ],
