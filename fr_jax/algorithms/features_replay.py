@@ -25,7 +25,16 @@ from jax.sharding import Sharding
 
 from fr_jax import history as fifo
 from fr_jax.algorithms import staleness, steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, zeros
+from fr_jax.algorithms.setup import (
+    KeyStream,
+    Optimizers,
+    Setup,
+    check_batch,
+    check_setup,
+    init_modules,
+    iteration,
+    zeros,
+)
 from fr_jax.history import History
 from fr_jax.placement import put
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
@@ -134,7 +143,7 @@ def make_parts(
 def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -> tuple[FeaturesReplayState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
     check_batch(state.batch_spec, batch)
-    t, K, shardings = state.step, len(setup.stages), setup.shardings
+    t, K, shardings = iteration(state.step), len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
     history, deltas, streams = list(state.history), list(state.deltas), list(state.streams)
     grads: list[PyTree | None] = [None] * K

@@ -219,3 +219,18 @@ def check_batch(spec: BatchSpec, batch: Batch) -> None:
             f"inputs {spec.inputs} and targets {spec.targets}. Features in flight have those shapes: drop or pad a "
             "last partial batch, or call init() with the new shapes."
         )
+
+
+def iteration(step: int) -> int:
+    """t, by which Python decides what is issued.
+
+    Raises:
+      TypeError: it is traced: somebody gave the whole step to ``jax.jit``, ``jax.lax.scan`` or the like.
+    """
+    if isinstance(step, jax.core.Tracer):
+        raise TypeError(
+            "step() was called inside a JAX transformation (jit, scan, grad, ..), where state.step has no value. It is "
+            "a Python loop that issues one jitted function after the other, each on its module's device: call it as "
+            "it is, without jax.jit."
+        )
+    return step

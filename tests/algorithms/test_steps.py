@@ -164,6 +164,13 @@ def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, met
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
 
 
+@pytest.mark.parametrize("method", ["fr", "ddg"])
+def test_a_step_that_is_traced_says_so(make, make_batches, method):
+    algorithm, (batch,) = make(method), make_batches(1)
+    with pytest.raises(TypeError, match=r"state.step has no value.*without jax.jit"):
+        jax.jit(algorithm.step)(algorithm.init(jax.random.key(0), batch), batch)
+
+
 def test_a_useless_donation_would_be_seen():
     with pytest.warns(UserWarning, match="donated buffers were not usable"):
         jax.jit(lambda x: x[0], donate_argnums=0)(jnp.ones(3))
