@@ -114,20 +114,15 @@ def traced_once(apply: Callable) -> Callable:
 @functools.lru_cache(maxsize=1024)
 def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], written: str) -> Stage:
     """``written`` tells apart what is equal and not the same: ``2`` and ``2.0``."""
-    from flax.errors import LazyInitError
-
     accepted = inspect.signature(type(module).__call__).parameters
 
     def flags(train: bool) -> dict[str, Any]:
         modes = {"train": train, "deterministic": not train, "use_running_average": not train}
         return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
 
+    @jax.jit  # which leaves out the forward pass, but for what the variables need of it
     def init(key: Array, x: Array) -> tuple[PyTree, PyTree]:
-        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-        try:
-            variables = module.lazy_init({"params": key}, spec, **flags(False))
-        except LazyInitError:  # a variable's first value depends on the input
-            variables = module.init({"params": key}, x, **flags(False))
+        variables = module.init({"params": key}, x, **flags(False))
         state = {name: collection for name, collection in variables.items() if name != "params"}
         return variables.get("params", {}), state
 
