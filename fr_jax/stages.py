@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from fr_jax.types import Array, PyTree, Stage
 
@@ -121,10 +122,15 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
         return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
 
     @jax.jit  # which leaves out the forward pass, but for what the variables need of it
-    def init(key: Array, x: Array) -> tuple[PyTree, PyTree]:
-        variables = module.init({"params": key}, x, **flags(False))
-        state = {name: collection for name, collection in variables.items() if name != "params"}
-        return variables.get("params", {}), state
+    def variables(key: Array, x: PyTree) -> Any:
+        return module.init({"params": key}, x, **flags(False))
+
+    def value(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+    def init(key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
+        made = variables(key, jax.tree.map(value, x))
+        return made.get("params", {}), {name: collection for name, collection in made.items() if name != "params"}
 
     def apply(
         params: PyTree, state: PyTree, x: Array, *, key: Array | None = None, train: bool = True

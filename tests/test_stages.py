@@ -115,6 +115,8 @@ def test_a_state_may_start_from_the_input():
     _, state = stage.init(KEY, 4.0 * jnp.ones((2, 3)))
     assert state["seen"]["largest"] == 4.0
     np.testing.assert_array_equal(stage.apply({}, state, jnp.ones((1, 3)))[0], np.full((1, 3), 0.25))
+    _, state = stage.init(KEY, jax.ShapeDtypeStruct((2, 3), jnp.float32))  # stands for zeros
+    assert state["seen"]["largest"] == 0.0
 
 
 @pytest.mark.parametrize(
