@@ -123,7 +123,7 @@ def _row(
     edges, nodes = network.size(params)
     row: dict[str, Any] = {"edges": edges, "nodes": nodes, "forward": forward.count}
     for name, output_gradients in METHODS.items():
-        seconds = []
+        seconds, counter = [], Multiplications()
         for _ in range(repeats):
             counter, start = Multiplications(), time.process_time()
             output_gradients(params, trace, counter)

@@ -216,7 +216,7 @@ def _reason(error: OSError, url: str) -> str:
     import requests
 
     host = urlsplit(url).hostname
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"{host} answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the transfer broke off"
