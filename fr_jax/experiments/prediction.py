@@ -1,8 +1,9 @@
 """Predicts a step from measured parts, and measures it: ``python -m fr_jax.experiments.prediction --K 2``.
 
-Every module's functions and the transfers are timed (``stage_times``, ``step_times`` and ``data_parallel_times`` of ``fr_jax.diagnostics``), and the
-schedule of each method is simulated with these times; then the method itself runs. Measurements take turns, round after
-round. One device is one core only where each stage is a process of its own, on as many cores as there are stages:
+Every module's functions and the transfers are timed (``stage_times``, ``step_times`` and ``data_parallel_times`` of
+``fr_jax.diagnostics``), and the schedule of each method is simulated with these times; then the method
+itself runs. Measurements take turns, round after round. One device is one core only where each stage is a process of
+its own, on as many cores as there are stages:
 
     taskset -c 0,1 python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.prediction --K 2
 """
