@@ -6,6 +6,7 @@ are of the whole mini-batch and of which each waits for the one before.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -33,6 +34,9 @@ ALL_REDUCE = re.compile(r" = (?P<shapes>\(.*?\)|\S+) all-reduce(-start)?\(")
 SHAPE = re.compile(r"(?P<dtype>[a-z]+\d\w*)\[(?P<sizes>[\d,]*)\]")
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s32": "int32", "u32": "uint32"}
 
+SIZE = 128  # of the matrices whose products are the other work, well below a millisecond each
+CALIBRATION = 20  # products before each all-reduce, by which is learnt how long one takes
+
 
 def data_parallel_timer(
     network: Stage,
@@ -45,8 +49,9 @@ def data_parallel_timer(
 ) -> Callable[[], Measured]:
     """Prepares a measurement of data parallelism, ``fr_jax.backprop`` on ``fr_jax.placement(1, data_parallel=D)``.
 
-    A device's part is timed as the jitted step of a D-th of the mini-batch, without its all-reduces; these by
-    a function that has all of them and nothing else, one after the other, as in the step.
+    A device's part is timed as the jitted step of a D-th of the mini-batch, without its all-reduces. These are timed
+    one after the other, as in the step, with equal shares of as much other work before them, by what they add to it
+    (at least what they take alone): a sum of processes that have just computed also waits for the slower one.
 
     Args:
       network: the whole of it.
@@ -82,27 +87,18 @@ def data_parallel_timer(
         )
     setup = check_setup([network], optimizer, [placement])
     whole = Batch(place(batch.inputs, placement), place(batch.targets, placement))
-    reduce_all, arrays = _reducer(all_reduces(_compiled_step(setup, loss_fn, whole)), placement)
+    reduce_seconds = _all_reduce_timer(all_reduces(_compiled_step(setup, loss_fn, whole)), placement, repeats)
     part = jax.tree.map(lambda x: x[: len(x) // placement.num_devices], batch)
     own = [d for d in placement.mesh.devices.flat if d.process_index == jax.process_index()]
     calls = [_part(network, loss_fn, optimizer, part, SingleDeviceSharding(device)) for device in own]
-
-    def reduced() -> float:
-        start = time.perf_counter()
-        out = reduce_all(*arrays)
-        jax.block_until_ready([shard.data for shard in out.addressable_shards])
-        return time.perf_counter() - start
 
     def measure() -> Measured:
         for call in calls:
             call.seconds()
         group().exchange(None)
-        mine = max(statistics.median(call.seconds() for _ in range(repeats)) for call in calls)
-        group().exchange(None)
-        reduced()
-        together = statistics.median(reduced() for _ in range(repeats))
-        slowest = [max(column) for column in zip(*group().exchange([mine, together]), strict=True)]
-        return Measured(Times((ModuleTimes(last=slowest[0]),), (), (), all_reduce=slowest[1]), 0.0)
+        part_seconds = _slowest(max(statistics.median(call.seconds() for _ in range(repeats)) for call in calls))
+        modules = (ModuleTimes(last=part_seconds),)
+        return Measured(Times(modules, (), (), all_reduce=reduce_seconds(part_seconds)), 0.0)
 
     return measure
 
@@ -139,21 +135,59 @@ def _part(
     return calls_of(0, setup, module, loss_fn, batch.targets, None, {"last"}, keep_weights=False)["last"]
 
 
+def _slowest(seconds: float) -> float:
+    """Those of the slowest process; all must call this."""
+    return max(other for (other,) in group().exchange([seconds]))
+
+
+def _all_reduce_timer(
+    found: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, repeats: int
+) -> Callable[[float], float]:
+    """What measures, given the seconds of a step's other work, what these all-reduces add to it."""
+    (work, _), (reduce, arrays) = (_reducer(found, placement, sums=sums) for sums in (False, True))
+
+    def seconds(run: Callable, rounds: int) -> float:
+        group().exchange(None)
+        start = time.perf_counter()
+        out = run(rounds, *arrays)
+        jax.block_until_ready([shard.data for shard in out.addressable_shards])
+        return time.perf_counter() - start
+
+    def measure(part_seconds: float) -> float:
+        for run in (work, reduce):
+            seconds(run, CALIBRATION)
+        rounds = math.ceil(part_seconds / (_slowest(seconds(work, CALIBRATION)) / CALIBRATION))
+        turns = [(seconds(work, rounds), seconds(reduce, rounds), seconds(reduce, 0)) for _ in range(repeats)]
+        alone, both, sums = (_slowest(statistics.median(column)) for column in zip(*turns, strict=True))
+        return max(both - alone, sums)
+
+    return measure
+
+
 def _reducer(
-    groups: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding
+    groups: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, *, sums: bool
 ) -> tuple[Callable[..., jax.Array], list[jax.Array]]:
-    """A function of nothing but these all-reduces, each of which needs the one before, and its arguments."""
+    """A function of these all-reduces, with ``rounds`` of other work before each, and its arguments but ``rounds``.
+
+    Each needs the one before. Without ``sums`` there is only the other work.
+    """
     mesh, D = placement.mesh, placement.num_devices
     (axis,) = mesh.axis_names
 
-    def run(*arrays: jax.Array) -> jax.Array:
+    def work(rounds: jax.Array, before: jax.Array) -> jax.Array:
+        started = jnp.eye(SIZE) + before
+        return 0 * jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), started)[0, 0]
+
+    def run(rounds: jax.Array, *arrays: jax.Array) -> jax.Array:
         left, before = list(arrays), jnp.zeros(())
         for summed in groups:
+            before = work(rounds, before)
             mine = tuple(left.pop(0)[0] + before.astype(one.dtype) for one in summed)
-            before = sum((total.ravel()[0].astype(before.dtype) for total in jax.lax.psum(mine, axis)), 0 * before)
+            totals = jax.lax.psum(mine, axis) if sums else mine
+            before = sum((total.ravel()[0].astype(before.dtype) for total in totals), 0 * before)
         return jnp.reshape(before, (1,))
 
     split = PartitionSpec(axis)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split)
     zeros = [np.zeros((D, *one.shape), one.dtype) for summed in groups for one in summed]
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *(split for _ in zeros)), out_specs=split)
     return jax.jit(mapped), [place(x, NamedSharding(mesh, split)) for x in zeros]
