@@ -18,6 +18,10 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from fr_jax.experiments.xla_flags import set_xla_flags
+
+# As the programs do, whose numbers are compared with those of this process.
+set_xla_flags()
 # Before the first backend call: enough devices for K = 4 stages of two devices each.
 jax.config.update("jax_num_cpu_devices", 8)
 # The programs keep compiled code in the user's cache folder, which is none of the tests' business: see `compiled`.

@@ -19,6 +19,7 @@ from fr_jax.experiments.cuts import NetworkCosts, choose_cuts, network_costs, st
 from fr_jax.experiments.methods import METHODS, MODEL_SETTINGS, own_settings
 from fr_jax.experiments.processes import choose_devices
 from fr_jax.experiments.settings import SettingsError, TrainSettings
+from fr_jax.experiments.xla_flags import set_xla_flags
 from fr_jax.training.augment import InputPipeline, input_pipeline
 from fr_jax.training.classification import cross_entropy, training_metrics
 from fr_jax.training.data import Dataset
@@ -53,6 +54,7 @@ class Session(NamedTuple):
 
 def request_devices(wanted: int) -> None:
     """Asks JAX for that many CPU devices, where nothing has been asked of JAX yet; harmless where there are GPUs."""
+    set_xla_flags()
     config: Any = jax.config
     with contextlib.suppress(RuntimeError, ValueError):  # the backend is up already: use what there is
         if config.jax_num_cpu_devices < wanted:

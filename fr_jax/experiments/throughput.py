@@ -34,6 +34,7 @@ from fr_jax.experiments.results import check_file, write_beside
 from fr_jax.experiments.settings import SettingsError, SharedSettings
 from fr_jax.experiments.throughput_picture import throughput_figure
 from fr_jax.experiments.turns import TakesTurns, as_rows, code_of, in_turns, machine, quietly
+from fr_jax.experiments.xla_flags import set_xla_flags
 from fr_jax.training.plots import png
 from fr_jax.types import Stage
 
@@ -238,6 +239,7 @@ def run(settings: ThroughputSettings) -> dict[str, Any]:
       SettingsError: a setting cannot be used, or PyTorch is missing.
     """
     check(settings)
+    set_xla_flags()
     # Where a GPU is shared with PyTorch's processes, JAX must not take three quarters of it at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

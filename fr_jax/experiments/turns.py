@@ -18,6 +18,7 @@ from fr_jax import launch
 from fr_jax.distributed import NUM_PROCESSES, GroupError, group, initialize
 from fr_jax.experiments.session import request_devices
 from fr_jax.experiments.settings import SettingsError
+from fr_jax.experiments.xla_flags import set_xla_flags
 from fr_jax.types import Array
 
 __all__ = [
@@ -161,6 +162,7 @@ def take_devices(K: int, *, each: bool = False, instead: str = "") -> None:
     Raises:
       SettingsError: there are fewer, and ``each`` stage must have one.
     """
+    set_xla_flags()
     if group().size == 1:
         request_devices(K)
     there = len(jax.devices())
