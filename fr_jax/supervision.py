@@ -62,17 +62,20 @@ def wait(group: Sequence[subprocess.Popen]) -> int:
         reader.start()
     try:
         with _forwarding_signals(group) as signals:
-            code = _wait_for_all(group, signals)
+            code, why = _wait_for_all(group, signals)
     finally:
         for process in group:
             process.kill()
     for reader in readers:
         reader.join(timeout=GRACE_SECONDS)
+    if why is not None:  # again, below what the others printed when they lost it
+        say(f"ended because {why}. A training program continues with --resume from its newest checkpoint.")
     return code
 
 
-def _wait_for_all(group: Sequence[subprocess.Popen], signals: Sequence[Signal]) -> int:
-    code, killed, remarked = 0, False, False
+def _wait_for_all(group: Sequence[subprocess.Popen], signals: Sequence[Signal]) -> tuple[int, str | None]:
+    """The exit code, and the first that failed where a signal ended it."""
+    code, killed, remarked, why = 0, False, False, None
     failed = early = NEVER
     first = None  # that ended with code 0
     running = list(range(len(group)))
@@ -87,7 +90,8 @@ def _wait_for_all(group: Sequence[subprocess.Popen], signals: Sequence[Signal]) 
             elif status and not code:
                 code, failed = 128 - status if status < 0 else status, now
                 if status < 0:
-                    say(f"process {i} was ended by {signal.Signals(-status).name}; the others cannot go on.")
+                    why = f"process {i} was ended by {signal.Signals(-status).name}"
+                    say(f"{why}; the others cannot go on.")
         rest = ", ".join(map(str, running))
         only_early = first is not None and not code and not signals
         if running and only_early and not remarked and now > early + GRACE_SECONDS:
@@ -109,7 +113,7 @@ def _wait_for_all(group: Sequence[subprocess.Popen], signals: Sequence[Signal]) 
                 say(f"process {rest} did not end by itself, and is killed.")
             for i in running:
                 group[i].kill()
-    return code
+    return code, why
 
 
 def _deadline(failed: float, early: float, signals: Sequence[Signal]) -> float:

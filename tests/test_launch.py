@@ -88,7 +88,8 @@ def test_a_signal_that_ended_one_is_named(run):
         "import os, time; os.environ['FR_JAX_PROCESS_ID'] == '1' and os.kill(os.getpid(), 9)",
     )
     assert done.returncode == 137
-    assert "process 1 was ended by SIGKILL" in done.stderr
+    assert "process 1 was ended by SIGKILL; the others cannot go on" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fr_jax: ended because process 1 was ended by SIGKILL. A training")
 
 
 STOPS_WHEN_TOLD = (

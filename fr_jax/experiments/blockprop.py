@@ -20,6 +20,7 @@ from fr_jax.experiments.blockprop_runs import Run, is_finished, train_run
 from fr_jax.experiments.blockprop_settings import BlockPropSettings, resolve
 from fr_jax.experiments.checks import check, check_fit
 from fr_jax.experiments.compiled import keep_compiled
+from fr_jax.experiments.processes import one_process
 from fr_jax.experiments.results import write_results
 from fr_jax.experiments.settings import TrainSettings
 from fr_jax.training import data
@@ -119,6 +120,7 @@ def run(settings: BlockPropSettings) -> int:
       ValueError: a setting cannot be used, data are missing, or the folder holds other runs.
       CheckpointError, OSError: the folder cannot be read or written.
     """
+    one_process("blockprop trains one run after another in one process.")
     settings = resolve(settings)
     lines = plan(settings)
     keep_compiled(settings.compilation_cache)

@@ -173,8 +173,8 @@ def train_run(run: Run, dataset: Dataset, folder: RunFolder, stop: StopRequest) 
     session = build(settings, dataset, (folder.saved_config() or {}).get("resolved_cuts"))
     session = session._replace(algorithm=make_algorithm(session, run.rates))
     config = make_config(session) | _own(run, dataset)
-    folder.check_same(config, _differences)
     with folder.locked(), Checkpoints(folder.checkpoints) as checkpoints:
+        folder.check_same(config, _differences)
         state, totals, first = initial_state(session), Totals(), None
         if folder.holds_run() and (restored := checkpoints.restore(state)) is not None:
             state, totals, first = restored.state, Totals(**restored.metadata["totals"]), restored.step

@@ -112,7 +112,7 @@ HOW_TO_READ = (
 def _earlier(home: Path) -> dict[str, Entry]:
     """The runs of the comparison that the folder holds, by the names of their folders."""
     try:
-        saved = json.loads((home / "comparison.json").read_text())["runs"]
+        saved = json.loads((home / "comparison.json").read_text(encoding="utf-8"))["runs"]
         return {name: Entry(*values) for name, values in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # none yet, or none that can be read: it is written anew

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +19,25 @@ from fr_jax.experiments.session import Session, stage_work
 from fr_jax.training.classification import Score
 from fr_jax.training.metrics import MetricsLog
 
-__all__ = ["Console", "Silent", "announce", "device_name", "stage_table"]
+__all__ = ["Console", "Silent", "announce", "device_name", "discard_output", "stage_table", "unread"]
+
+
+def discard_output() -> None:
+    """From now on what is printed goes nowhere: who read it (``| head``, a terminal that was closed) is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """A reader that goes away ends what is printed, not the training."""
+    try:
+        yield
+    except BrokenPipeError:
+        discard_output()
+        with contextlib.suppress(OSError):
+            print("fr_jax: nobody reads the output any more; training goes on.", file=sys.stderr, flush=True)
 
 
 def stage_table(session: Session, state: Any) -> str:
@@ -63,28 +85,32 @@ class Console:
     def __init__(self, session: Session, log: MetricsLog, first_step: int) -> None:
         self._session, self._log = session, log
         self._per_epoch = session.pipeline.steps_per_epoch
-        seldom = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file is not a screen
+        self._screen = sys.stdout or io.StringIO()  # a daemon may have none
+        seldom = 0.5 if self._screen.isatty() else 10.0  # seconds; a log file is not a screen
         self._bar = tqdm(
             total=session.settings.steps,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
-            file=sys.stdout,
+            file=self._screen,
             mininterval=seldom,
             postfix="compiling",
         )
 
     def close(self) -> None:
         """Ends the bar."""
-        self._bar.close()
+        with unread():
+            self._bar.close()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text, file=sys.stdout)
+        with unread():
+            self._bar.write(text, file=self._screen)
 
     def advanced(self, step: int) -> None:
         """A step's metrics were read."""
-        self._bar.update(step - self._bar.n)
+        with unread():
+            self._bar.update(step - self._bar.n)
 
     def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None:
         """A training row is complete."""

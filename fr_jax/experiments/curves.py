@@ -16,6 +16,7 @@ from typing import Any
 from fr_jax.experiments import program, reached
 from fr_jax.experiments.command_line import call
 from fr_jax.experiments.methods import METHODS
+from fr_jax.experiments.results import check_picture
 from fr_jax.experiments.settings import SettingsError
 from fr_jax.training.comparison_plot import Line, plot_comparison
 from fr_jax.training.files import write_atomically
@@ -68,10 +69,10 @@ def run(settings: CurvesSettings) -> int:
         )
     if any(not 0 <= seconds < math.inf for seconds in settings.step_seconds):
         raise SettingsError(f"--step-seconds {' '.join(map(str, settings.step_seconds))}: give 0 or more.")
-    losses_file = settings.output.with_suffix(".csv")
-    for file in (settings.output, *((losses_file,) if settings.losses else ())):
-        if file.exists() and not settings.overwrite:
-            raise SettingsError(f"--output {file} exists. Choose another, or replace it with --overwrite.")
+    if any(not math.isfinite(loss) for loss in settings.losses):
+        raise SettingsError(f"--losses {' '.join(map(str, settings.losses))}: give finite numbers.")
+    also = [".csv"] if settings.losses else []
+    check_picture(settings.output, also, overwrite=settings.overwrite)
     found = [_read(folder) for folder in settings.runs]
     lines: dict[str, list[tuple[str, Any]]] = {}
     methods: dict[str, str] = {}
@@ -85,12 +86,11 @@ def run(settings: CurvesSettings) -> int:
     title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
     pictured = [Line(label, [rows for _, rows in runs], *_look(label, methods)) for label, runs in lines.items()]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
     plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources), **own)
     print(f"Picture: {settings.output}")
     if settings.losses:
-        table = reached.table(lines, settings.losses)
+        table, losses_file = reached.table(lines, settings.losses), settings.output.with_suffix(".csv")
         write_atomically(losses_file, reached.as_csv(table))
         print(f"{reached.as_text(table)}\nTable: {losses_file}")
     return program.FINISHED
@@ -109,7 +109,7 @@ def _look(label: str, methods: dict[str, str]) -> tuple[int, int]:
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = RunFolder(path)
     config = folder.saved_config()
-    if config is None or not folder.metrics.exists():
+    if config is None or not {"method", "K"} <= set(config) or not folder.metrics.exists():
         raise SettingsError(
             f"--runs {path} holds no run: a run's folder has config.json and metrics.jsonl. Give such folders."
         )

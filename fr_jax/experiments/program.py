@@ -16,7 +16,7 @@ from fr_jax.experiments import processes
 from fr_jax.experiments.checks import check, check_fit, default_workdir, differences
 from fr_jax.experiments.command_line import Program, command, parse
 from fr_jax.experiments.compiled import keep_compiled
-from fr_jax.experiments.console import Console, Silent, announce
+from fr_jax.experiments.console import Console, Silent, announce, discard_output, unread
 from fr_jax.experiments.methods import METHODS
 from fr_jax.experiments.records import make_config, make_summary
 from fr_jax.experiments.session import Session, build, initial_state, request_devices
@@ -53,6 +53,9 @@ def exit_code(work: Callable[[], int]) -> int:
         return error.exit_code if error.said else _fail(error, error.exit_code)
     except (SettingsError, data.DataError, WorkdirError) as error:
         return _fail(error, BAD_ARGUMENTS)
+    except BrokenPipeError:
+        discard_output()
+        return _fail("nobody reads the output any more.", FAILED)
     except (CheckpointError, OSError) as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
@@ -102,13 +105,15 @@ def run(
     session = _build(settings, dataset, folder)
     config = make_config(session)
     processes.check_same_settings(config)
-    if settings.resume:
-        group.from_first(lambda: folder.check_same(config, differences))
     if again is None:
         same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
         again = processes.launched(command(program.name, program.defaults, same))
     lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
     with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
+        # Again: while this run was prepared, another may have been finished here.
+        group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
+        if settings.resume:
+            group.from_first(lambda: folder.check_same(config, differences))
         code = _train(session, folder, config, again, request, watching)
         group.exchange(code)  # nobody leaves while process 0 still draws
         return code
@@ -147,7 +152,8 @@ def _train(
                     return FINISHED
                 say(f"Resuming after step {step:,} of {settings.steps:,}.")
         group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
-        say(announce(session, state), flush=True)
+        with unread():
+            say(announce(session, state), flush=True)
         looking = watching(session, folder, state.step) if watching else contextlib.nullcontext(session.algorithm)
         with reporting(session, folder, state.step) as report, looking as algorithm:
             outcome = train(

@@ -12,7 +12,7 @@ from fr_jax.experiments.settings import SettingsError
 from fr_jax.training.files import write_atomically
 from fr_jax.training.metrics import write_json
 
-__all__ = ["check_file", "check_folder", "write_beside", "write_results"]
+__all__ = ["check_file", "check_folder", "check_picture", "write_beside", "write_results"]
 
 
 def check_folder(output: Path | None, names: Iterable[str], *, overwrite: bool) -> None:
@@ -45,6 +45,22 @@ def check_file(output: Path | None, *, overwrite: bool) -> None:
             f"Try --output {output / 'result.json' if output.is_dir() else f'{output}.json'}."
         )
     names = (output.name, output.with_suffix(".png").name)
+    _check(output, output.parent, "in a folder", names, overwrite)
+
+
+def check_picture(output: Path, also: Iterable[str], *, overwrite: bool) -> None:
+    """The same for a picture ``--output``, and files beside it with its name and the endings ``also``.
+
+    Raises:
+      SettingsError: its name does not end in .png, its folder cannot be made or written, or one of the files is there.
+    """
+    if output.suffix != ".png" or output.is_dir():
+        what = "is a folder" if output.is_dir() else "does not end in .png"
+        raise SettingsError(
+            f"--output {output} {what}; it must be the name of a PNG file. "
+            f"Try --output {output / 'comparison.png' if output.is_dir() else f'{output}.png'}."
+        )
+    names = (output.name, *(output.with_suffix(ending).name for ending in also))
     _check(output, output.parent, "in a folder", names, overwrite)
 
 

@@ -80,6 +80,8 @@ def refusal(settings: ScalingSettings) -> str | None:
     for name in ("depth", "width", "batch_size", "microbatches", "ratio_K"):
         if (value := getattr(settings, name)) is not None and value < 1:
             return f"--{name.replace('_', '-')} {value}: give 1 or more."
+    if settings.depth == 1:
+        return "--depth 1 leaves nothing to cut; give 2 or more."
     if not settings.ratios or not all(0 < ratio < math.inf for ratio in settings.ratios):
         return f"--ratios {' '.join(map(str, settings.ratios))}: give one or more finite numbers above 0."
     return None if 0 <= settings.ratio < math.inf else f"--ratio {settings.ratio}: give a finite number, 0 or more."

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fr_jax.experiments.checks import LARGEST_SEED
 from fr_jax.experiments.processes import one_process
 from fr_jax.experiments.results import check_folder, write_results
 from fr_jax.experiments.settings import SettingsError
@@ -81,8 +82,8 @@ def refusal(settings: TheoremsSettings) -> str | None:
         return f"--tau {settings.tau}: give a number above 0."
     if settings.steps < 2 * LAYERS:
         return f"--steps {settings.steps}: give {2 * LAYERS} or more."
-    if settings.batch_size < 1 or settings.seed < 0:
-        return "--batch-size must be 1 or more, and --seed 0 or more."
+    if settings.batch_size < 1 or not 0 <= settings.seed <= LARGEST_SEED:
+        return f"--batch-size must be 1 or more, and --seed from 0 to {LARGEST_SEED}."
     if settings.replicas < 2 or settings.replicas % 2:
         return f"--replicas {settings.replicas}: give an even number, 2 or more; either half has a use of its own."
     return None

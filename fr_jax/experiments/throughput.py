@@ -80,8 +80,11 @@ class ThroughputSettings:
 def check(settings: ThroughputSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
     for name, valid in (("models", fr.models.MODELS), ("dtypes", DTYPES), ("methods", METHODS)):
-        for value in getattr(settings, name):
+        values = getattr(settings, name)
+        for value in values:
             choice(name, value, valid)
+        if len(set(values)) < len(values) or not (values or name == "methods"):
+            raise SettingsError(f"--{name} {' '.join(values)}: give one or more, each once.")
     for mode in settings.pytorch:
         choice("pytorch", mode, (*pytorch_peer.MODES, "none"))
     for name in ("K", "batch_size", "microbatches", "rounds", "steps"):

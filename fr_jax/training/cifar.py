@@ -131,7 +131,12 @@ def _read_folder(layout: Format, folder: Path) -> dict[str, bytes]:
         path = folder / name
         if path.is_file():
             _check_size(layout, folder, name, path.stat().st_size, size)
-            contents[name] = path.read_bytes()
+            try:
+                contents[name] = path.read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read: {error.strerror}. Make it readable, or give another."
+                ) from error
     return contents
 
 

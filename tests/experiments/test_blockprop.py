@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import fr_jax as fr
+from fr_jax.distributed import NUM_PROCESSES
 from fr_jax.experiments import blockprop
 from fr_jax.experiments.blockprop_picture import figure
 from fr_jax.experiments.blockprop_result import Line, summarise, table
@@ -197,6 +198,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_rows(whole, digits, tmp_path
     rows = training_rows(folder)
     for step in (15, 20):
         assert all(rows[step][name] == whole[step][name] for name in ("train_loss", "train_accuracy", "gluing_loss"))
+
+
+def test_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv(NUM_PROCESSES, "2")
+    with pytest.raises(SettingsError, match="blockprop trains one run after another in one process"):
+        blockprop.run(BlockPropSettings(workdir=tmp_path))
 
 
 def test_defaults_are_the_figures():

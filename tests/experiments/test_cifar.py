@@ -340,6 +340,19 @@ def test_overwriting(program, copy):
     assert (copy / "notes.txt").read_text() == "the user's own"
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_left_alone(refused, finished, tmp_path, monkeypatch):
+    build = program_module._build
+
+    def build_slowly(settings, dataset, folder):
+        shutil.copytree(finished, folder.path)
+        return build(settings, dataset, folder)
+
+    monkeypatch.setattr(program_module, "_build", build_slowly)
+    line = refused("--K", 1, *QUICK, "--workdir", tmp_path / "run")
+    assert "holds a finished run, which is not overwritten" in line
+    assert contents(tmp_path / "run") == contents(finished)
+
+
 def test_overwriting_deletes_nothing_before_training_can_start(program, refused, copy, monkeypatch):
     before = contents(copy)
     refused(*SETTINGS, "--workdir", copy, "--overwrite", "--K", 7)
@@ -399,6 +412,14 @@ def test_disk_full_at_a_checkpoint(program, tmp_path, monkeypatch):
     code, out, _ = program(*settings, "--resume")
     assert code == 0 and "Resuming after step 2 of 6" in out
     assert [row["step"] for row in untimed(tmp_path)] == [2, 4, 6, 6]
+
+
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path, quick_env):
+    with start(tmp_path / "run", quick_env, "--K", "1", *QUICK) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "fr_jax: nobody reads the output any more; training goes on.\n"
+    assert process.returncode == 0 and (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_folder_that_cannot_be_made(program, tmp_path, monkeypatch):

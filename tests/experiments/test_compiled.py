@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import jax
 import pytest
 
 from fr_jax.experiments.compiled import keep_compiled, this_machine
+from fr_jax.experiments.settings import SettingsError
 
 SMALL = ["--K", "2", "--dataset", "synthetic", "--model", "mlp", "--steps", "2", "--batch-size", "8"]
 
@@ -40,6 +42,18 @@ def test_jax_settings_win(enabled, tmp_path):
     assert keep_compiled("none") is None
     jax.config.update("jax_enable_compilation_cache", False)
     assert keep_compiled("auto") is None
+
+
+def test_a_home_that_cannot_be_written_is_no_reason_not_to_start(enabled, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FR_JAX_CACHE", str(tmp_path / "file"))
+    assert keep_compiled("auto") is None and jax.config.jax_compilation_cache_dir is None
+    assert "fr_jax: what is compiled is not kept" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match=f"--compilation-cache {tmp_path}/file cannot be written: File exists"):
+        keep_compiled(str(tmp_path / "file"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match="cannot be written: Permission denied"):
+        keep_compiled(str(tmp_path))
 
 
 def test_the_second_start_finds_what_the_first_compiled(tmp_path, quick_env):

@@ -55,7 +55,7 @@ def test_writes_a_picture_and_no_other(make_run, tmp_path, capsys):
     assert curves.main(words) == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert curves.main(words) == 2
-    assert "exists. Choose another" in capsys.readouterr().err
+    assert "has x.png already. Add --overwrite" in capsys.readouterr().err
     assert curves.main([*words, "--overwrite"]) == 0
     assert comparison_plot.plot_comparison is curves.plot_comparison
 
@@ -75,18 +75,26 @@ def test_how_long_to_a_loss(make_run, tmp_path, capsys):
     assert curves.main([*words, "--step-seconds", "60", "0", "0", "--overwrite"]) == 0
     assert "features replay" not in capsys.readouterr().out
     (tmp_path / "x.png").unlink()
-    assert curves.main(words) == 2 and "x.csv exists" in capsys.readouterr().err
+    assert curves.main(words) == 2 and "has x.csv already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn(make_run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    other = make_run("other")
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
     cases = [
+        (["--runs", other], "holds no run"),
+        (["--runs", make_run("c"), "--losses", "nan"], "--losses nan: give finite numbers"),
+        (["--runs", make_run("d"), "--output", str(tmp_path)], "is a folder; it must be the name of a PNG file. Try"),
+        (["--runs", make_run("e"), "--output", "x.pdf"], "--output x.pdf does not end in .png"),
+        (["--runs", make_run("f"), "--output", str(tmp_path / "file" / "x.png")], "cannot be in a folder: "),
         ([], "--runs is missing"),
         (["--runs", make_run("a"), "--labels", "x", "y"], "2 --labels were given for 1 --runs"),
         (["--runs", str(tmp_path / "empty")], "holds no run"),
         (["--runs", make_run("b", rows=0)], "has no rows yet"),
     ]
     for words, said in cases:
-        assert curves.main([*words, "--output", str(tmp_path / "never.png")]) == 2
+        assert curves.main(["--output", str(tmp_path / "never.png"), *words]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "never.png").exists()

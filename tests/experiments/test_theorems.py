@@ -222,7 +222,8 @@ def test_program_writes_curves_and_a_picture(tmp_path, capsys):
         (["--replicas", "3"], "--replicas 3: give an even number"),
         (["--steps", "2"], "--steps 2: give 8 or more"),
         (["--tau", "-1"], "--tau -1.0: give a number above 0"),
-        (["--seed", "-1"], "--seed 0 or more"),
+        (["--seed", "-1"], "--seed from 0 to 4294967295"),
+        (["--seed", str(2**32)], "--seed from 0 to 4294967295"),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):

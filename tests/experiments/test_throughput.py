@@ -41,6 +41,8 @@ def test_methods_on_one_device_beside_a_plain_step(tmp_path, capsys):
         (["--dtypes", "float16"], "--dtypes float16 is unknown"),
         (["--methods", "sgd"], "--methods sgd is unknown"),
         (["--pytorch", "fast"], "--pytorch fast is unknown"),
+        (["--models", "mlp", "mlp"], "--models mlp mlp: give one or more, each once"),
+        (["--dtypes"], "--dtypes : give one or more, each once"),
         (["--rounds", "0"], "--rounds 0 is out of range"),
         (["--methods", "gpipe", "--microbatches", "3"], "cannot be split into --microbatches 3 equal parts"),
         ([*SMALL, "--pytorch", "none", "--K", "7"], "K = 7 stages were asked of"),
