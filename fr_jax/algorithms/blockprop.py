@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import memory, steps
+from fr_jax.algorithms.measures import loss_of, wide
 from fr_jax.algorithms.setup import (
     KeyStream,
     Optimizers,
@@ -79,12 +80,12 @@ class BlockPropState(NamedTuple):
 
 def init(setup: Setup, own: Gluing, key: Array, batch: Batch) -> BlockPropState:
     """Weights w^0; no example has been seen."""
-    memory.check_index(own.cache_size, batch)
     modules = init_modules(setup, key, batch)
+    memory.check_index(own.cache_size, batch)
     cache, visits = [], []
     for k, (sharding, features) in enumerate(zip(setup.shardings, modules.features, strict=True)):
         N, here = own.cache_size, replicated(sharding)
-        row = lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), memory.wide(h.dtype))
+        row = lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), wide(h.dtype))
         rows = jax.tree.map(row, features) if N else ()
         cache.append(zeros(rows, here) if k > 0 else ())
         visits.append(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), here) if N else ())
@@ -102,7 +103,8 @@ def init(setup: Setup, own: Gluing, key: Array, batch: Batch) -> BlockPropState:
 
 def gluing_loss(h: PyTree, other: PyTree) -> Array:
     """||h - other||^2: the sum over the features, the mean over the batch."""
-    differences = jax.tree.leaves(jax.tree.map(jnp.subtract, h, other))
+    pairs = zip(jax.tree.leaves(h), jax.tree.leaves(other), strict=True)
+    differences = [a.astype(wide(a.dtype)) - b.astype(wide(b.dtype)) for a, b in pairs]
     return sum(jnp.sum(jnp.square(d)) for d in differences) / differences[0].shape[0]
 
 
@@ -121,7 +123,7 @@ def make_parts(
     """Forward pass, kept values, h-step and W-step of every block. ``J[k]`` is what its output is trained with."""
     stages, optimizers, shardings = setup
     blocks, skip = range(len(stages)), own.h_every > 1
-    J = [*(lambda out, h, c=c: c * gluing_loss(out, h) for c in own.penalty), loss_fn]
+    J = [*(lambda out, h, c=c: c * gluing_loss(out, h) for c in own.penalty), functools.partial(loss_of, loss_fn)]
     metrics = [
         *(lambda out, h, k=k: {f"gluing_loss/{k}": gluing_loss(out, h)} for k in blocks[1:]),
         metrics_fn,
@@ -150,7 +152,8 @@ def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Shardi
 
         def L(h: PyTree) -> Array:
             out, _ = stage.apply(params, model_state, h, key=key, train=True)
-            return jax.tree.leaves(h)[0].shape[0] * (J(out, above) + penalty_below * gluing_loss(h, p))
+            loss = J(out, above)
+            return jax.tree.leaves(h)[0].shape[0] * (loss.astype(wide(loss.dtype)) + penalty_below * gluing_loss(h, p))
 
         move = lambda h: jax.tree.map(lambda a, slope: a - rate * slope, h, jax.grad(L)(h))
         return move(h) if due is None else memory.move_due(due, move, h, skip=own.h_every > 1)

@@ -20,6 +20,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Sharding
 
 from fr_jax import history as fifo
@@ -74,7 +75,8 @@ def init(parts: Parts, setup: Setup, key: Array, batch: Batch) -> DDGState:
     for k in range(K - 1):
         here = setup.shardings[k]
         h_in = zeros(modules.features[k], here)
-        _, vjp, _, _ = parts.forwards[k](modules.params[k], modules.model_state[k], modules.streams[k], h_in)
+        with jax.debug_nans(False):  # a stage need not be defined there
+            _, vjp, _, _ = parts.forwards[k](modules.params[k], modules.model_state[k], modules.streams[k], h_in)
         history.append(fifo.empty(K - 1 - k, lambda vjp=vjp: vjp))
         deltas.append(zeros(modules.features[k + 1], here))
     return DDGState(

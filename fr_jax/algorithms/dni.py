@@ -74,13 +74,12 @@ class SynthesizerSetup(NamedTuple):
 def init(setup: Setup, own: SynthesizerSetup, key: Array, batch: Batch) -> DNIState:
     """Weights w^0, and those of the synthesizers."""
     modules = init_modules(setup, key, batch)
-    synthesizer_key = jax.random.split(key, 3)[2]  # the first two are init_modules' own
     targets = jax.ShapeDtypeStruct(batch.targets.shape, jax.dtypes.canonicalize_dtype(batch.targets.dtype))
     synthesizers = []
     for k, stage in enumerate(own.stages):
         here, h = replicated(setup.shardings[k]), modules.features[k + 1]
         seen = (h, targets) if own.label_conditioning else h
-        weights_key, dropout_key = jax.random.split(jax.random.fold_in(synthesizer_key, k))
+        weights_key, dropout_key = jax.random.split(jax.random.fold_in(modules.key, k))
         weights_key, stream = place((weights_key, KeyStream(dropout_key, jnp.zeros((), jnp.int32))), here)
         params, model_state = init_stage(stage, weights_key, seen, here)
         predicted, _ = jax.eval_shape(stage.apply, params, model_state, seen, key=dropout_key)

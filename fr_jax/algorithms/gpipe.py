@@ -24,11 +24,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_count, check_setup, init_modules
+from fr_jax.algorithms.measures import wide
+from fr_jax.algorithms.setup import (
+    KeyStream,
+    Optimizers,
+    Setup,
+    check_batch,
+    check_count,
+    check_example,
+    check_setup,
+    init_modules,
+)
 from fr_jax.placement import data_parallel_size, put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
@@ -61,6 +70,7 @@ class GPipeState(NamedTuple):
 
 def init(setup: Setup, M: int, key: Array, batch: Batch) -> GPipeState:
     """Weights w^0."""
+    check_example(batch)
     check_split(batch, M, setup.shardings)
     modules = init_modules(setup, key, batch)
     return GPipeState(
@@ -124,7 +134,7 @@ def make_accumulate(sharding: Sharding | None, *, count: int) -> Callable:
     """
 
     def accumulate(total: PyTree | None, x: PyTree) -> PyTree:
-        part = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) / count, x)
+        part = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)) / count, x)
         return part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
 
     return jax.jit(accumulate, donate_argnames="total", out_shardings=replicated(sharding))
@@ -134,8 +144,8 @@ def step(
     parts: Parts, setup: Setup, M: int, return_grads: bool, state: GPipeState, batch: Batch
 ) -> tuple[GPipeState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_split(batch, M, setup.shardings)
     check_batch(state.batch_spec, batch)
+    check_split(batch, M, setup.shardings)
     K, shardings = len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
     streams = list(state.streams)

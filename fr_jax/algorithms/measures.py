@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 
 from fr_jax.types import Array, PyTree
 
-__all__ = ["LossFn", "MetricsFn", "gradient_norm", "loss_of", "metrics_of"]
+__all__ = ["LossFn", "MetricsFn", "gradient_norm", "loss_of", "metrics_of", "wide"]
 
 LossFn: TypeAlias = Callable[[Array, Array], Array]
 MetricsFn: TypeAlias = Callable[[Array, Array], dict[str, Array]]
@@ -48,7 +48,12 @@ def metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -
     return dict(metrics)
 
 
+def wide(dtype: Any) -> Any:
+    """The type to add up in: float32 at least. Also where JAX is told to promote no types by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
 def gradient_norm(grads: PyTree) -> Array:
     """The Euclidean norm over all leaves, in float32 at least: squares of float16 overflow at a norm of 256."""
-    wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-    return optax.tree.norm(wide)
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(wide(g.dtype)), grads))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from fr_jax.algorithms.measures import wide
 from fr_jax.placement import replicated
 from fr_jax.types import Array, Batch, PyTree, Stage
 
@@ -45,13 +46,11 @@ def make_memory(every: int, sharding: Sharding | None, *, donate: bool) -> tuple
     return recall, jax.jit(store, donate_argnames="cache" if donate else (), out_shardings=here)
 
 
-def wide(dtype: Any) -> Any:
-    """The type of gluing variables, whose small moves bfloat16 would round away: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def make_gluing(stage: Stage, *, if_due: bool) -> Stage:
-    """The stage with a wide output; ``if_due``, for ``(h, due)``: zeros, not computed, where no example is due."""
+    """The stage with an output as wide as gluing variables, whose small moves bfloat16 would round away.
+
+    With ``if_due`` for ``(h, due)``: zeros, not computed, where no example is due.
+    """
 
     def apply(params: PyTree, model_state: PyTree, x: Any, /, **options: Any) -> tuple[PyTree, PyTree]:
         def run(h: PyTree) -> tuple[PyTree, PyTree]:

@@ -42,13 +42,17 @@ class Setup(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """K freshly initialised modules, each on its device; ``features[k]`` describes module k's input."""
+    """K freshly initialised modules, each on its device; ``features[k]`` describes module k's input.
+
+    ``key`` is for what a method has besides.
+    """
 
     params: tuple[PyTree, ...]
     model_state: tuple[PyTree, ...]
     opt_state: tuple[PyTree, ...]
     streams: tuple[KeyStream, ...]
     features: tuple[PyTree, ...]
+    key: Array
     batch_spec: BatchSpec
 
 
@@ -102,9 +106,9 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
     """
     if not isinstance(key, jax.Array):
         raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
-    _check_example(batch)
+    check_example(batch)
     check_divisible(batch, setup.shardings)
-    weights_key, dropout_key = jax.random.split(key)
+    weights_key, dropout_key, own_key = jax.random.split(key, 3)
     h = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch.inputs)
     params, model_state, opt_state, streams, features = [], [], [], [], []
     first = 0
@@ -130,7 +134,7 @@ def init_modules(setup: Setup, key: Array, batch: Batch) -> Modules:
         if k < len(setup.stages) - 1:
             _check_feature(h, k + 1)
     spec = BatchSpec.of(batch)
-    return Modules(tuple(params), tuple(model_state), tuple(opt_state), tuple(streams), tuple(features), spec)
+    return Modules(tuple(params), tuple(model_state), tuple(opt_state), tuple(streams), tuple(features), own_key, spec)
 
 
 @contextlib.contextmanager
@@ -144,21 +148,25 @@ def _said_where(k: int, i: int, h: PyTree) -> Iterator[None]:
         raise
 
 
-def _check_example(batch: Batch) -> None:
+def check_example(batch: Batch) -> None:
     """Raises ValueError where ``batch`` is no mini-batch that a network can be initialised for."""
-    if not isinstance(batch, Batch) or any(not hasattr(x, "shape") or not hasattr(x, "dtype") for x in batch[:2]):
-        kinds = (
-            f" of {type(batch.inputs).__name__} and {type(batch.targets).__name__}" if isinstance(batch, Batch) else ""
-        )
-        raise ValueError(
-            f"init() was given a {type(batch).__name__}{kinds} as batch; it must be fr_jax.Batch(inputs, targets), "
-            "each one array with the examples along the first axis."
-        )
+    _check_kind(batch, "init()")
     inputs, targets = batch.inputs.shape, batch.targets.shape
     if not inputs or not inputs[0] or inputs[:1] != targets[:1]:
         raise ValueError(
             f"init() was given inputs of shape {inputs} and targets of shape {targets}; both must have the same number "
             "of examples, at least one, along the first axis."
+        )
+
+
+def _check_kind(batch: Batch, called: str) -> None:
+    if not isinstance(batch, Batch) or any(not hasattr(x, "shape") or not hasattr(x, "dtype") for x in batch[:2]):
+        kinds = (
+            f" of {type(batch.inputs).__name__} and {type(batch.targets).__name__}" if isinstance(batch, Batch) else ""
+        )
+        raise ValueError(
+            f"{called} was given a {type(batch).__name__}{kinds} as batch; it must be fr_jax.Batch(inputs, targets), "
+            "each one array with the examples along the first axis."
         )
 
 
@@ -212,6 +220,7 @@ def check_divisible(batch: Batch, shardings: Sequence[Sharding | None]) -> None:
 
 def check_batch(spec: BatchSpec, batch: Batch) -> None:
     """Raises ValueError where a batch is not like the one that the state was made for."""
+    _check_kind(batch, "step()")
     if BatchSpec.of(batch) != spec:
         given = BatchSpec.of(batch)
         raise ValueError(
@@ -233,4 +242,4 @@ def iteration(step: int) -> int:
             "a Python loop that issues one jitted function after the other, each on its module's device: call it as "
             "it is, without jax.jit."
         )
-    return step
+    return int(step)  # an array, after jax.device_put of the state, is read once

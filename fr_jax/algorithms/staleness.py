@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from fr_jax.algorithms.measures import wide
 from fr_jax.algorithms.setup import Optimizers, Setup, check_count
 from fr_jax.placement import replicated
 from fr_jax.types import Array, PyTree
@@ -138,7 +139,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> Any:
-        zero = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
+        zero = lambda p: jnp.zeros(p.shape, wide(p.dtype))
         count = jnp.zeros((), jnp.int32)
         return AccumulateState(jax.tree.map(zero, params), count, Period(int(every)), inner.init(params))
 

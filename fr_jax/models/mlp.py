@@ -28,7 +28,7 @@ class DenseLayer(nn.Module):
         init = nn.initializers.variance_scaling(1.0 if self.output else 2.0, "fan_in", "truncated_normal")
         x = nn.Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)(x)
         if self.output:
-            return x.astype(jnp.promote_types(self.param_dtype, jnp.float32))
+            return x.astype(self.param_dtype if jnp.finfo(self.param_dtype).bits > 32 else jnp.float32)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
 
 
