@@ -144,8 +144,9 @@ def step(
     parts: Parts, setup: Setup, M: int, return_grads: bool, state: GPipeState, batch: Batch
 ) -> tuple[GPipeState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_batch(state.batch_spec, batch)
+    check_example(batch, "step()")
     check_split(batch, M, setup.shardings)
+    check_batch(state.batch_spec, batch)
     K, shardings = len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
     streams = list(state.streams)
@@ -201,11 +202,6 @@ def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None]) -> N
             f"a batch of {B} examples cannot be split into microbatches = {M} equal parts, each over data_parallel = "
             f"{D} device(s); the batch size must be a multiple of {M} * {D} = {M * D}. Change the batch size or the "
             "number of microbatches; drop or pad a last partial batch."
-        )
-    if batch.targets.shape[:1] != (B,):
-        raise ValueError(
-            f"targets of shape {batch.targets.shape} came with {B} examples; both are split into microbatches, so the "
-            f"targets must have shape ({B}, ...), one row an example. Reshape them."
         )
 
 

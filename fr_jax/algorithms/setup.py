@@ -148,14 +148,14 @@ def _said_where(k: int, i: int, h: PyTree) -> Iterator[None]:
         raise
 
 
-def check_example(batch: Batch) -> None:
-    """Raises ValueError where ``batch`` is no mini-batch that a network can be initialised for."""
-    _check_kind(batch, "init()")
+def check_example(batch: Batch, called: str = "init()") -> None:
+    """Raises ValueError where ``batch`` is no mini-batch of arrays; ``called`` is what was given it."""
+    _check_kind(batch, called)
     inputs, targets = batch.inputs.shape, batch.targets.shape
     if not inputs or not inputs[0] or inputs[:1] != targets[:1]:
         raise ValueError(
-            f"init() was given inputs of shape {inputs} and targets of shape {targets}; both must have the same number "
-            "of examples, at least one, along the first axis."
+            f"{called} was given inputs of shape {inputs} and targets of shape {targets}; both must have the same "
+            "number of examples, at least one, along the first axis."
         )
 
 

@@ -15,9 +15,9 @@ TRIED = ("0.10.", "0.11.", "0.12.")  # XLA ends a program that gives it a flag, 
 def set_xla_flags() -> None:
     """Keeps the convolutions of XLA's CPU backend out of the library YNNPACK.
 
-    Gradients of a convolution's weights took there 2 to 8 times as long as in XLA's other implementation
-    (``experiments/speed``), and a step of ResNet-20 twice as long. Only for versions with which that was tried, only
-    where the flag is not in ``XLA_FLAGS`` already, and in vain once JAX has been asked for its devices. To have
+    Gradients of a convolution's weights took there 1.5 to 7 times as long as in XLA's other implementation
+    (``experiments/speed``), and a step of ResNet-20 up to twice as long. Only for versions with which that was tried,
+    only where the flag is not in ``XLA_FLAGS`` already, and in vain once JAX has been asked for its devices. To have
     XLA's own choice set ``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=+individual_convolution``.
 
     Example:

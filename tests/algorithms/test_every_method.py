@@ -15,13 +15,16 @@ def squared_error(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
 
-def dni(stages, loss_fn, optimizer, **options):
-    synthesizer = fr.from_linen(nn.Dense(4, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16))
-    return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.adam(1e-3), **options)
+def dni(stages, loss_fn, optimizer):
+    def apply(params, state, h, /, *, key=None, train=True):
+        return params * h, state
+
+    synthesizer = fr.Stage(lambda key, h: (jnp.ones((), h.dtype), ()), apply)
+    return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.sgd(1e-3))
 
 
-def gpipe(stages, loss_fn, optimizer, **options):
-    return fr.gpipe(stages, loss_fn, optimizer, microbatches=2, **options)
+def gpipe(stages, loss_fn, optimizer):
+    return fr.gpipe(stages, loss_fn, optimizer, microbatches=2)
 
 
 METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe]

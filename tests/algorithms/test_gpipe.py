@@ -188,7 +188,9 @@ def test_a_batch_that_cannot_be_split_is_refused(naive, make_batches, M, D, mult
 def test_targets_that_would_be_split_apart_from_their_inputs_are_refused(naive, make_batches):
     gpipe = fr.gpipe([naive.dense(2).stage], naive.squared_error, optax.sgd(0.1), microbatches=2)
     (batch,) = make_batches(1)
-    with pytest.raises(ValueError, match=r"targets of shape \(12,\) came with 6 examples"):
+    with pytest.raises(
+        ValueError, match=r"inputs of shape \(6, 3\) and targets of shape \(12,\); both must have the same number"
+    ):
         gpipe.init(jax.random.key(0), batch._replace(targets=batch.targets.ravel()))
 
 
