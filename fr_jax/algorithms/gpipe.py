@@ -70,7 +70,6 @@ class GPipeState(NamedTuple):
 
 def init(setup: Setup, M: int, key: Array, batch: Batch) -> GPipeState:
     """Weights w^0."""
-    check_example(batch)
     check_split(batch, M, setup.shardings)
     modules = init_modules(setup, key, batch)
     return GPipeState(
@@ -144,8 +143,7 @@ def step(
     parts: Parts, setup: Setup, M: int, return_grads: bool, state: GPipeState, batch: Batch
 ) -> tuple[GPipeState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_example(batch, "step()")
-    check_split(batch, M, setup.shardings)
+    check_split(batch, M, setup.shardings, "step()")
     check_batch(state.batch_spec, batch)
     K, shardings = len(setup.stages), setup.shardings
     params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
@@ -194,8 +192,9 @@ def step(
     return state, Info(loss, grads, metrics | steps.named_norms(norms))
 
 
-def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None]) -> None:
+def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None], called: str = "init()") -> None:
     """Raises ValueError where a batch cannot be split into M equal microbatches, and these over a stage's devices."""
+    check_example(batch, called)
     B, D = batch.inputs.shape[0], math.lcm(*(data_parallel_size(sharding) for sharding in shardings))
     if B % (M * D):
         raise ValueError(

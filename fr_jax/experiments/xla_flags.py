@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-
-import jaxlib
 
 __all__ = ["set_xla_flags"]
 
@@ -28,5 +27,5 @@ def set_xla_flags() -> None:
       True
     """
     given = os.environ.get("XLA_FLAGS", "")
-    if FUSIONS not in given and jaxlib.__version__.startswith(TRIED):
+    if FUSIONS not in given and importlib.metadata.version("jaxlib").startswith(TRIED):
         os.environ["XLA_FLAGS"] = f"{given} --{FUSIONS}=-individual_convolution".lstrip()

@@ -29,7 +29,10 @@ class _DrainingLoop(asyncio.SelectorEventLoop):
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Silences orbax's log, and the tracebacks of its threads: what they raise is raised again in the caller."""
+    """Silences orbax's log, and the tracebacks of its threads: what they raise is raised again in the caller.
+
+    After a KeyboardInterrupt both stay silent: the threads work on until the process ends, and fail then.
+    """
     logger, hook, new_event_loop = logging.getLogger("absl"), threading.excepthook, asyncio.new_event_loop
     level = logger.level
 
@@ -40,9 +43,14 @@ def quiet_orbax() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     threading.excepthook = excepthook
     asyncio.new_event_loop = _DrainingLoop
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        logger.setLevel(level)
-        threading.excepthook = hook
+        if not interrupted:
+            logger.setLevel(level)
+            threading.excepthook = hook
         asyncio.new_event_loop = new_event_loop

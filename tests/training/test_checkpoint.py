@@ -1,4 +1,5 @@
 import errno
+import logging
 import os
 import pathlib
 import resource
@@ -19,6 +20,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fr_jax.training.checkpoint import CheckpointError, Checkpoints
+from fr_jax.training.orbax_calls import quiet_orbax
 from fr_jax.types import BatchSpec
 
 
@@ -394,6 +396,22 @@ def test_a_full_disk_at_the_last_moment(tmp_path, monkeypatch):
 
     with Checkpoints(tmp_path) as checkpoints:
         assert_survives_a_failed_save(checkpoints, tmp_path, fail, r"^disk full: .* free \d+\.\d MB")
+
+
+def test_interrupted_while_saving_orbax_stays_silent():
+    """Its threads fail when the process ends, which is no news to somebody who has pressed Ctrl-C twice."""
+    logger, hook = logging.getLogger("absl"), threading.excepthook
+    level = logger.level
+    try:
+        with pytest.raises(KeyboardInterrupt), quiet_orbax():
+            raise KeyboardInterrupt
+        assert logger.level == logging.CRITICAL and threading.excepthook is not hook
+    finally:
+        logger.setLevel(level)
+        threading.excepthook = hook
+    with pytest.raises(OSError, match="full"), quiet_orbax():
+        raise OSError("full")
+    assert logger.level == level and threading.excepthook is hook
 
 
 def test_killed_while_saving(tmp_path, program_env):
