@@ -77,7 +77,11 @@ def small_settings(path: Path) -> str:
     return "\n".join(line.strip() for line in SMALL[path.stem].strip().splitlines())
 
 
-@each_notebook
+# What notebook 03 starts, the program compare, has quick tests of its own.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem[:2] == "03" else []) for path in NOTEBOOKS],
+)
 def test_runs_on_small_settings(
     path: Path, tmp_path: Path, quick_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
