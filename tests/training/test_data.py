@@ -164,6 +164,15 @@ def test_missing_file(tmp_path):
     assert "data_batch_3.bin missing" in fail("cifar10", place)
 
 
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    place = make_place("folder", "cifar10", tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert "data_batch_1.bin cannot be read: Permission denied" in fail("cifar10", place)
+
+
 @pytest.mark.parametrize(("change", "found"), [(lambda c: c[:-1], "92,189"), (lambda c: c + c[:3073], "95,263")])
 @pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_wrong_size(kind, change, found, tmp_path):
