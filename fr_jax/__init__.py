@@ -6,6 +6,7 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 """
 
 from fr_jax import distributed, models
+from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
@@ -13,9 +14,8 @@ from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
-from fr_jax.balance import balance, balance_stages
-from fr_jax.costs import layer_costs, layer_flops, layer_times
-from fr_jax.placement import placement
+from fr_jax.partitioning.balance import balance, balance_stages
+from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
 from fr_jax.stages import chain, from_linen, partition
 from fr_jax.types import Algorithm, Batch, Info, Stage, State
 

@@ -198,7 +198,7 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Chain, ...]
 
     Returns:
       K stages, each a chain of its layers. Initial weights depend on the layer's place in the
-      network, not on the cuts (see ``algorithms/setup.py``).
+      network, not on the cuts (see ``algorithms/_stages.py``).
 
     Raises:
       ValueError: a stage would have no layers, or a cut lies outside the list.

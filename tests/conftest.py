@@ -18,7 +18,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from fr_jax.experiments.xla_flags import set_xla_flags
+from fr_jax.experiments._cli.xla_flags import set_xla_flags
 
 # As the programs do, whose numbers are compared with those of this process.
 set_xla_flags()
@@ -47,16 +47,16 @@ def quick_compilation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One compilation cache for all test processes of a session, which compile many functions again and again.
+def compiled(pytestconfig: pytest.Config) -> Path:
+    """One compilation cache for all test processes, kept from run to run (``pytest --cache-clear`` empties it).
 
-    Where one reads what another is just writing, JAX warns and compiles (pyproject.toml lets that pass). What is taken
-    from the cache is a compilation to JAX's events and to ``_cache_size`` all the same, so that tests which count
-    compilations see it.
+    ``JAX_COMPILATION_CACHE_DIR`` puts it elsewhere. Where one process reads what another is just writing, JAX warns and
+    compiles (pyproject.toml lets that pass). What is taken from the cache is a compilation to JAX's events and to
+    ``_cache_size`` all the same, so that tests which count compilations see it.
     """
-    base = tmp_path_factory.getbasetemp()  # of a worker of pytest-xdist: a folder in that of the session
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
-    folder.mkdir(exist_ok=True)
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = Path(given) if given else pytestconfig.rootpath / ".pytest_cache" / "d" / "jax"
+    folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -12,45 +12,57 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fr_jax"
 
+# A room is the first part of a module's name; inside experiments/ it is the second part too: a program is a room.
 FLOORS = {
     "types": 1,
-    "group": 1,
-    "rendezvous": 1,
+    "_files": 1,
+    "distributed": 1,
+    "reference": 1,
     "stages": 2,
-    "distributed": 2,
-    "supervision": 2,
-    "placement": 2,
-    "history": 2,
-    "reference": 2,
+    "_placement": 2,
+    "_arrays": 2,
     "algorithms": 3,
+    "data": 3,
     "models": 3,
-    "balance": 3,
-    "costs": 3,
+    "partitioning": 3,
     "launch": 3,
     "diagnostics": 4,
     "training": 4,
-    "experiments": 5,
+    "plotting": 5,
+    "experiments": 6,
+    "experiments._methods": 6.1,
+    "experiments._cli": 6.1,
+    "experiments._run": 6.2,
+    "experiments._bench": 6.3,
 }
-# The package's own __init__ gathers the library for its users: it stands on floor 4, and programs may import it.
+PROGRAM_FLOOR = 7
+# The package's own __init__ gathers the library for its users: it stands above floor 4, and programs may import it.
 LIBRARY_FLOOR = 4.5
 
-SIBLINGS_MAY_MEET = {"models", "reference", "diagnostics", "training", "experiments"}
-SHARED_BY_METHODS = {f"fr_jax.algorithms.{name}" for name in ("measures", "memory", "setup", "staleness", "steps")}
-IMPORTS_NOTHING_OF_THE_REST = {"reference"}
+SIBLINGS_MAY_MEET = set(FLOORS) - {"algorithms", "experiments"}
+MAY_MEET_ON_ONE_FLOOR = {frozenset({"experiments._methods", "experiments._cli"})}
+SHARED_BY_METHODS = {
+    f"fr_jax.algorithms.{name}"
+    for name in ("_example_memory", "_functions", "_history", "_losses", "_stages", "staleness")
+}
+IMPORTS_NOTHING_OF_THE_REST = {"reference", "types"}
 NEVER_IMPORTS = {"training": {"algorithms"}}  # it sees an Algorithm, never a concrete method
 MAY_IMPORT_FLAX = {"models", "stages"}
 
-MAX_FILE_LINES = 300
-MAX_FUNCTION_LINES = 50
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
 
 
 def room(module: str) -> str:
     """The part of a module's name that decides its floor; empty for the package itself."""
-    return [*module.split("."), ""][1]
+    first, second = [*module.split("."), "", ""][1:3]
+    return f"{first}.{second}" if first == "experiments" and second else first
 
 
 def floor(module: str) -> float | None:
-    return FLOORS.get(room(module)) if room(module) else LIBRARY_FLOOR
+    if not room(module):
+        return LIBRARY_FLOOR
+    return FLOORS.get(room(module), PROGRAM_FLOOR if room(module).startswith("experiments.") else None)
 
 
 def imported_names(module: str, is_package: bool, source: str) -> Iterator[str]:
@@ -89,11 +101,15 @@ def forbidden(module: str, target: str, packages: set[str]) -> str | None:
         return None
     if here == there == "algorithms":
         ok = target in SHARED_BY_METHODS
-        return None if ok else "methods do not import each other: what two of them share goes down to algorithms/steps"
-    if here == there and here in SIBLINGS_MAY_MEET:
-        return "it is the package it belongs to" if target in packages else None
+        return None if ok else "methods do not import each other: what two of them share goes down to algorithms/_step"
+    if here == there and (here in SIBLINGS_MAY_MEET or floor(module) == PROGRAM_FLOOR):
+        return "it is the package it belongs to" if target in packages and target.count(".") == 1 else None
     if here in IMPORTS_NOTHING_OF_THE_REST:
         return f"{here}/ imports nothing of the rest"
+    if floor(module) == floor(target) == PROGRAM_FLOOR:
+        return "no program imports another: what two of them share goes to _cli, _run or _bench"
+    if frozenset({here, there}) in MAY_MEET_ON_ONE_FLOOR:
+        return None
     if floor(module) <= floor(target):
         return f"floor {floor(module)} may import only from floors below it, and {target} is on floor {floor(target)}"
     return None
@@ -175,22 +191,28 @@ def test_files_and_functions_are_short(path):
 MADE_UP = {
     "fr_jax": "from fr_jax import models\nfrom fr_jax.stages import chain\n",
     "fr_jax.types": "",
-    "fr_jax.history": "from fr_jax.types import Array\n",
+    "fr_jax._placement": "from fr_jax.types import Array\n",
     "fr_jax.stages": "from fr_jax.types import Stage\nfrom flax import linen as nn\n",
-    "fr_jax.balance": "",
+    "fr_jax.partitioning": "",
+    "fr_jax.partitioning.balance": "",
     "fr_jax.reference": "",
     "fr_jax.reference.chain_rule": "import numpy as np\n",
     "fr_jax.algorithms": "",
-    "fr_jax.algorithms.steps": "from fr_jax import history\n",
-    "fr_jax.algorithms.ddg": "from fr_jax.algorithms import steps\n",
+    "fr_jax.algorithms._functions": "from fr_jax import _placement\n",
+    "fr_jax.algorithms.ddg": "from fr_jax.algorithms import _functions\n",
     "fr_jax.algorithms.dni": "",
     "fr_jax.models": "from fr_jax.models.mlp import mlp\n",
     "fr_jax.models.mlp": "import flax.linen as nn\n",
     "fr_jax.training": "",
-    "fr_jax.training.loop": "from fr_jax.training import metrics\n",
-    "fr_jax.training.metrics": "",
+    "fr_jax.training.loop": "from fr_jax.training import metrics_log\n",
+    "fr_jax.training.metrics_log": "",
     "fr_jax.experiments": "",
+    "fr_jax.experiments._cli": "",
+    "fr_jax.experiments._cli.settings": "",
     "fr_jax.experiments.cifar": "import fr_jax as fr\nfrom fr_jax.training.loop import train\n",
+    "fr_jax.experiments.speed": "",
+    "fr_jax.experiments.speed.__main__": "from fr_jax.experiments.speed import picture\n",
+    "fr_jax.experiments.speed.picture": "from fr_jax.experiments._cli import settings\n",
 }
 MADE_UP_PACKAGES = {
     module for module in MADE_UP if module == PACKAGE or any(other.startswith(module + ".") for other in MADE_UP)
@@ -204,21 +226,23 @@ def test_checker_accepts_a_sound_package():
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("fr_jax.types", "from fr_jax.stages import chain", "floor 1"),
-        ("fr_jax.stages", "from fr_jax import history", "floor 2"),
+        ("fr_jax.types", "from fr_jax.stages import chain", "imports nothing of the rest"),
+        ("fr_jax.stages", "from fr_jax import _placement", "floor 2"),
         ("fr_jax.stages", "import fr_jax", "floor 2"),
-        ("fr_jax.stages", "def late():\n    import fr_jax.balance", "floor 2"),
+        ("fr_jax.stages", "def late():\n    import fr_jax.partitioning.balance", "floor 2"),
         ("fr_jax.algorithms.ddg", "from fr_jax.algorithms.dni import dni", "methods do not import each other"),
         ("fr_jax.algorithms.ddg", "from . import dni", "methods do not import each other"),
         ("fr_jax.algorithms.ddg", "from ..models import mlp", "floor 3"),
         ("fr_jax.algorithms.ddg", "from fr_jax.training.loop import train", "floor 3"),
         ("fr_jax.algorithms.ddg", "from flax import struct", "only models/ and stages.py"),
-        ("fr_jax.algorithms.steps", "from fr_jax.algorithms.ddg import ddg", "methods do not import each other"),
+        ("fr_jax.algorithms._functions", "from fr_jax.algorithms.ddg import ddg", "methods do not import each other"),
         ("fr_jax.training.loop", "from fr_jax.algorithms.ddg import ddg", "training/ never imports algorithms/"),
         ("fr_jax.training.loop", "from fr_jax.experiments.cifar import main", "floor 4"),
-        ("fr_jax.training.metrics", "from fr_jax.training.loop import train", "a circle of imports"),
+        ("fr_jax.training.metrics_log", "from fr_jax.training.loop import train", "a circle of imports"),
         ("fr_jax.models.mlp", "from fr_jax.models import MODELS", "the package it belongs to"),
         ("fr_jax.reference.chain_rule", "from fr_jax.types import Array", "imports nothing of the rest"),
+        ("fr_jax.experiments._cli.settings", "from fr_jax.experiments import cifar", "floor 6.1"),
+        ("fr_jax.experiments.cifar", "from fr_jax.experiments.speed.picture import draw", "no program imports another"),
         ("fr_jax.training.utils", "", "not that it is a utility"),
         ("fr_jax.attic", "", "no floor"),
     ],
@@ -232,6 +256,6 @@ def test_checker_bites(module, source, complaint):
 
 def test_length_checker_bites():
     body = "    x = 1\n" * MAX_FUNCTION_LINES
-    assert "f has 51 lines" in too_long("a.py", f"def f():\n{body}")[0]
+    assert "f has 61 lines" in too_long("a.py", f"def f():\n{body}")[0]
     assert too_long("a.py", f'def f():\n    """One\n\n    two.\n    """\n{body[10:]}') == []
-    assert "301 lines" in too_long("a.py", "x = 1\n" * (MAX_FILE_LINES + 1))[0]
+    assert "401 lines" in too_long("a.py", "x = 1\n" * (MAX_FILE_LINES + 1))[0]

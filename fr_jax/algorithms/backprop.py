@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules
-from fr_jax.placement import put
+from fr_jax._arrays import put
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms._stages import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["BackpropState", "backprop"]

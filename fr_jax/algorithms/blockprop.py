@@ -26,9 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import memory, steps
-from fr_jax.algorithms.measures import loss_of, wide
-from fr_jax.algorithms.setup import (
+from fr_jax._arrays import put
+from fr_jax._placement import replicated
+from fr_jax.algorithms import _example_memory as memory
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms._losses import loss_of, wide
+from fr_jax.algorithms._stages import (
     KeyStream,
     Optimizers,
     Setup,
@@ -38,7 +41,6 @@ from fr_jax.algorithms.setup import (
     init_modules,
     zeros,
 )
-from fr_jax.placement import put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["BlockPropState", "blockprop"]

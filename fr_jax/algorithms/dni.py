@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import steps
-from fr_jax.algorithms.setup import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, init_stage
-from fr_jax.placement import place, put, replicated
+from fr_jax._arrays import place, put
+from fr_jax._placement import replicated
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms._stages import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, init_stage
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["DNIState", "dni"]

@@ -23,9 +23,12 @@ from typing import Literal, NamedTuple
 
 from jax.sharding import Sharding
 
-from fr_jax import history as fifo
-from fr_jax.algorithms import staleness, steps
-from fr_jax.algorithms.setup import (
+from fr_jax._arrays import put
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms import _history as fifo
+from fr_jax.algorithms import staleness
+from fr_jax.algorithms._history import History
+from fr_jax.algorithms._stages import (
     KeyStream,
     Optimizers,
     Setup,
@@ -35,8 +38,6 @@ from fr_jax.algorithms.setup import (
     iteration,
     zeros,
 )
-from fr_jax.history import History
-from fr_jax.placement import put
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["FeaturesReplayState", "features_replay"]

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import steps
-from fr_jax.algorithms.measures import wide
-from fr_jax.algorithms.setup import (
+from fr_jax._arrays import put
+from fr_jax._placement import data_parallel_size, replicated
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms._losses import wide
+from fr_jax.algorithms._stages import (
     KeyStream,
     Optimizers,
     Setup,
@@ -38,7 +40,6 @@ from fr_jax.algorithms.setup import (
     check_setup,
     init_modules,
 )
-from fr_jax.placement import data_parallel_size, put, replicated
 from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
 
 __all__ = ["GPipeState", "gpipe"]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms.measures import wide
-from fr_jax.algorithms.setup import Optimizers, Setup, check_count
-from fr_jax.placement import replicated
+from fr_jax._placement import replicated
+from fr_jax.algorithms._losses import wide
+from fr_jax.algorithms._stages import Optimizers, Setup, check_count
 from fr_jax.types import Array, PyTree
 
 __all__ = ["AccumulateState", "RememberUpdateState", "accumulate", "predicted", "remember_update", "shrink_gradients"]

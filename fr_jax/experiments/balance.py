@@ -19,16 +19,25 @@ import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.distributed import is_first
-from fr_jax.experiments.checks import check_parts, choice
-from fr_jax.experiments.command_line import call
-from fr_jax.experiments.contestants import make_entry, method_settings, shared_costs
-from fr_jax.experiments.cuts import choose_cuts, stage_costs
-from fr_jax.experiments.methods import METHODS
-from fr_jax.experiments.processes import one_process
-from fr_jax.experiments.results import check_file, write_beside
-from fr_jax.experiments.settings import SettingsError, SharedSettings
-from fr_jax.experiments.turns import as_rows, code_of, in_turns, machine, placed_on, quietly, start_pinned, take_devices
-from fr_jax.training.plots import COLOURS, png
+from fr_jax.experiments._bench.contestants import make_entry, method_settings, shared_costs
+from fr_jax.experiments._bench.turns import (
+    as_rows,
+    code_of,
+    in_turns,
+    machine,
+    placed_on,
+    quietly,
+    start_pinned,
+    take_devices,
+)
+from fr_jax.experiments._cli.checks import check_parts, choice
+from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.results import check_file, write_beside
+from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run.cuts import choose_cuts, stage_costs
+from fr_jax.experiments._run.processes import one_process
+from fr_jax.plotting.curves import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fr_jax.experiments.processes import one_process
-from fr_jax.experiments.results import check_folder, write_results
-from fr_jax.experiments.settings import SettingsError
-from fr_jax.experiments.turns import code_of
+from fr_jax.experiments._bench.turns import code_of
+from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._run.processes import one_process
+from fr_jax.plotting.curves import COLOURS, png
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
-from fr_jax.training.plots import COLOURS, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

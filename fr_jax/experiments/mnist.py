@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fr_jax.experiments import program
-from fr_jax.experiments.command_line import Program
-from fr_jax.experiments.settings import TrainSettings
+from fr_jax.experiments._cli.command_line import Program
+from fr_jax.experiments._cli.settings import TrainSettings
+from fr_jax.experiments._run import program
 
 __all__ = ["MNIST", "main", "run"]
 
@@ -21,7 +21,7 @@ def run(settings: TrainSettings) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
     Raises:
-      ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments.program.run` does.
+      ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments._run.program.run` does.
     """
     return program.run(MNIST, settings)
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fr_jax import distributed
-from fr_jax.placement import put
-from fr_jax.training.transfer import is_readable, read
+from fr_jax._arrays import is_readable, put, read
 from fr_jax.types import Array, Batch
 
 __all__ = ["Score", "accuracy", "cross_entropy", "evaluate", "training_metrics"]

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 
 from fr_jax import distributed
-from fr_jax.training.augment import InputPipeline
-from fr_jax.training.checkpoint import Checkpoints
+from fr_jax.data.pipelines import InputPipeline
+from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.classification import evaluate
 from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.reader import Divergence, MetricsReader, Reporter, Schedule, Stopwatch
+from fr_jax.training.metrics_reader import Divergence, MetricsReader, Reporter, Schedule, Stopwatch
 from fr_jax.types import Algorithm
 
 __all__ = ["Divergence", "Outcome", "Schedule", "Totals", "train"]

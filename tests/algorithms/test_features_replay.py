@@ -7,7 +7,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.algorithms import features_replay
-from fr_jax.algorithms.setup import check_setup
+from fr_jax.algorithms._stages import check_setup
 
 STEPS = 12
 close = {"rtol": 1e-11, "atol": 1e-12}

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.algorithms import steps
-from fr_jax.diagnostics.memory import step_memory
+from fr_jax.algorithms import _functions as steps
+from fr_jax.diagnostics.memory.step_memory import step_memory
 
 B, K, M = 12, 3, 3  # no other test has 12 examples of these widths
 WIDTHS = (5, 7, 11, 3)  # x, h_1, h_2, h_3: every array of this test is known by its shape

@@ -7,7 +7,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.algorithms import staleness
-from fr_jax.training.checkpoint import Checkpoints
+from fr_jax.training.checkpoints import Checkpoints
 
 STEPS = 12
 close = {"rtol": 1e-11, "atol": 1e-12}

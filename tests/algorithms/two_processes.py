@@ -10,7 +10,7 @@ import optax
 
 import fr_jax as fr
 from fr_jax import distributed
-from fr_jax.placement import place
+from fr_jax._arrays import place
 
 
 def loss_fn(outputs, targets):

@@ -10,20 +10,20 @@ import optax
 import pytest
 
 import fr_jax as fr
+from fr_jax.data import image_sets as data
+from fr_jax.data.pipelines import input_pipeline
 from fr_jax.distributed import NUM_PROCESSES
-from fr_jax.experiments import blockprop
-from fr_jax.experiments.blockprop_picture import figure
-from fr_jax.experiments.blockprop_result import Line, summarise, table
-from fr_jax.experiments.blockprop_runs import Run, first_block_factor, train_run
-from fr_jax.experiments.blockprop_settings import BlockPropSettings, resolve
-from fr_jax.experiments.settings import SettingsError, TrainSettings
-from fr_jax.training import data
-from fr_jax.training.augment import input_pipeline
+from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments.blockprop import __main__ as blockprop
+from fr_jax.experiments.blockprop.picture import figure
+from fr_jax.experiments.blockprop.result import Line, summarise, table
+from fr_jax.experiments.blockprop.runs import Run, first_block_factor, train_run
+from fr_jax.experiments.blockprop.settings import BlockPropSettings, resolve
 from fr_jax.training.classification import cross_entropy
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Totals
-from fr_jax.training.metrics import read_rows
-from fr_jax.training.workdir import RunFolder
+from fr_jax.training.metrics_log import read_rows
+from fr_jax.training.run_folder import RunFolder
 
 QUICK = [
     "--dataset",

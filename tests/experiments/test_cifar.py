@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import requests
 
-from fr_jax.experiments import cifar, records
-from fr_jax.experiments import program as program_module
-from fr_jax.experiments.console import Console
+from fr_jax.experiments import cifar
+from fr_jax.experiments._run import program as program_module
+from fr_jax.experiments._run import records
+from fr_jax.experiments._run.console import Console
 from fr_jax.models import MODELS, resnet20
-from fr_jax.training.checkpoint import Checkpoints
-from fr_jax.training.metrics import read_rows
+from fr_jax.training.checkpoints import Checkpoints
+from fr_jax.training.metrics_log import read_rows
 from fr_jax.types import Stage
 
 STEPS, STEPS_PER_EPOCH = 50, 22

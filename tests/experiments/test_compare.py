@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 
-from fr_jax.experiments import compare, program
-from fr_jax.experiments.compare import CompareSettings, plan
-from fr_jax.experiments.settings import SettingsError
+from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._run import program
+from fr_jax.experiments.compare import __main__ as compare
+from fr_jax.experiments.compare.__main__ import CompareSettings, plan
 from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.metrics import read_rows
+from fr_jax.training.metrics_log import read_rows
 
 QUICK = ["--model", "mlp", "--depth", "3", "--width", "8", "--dataset", "digits", "--batch-size", "16", "--steps", "12"]
 

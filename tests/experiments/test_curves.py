@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fr_jax.experiments import curves
-from fr_jax.training import comparison_plot
+from fr_jax.experiments.curves import __main__ as curves
+from fr_jax.plotting import comparison as comparison_plot
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.experiments import memory
-from fr_jax.experiments.memory_methods import CONTESTANTS, checkpointed, recomputing
+from fr_jax.experiments.memory import __main__ as memory
+from fr_jax.experiments.memory.methods import CONTESTANTS, checkpointed, recomputing
 
 SMALL = ["--models", "mlp", "--K", "1", "3", "--batch-size", "4"]
 

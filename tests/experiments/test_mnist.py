@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import requests
 
+from fr_jax.data import image_sets as data
 from fr_jax.experiments import mnist
-from fr_jax.experiments.checks import check, resolve
-from fr_jax.experiments.command_line import parse
-from fr_jax.experiments.methods import METHODS
-from fr_jax.training import data
-from fr_jax.training.metrics import read_rows
+from fr_jax.experiments._cli.checks import check, resolve
+from fr_jax.experiments._cli.command_line import parse
+from fr_jax.experiments._methods import METHODS
+from fr_jax.training.metrics_log import read_rows
 
 QUICK = ["--dataset=digits", "--depth=2", "--width=8", "--steps=12", "--checkpoint-every=5", "--eval-every=12"]
 QUICK += ["--batch-size=16"]

@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from fr_jax.experiments import prediction
-from fr_jax.experiments.prediction_methods import timer_of
+from fr_jax.experiments.prediction import __main__ as prediction
+from fr_jax.experiments.prediction.methods import timer_of
 
 SMALL = ["--model", "mlp", "--batch-size", "8", "--rounds", "2", "--steps", "2"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fr_jax.distributed import free_port
-from fr_jax.training.checkpoint import Checkpoints
+from fr_jax.training.checkpoints import Checkpoints
 
 PROGRAM = ["-m", "fr_jax.experiments.cifar", "--K", "4", "--dataset", "synthetic", "--model", "mlp"]
 SMALL = ["--width", "16", "--batch-size", "8", "--eval-every", "1000", "--log-every", "2", "--milestones", "0.001"]

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 import fr_jax as fr
-from fr_jax.experiments import speed
-from fr_jax.experiments.contestants import BASELINE, bound, make_entry
-from fr_jax.experiments.settings import SharedSettings
+from fr_jax.experiments._bench.contestants import BASELINE, bound, make_entry
+from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments.speed import __main__ as speed
 
 CONTESTANTS = {
     "plain jitted optax step": 1,

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fr_jax.experiments import program, sufficient_direction
+from fr_jax.experiments._run import program
 from fr_jax.experiments.cifar import main as cifar
-from fr_jax.experiments.direction_picture import direction_figure, standing_out
-from fr_jax.training.metrics import read_rows
+from fr_jax.experiments.sufficient_direction import __main__ as sufficient_direction
+from fr_jax.experiments.sufficient_direction.picture import direction_figure, standing_out
+from fr_jax.training.metrics_log import read_rows
 
 SMALL = [
     *("--dataset", "synthetic", "--model", "mlp", "--depth", "3", "--width", "8"),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fr_jax.experiments import theorems
-from fr_jax.experiments.theorems_moments import Moments, exact, final_sigma, measure, stages_of, staleness
-from fr_jax.experiments.theorems_problems import LAYERS, linear_problem, sine_problem
+from fr_jax.experiments.theorems import __main__ as theorems
+from fr_jax.experiments.theorems.moments import Moments, exact, final_sigma, measure, stages_of, staleness
+from fr_jax.experiments.theorems.problems import LAYERS, linear_problem, sine_problem
 
 pytestmark = pytest.mark.usefixtures("x64")
 

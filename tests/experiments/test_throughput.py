@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import fr_jax as fr
-from fr_jax.experiments import pytorch_peer, throughput
-from fr_jax.experiments.pytorch_network import NETWORKS, copy_weights, network
-from fr_jax.experiments.turns import Turn
+from fr_jax.experiments._bench.turns import Turn
+from fr_jax.experiments.throughput import __main__ as throughput
+from fr_jax.experiments.throughput import pytorch_peer
+from fr_jax.experiments.throughput.pytorch_network import NETWORKS, copy_weights, network
 
 SMALL = "--models mlp --dtypes float32 --K 2 --batch-size 8 --rounds 3 --steps 2".split()  # noqa: SIM905
 

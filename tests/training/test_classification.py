@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import fr_jax as fr
-from fr_jax.training.augment import input_pipeline
+from fr_jax.data.image_sets import Dataset
+from fr_jax.data.pipelines import input_pipeline
 from fr_jax.training.classification import Score, accuracy, cross_entropy, evaluate, training_metrics
-from fr_jax.training.data import Dataset
 from fr_jax.types import Batch
 
 

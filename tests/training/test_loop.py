@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fr_jax.training.augment import InputPipeline
+from fr_jax.data.pipelines import InputPipeline
 from fr_jax.training.classification import Score
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Schedule, Stopwatch, Totals, train
-from fr_jax.training.reader import _not_finite
+from fr_jax.training.metrics_reader import _not_finite
 from fr_jax.types import Algorithm, Batch, Info
 
 

@@ -1,0 +1,112 @@
+"""Where stages live: one device a stage, or a mesh of D devices over which the batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+__all__ = ["check_placement", "data_parallel_size", "placement", "replicated"]
+
+
+def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
+    """Chooses the devices of K stages.
+
+    The devices are taken in groups of ``data_parallel``; stage k gets group k, round robin
+    where there are fewer groups than stages.
+
+    Args:
+      K: number of stages.
+      devices: the devices to use; all of ``jax.devices()`` by default.
+      data_parallel: D, the devices a stage. With D > 1 the batch (leading axis) is split over
+        them, the weights are copied to each, and XLA adds up the gradients.
+
+    Returns:
+      One sharding a stage, for arrays that have a batch axis: a ``SingleDeviceSharding``, or a
+      ``NamedSharding`` over the axis ``"data"``. :func:`replicated` gives the weights'.
+
+    Raises:
+      ValueError: K or D is less than one, or there are fewer than D devices.
+
+    Example:
+      >>> len(placement(4))
+      4
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if K < 1:
+        raise ValueError(f"placement() was given K = {K}; K must be at least 1.")
+    if not devices:
+        raise ValueError("placement() was given no devices; pass at least one, or None for all of jax.devices().")
+    if not 1 <= data_parallel <= len(devices):
+        raise ValueError(
+            f"data_parallel = {data_parallel} devices a stage were asked for; with {len(devices)} device(s) it can be "
+            f"1 to {len(devices)}. Use fewer, or give JAX more devices (on a CPU: --devices N, or "
+            'jax.config.update("jax_num_cpu_devices", N) before anything else).'
+        )
+    groups = [devices[i : i + data_parallel] for i in range(0, len(devices) - data_parallel + 1, data_parallel)]
+    return tuple(_sharding(groups[k % len(groups)]) for k in range(K))
+
+
+def _sharding(group: Sequence[jax.Device]) -> Sharding:
+    if len(group) == 1:
+        return SingleDeviceSharding(group[0])
+    mesh = Mesh(np.asarray(group), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(sharding: Sharding | None) -> Sharding | None:
+    """The sharding of what has no batch axis (weights, scalars) on the same devices.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> replicated(NamedSharding(mesh, PartitionSpec("data"))).spec == PartitionSpec()
+      True
+    """
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def data_parallel_size(sharding: Sharding | None) -> int:
+    """D: over how many devices the batch is split.
+
+    Example:
+      >>> [data_parallel_size(sharding) for sharding in placement(2)]
+      [1, 1]
+    """
+    return sharding.num_devices if isinstance(sharding, NamedSharding) else 1
+
+
+def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Sharding, ...]:
+    """One sharding for each of K stages; for None the default device, also for a mini-batch that comes from another.
+
+    Raises:
+      ValueError: the placement has not K entries, or an entry is not a sharding.
+
+    Example:
+      >>> check_placement(None, 2) == placement(2, [jax.local_devices()[0]])
+      True
+    """
+    if shardings is None:
+        return (jnp.zeros(()).sharding,) * K
+    if isinstance(shardings, Sharding):
+        raise ValueError(
+            f"placement is the single sharding {shardings!r}; it needs a sequence of K = {K}, one a stage. "
+            f"Use fr_jax.placement({K}, devices) to make one from devices."
+        )
+    shardings = tuple(shardings)
+    if len(shardings) != K:
+        raise ValueError(
+            f"placement has {len(shardings)} entries for K = {K} stages; it needs one sharding a stage. "
+            f"Use fr_jax.placement({K}), which goes round robin where devices are few, or placement=None."
+        )
+    for k, sharding in enumerate(shardings, start=1):
+        if not isinstance(sharding, Sharding):
+            raise ValueError(
+                f"placement entry {k} is {sharding!r}; each must be a jax.sharding.Sharding. "
+                f"Use fr_jax.placement({K}, devices) to make one from devices."
+            )
+    return shardings

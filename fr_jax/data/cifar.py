@@ -1,0 +1,192 @@
+"""CIFAR-10 and CIFAR-100 from the official binary files, or straight out of their ``.tar.gz``.
+
+A record is one label byte (CIFAR-100: a coarse, then a fine one) and 3,072 bytes of pixels: the red, the green and
+the blue plane, row by row. Nothing is unpickled and nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from fr_jax.data.download import Archive, DataError
+from fr_jax.data.official import Arrays, OfficialData
+
+__all__ = ["FORMATS", "IMAGE_SHAPE", "Format", "find", "official", "read"]
+
+IMAGE_SHAPE = (32, 32, 3)
+PIXELS = math.prod(IMAGE_SHAPE)
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+
+
+class Format(NamedTuple):
+    """How one of the two data sets is laid out.
+
+    Attributes:
+      title: its name for people.
+      folder: the folder in the archive.
+      train_files, test_files: file name -> number of records.
+      label_bytes: bytes before the pixels of a record; the last of them is the label.
+      num_classes: labels are 0 .. num_classes - 1.
+      archive: the official download.
+    """
+
+    title: str
+    folder: str
+    train_files: Mapping[str, int]
+    test_files: Mapping[str, int]
+    label_bytes: int
+    num_classes: int
+    archive: Archive
+
+    @property
+    def files(self) -> dict[str, int]:
+        """File name -> its exact size in bytes."""
+        record = self.label_bytes + PIXELS
+        return {name: records * record for name, records in {**self.train_files, **self.test_files}.items()}
+
+
+FORMATS: dict[str, Format] = {
+    "cifar10": Format(
+        title="CIFAR-10",
+        folder="cifar-10-batches-bin",
+        train_files={f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
+        test_files={"test_batch.bin": 10_000},
+        label_bytes=1,
+        num_classes=10,
+        archive=Archive(TORONTO + "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    ),
+    "cifar100": Format(
+        title="CIFAR-100",
+        folder="cifar-100-binary",
+        train_files={"train.bin": 50_000},
+        test_files={"test.bin": 10_000},
+        label_bytes=2,
+        num_classes=100,
+        archive=Archive(TORONTO + "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+    ),
+}
+
+
+def official(name: str) -> OfficialData:
+    """Describes ``name``, one of ``FORMATS``, for :mod:`fr_jax.data.image_sets`."""
+    layout = FORMATS[name]
+    return OfficialData(
+        name=name,
+        title=layout.title,
+        image_shape=IMAGE_SHAPE,
+        train_size=sum(layout.train_files.values()),
+        test_size=sum(layout.test_files.values()),
+        num_classes=layout.num_classes,
+        crop=True,
+        flip=True,
+        kind_of_files="binary",
+        places=f"the folder with {', '.join(layout.files)}, its parent, {layout.archive.file_name} or the folder that "
+        "holds it",
+        archives=(layout.archive,),
+        find=functools.partial(find, layout),
+        read=functools.partial(read, layout),
+    )
+
+
+def find(layout: Format, place: Path) -> Path | None:
+    """The folder of ``.bin`` files or the archive that ``place`` is, or holds; ``None`` if there is neither."""
+    if place.is_file():
+        return place
+    for folder in (place, place / layout.folder):
+        if any((folder / name).is_file() for name in layout.files):
+            return folder
+    archive = place / layout.archive.file_name
+    return archive if archive.is_file() else None
+
+
+def read(layout: Format, place: Path) -> Arrays:
+    """Reads a folder of ``.bin`` files, or the archive with them, as found by :func:`find`.
+
+    Raises:
+      DataError: a file is missing, has another size than it must have, or holds a label that does not exist.
+    """
+    contents = _read_folder(layout, place) if place.is_dir() else _read_archive(layout, place)
+    missing = [name for name in layout.files if name not in contents]
+    if missing:
+        raise DataError(
+            f"{place} is not a whole copy of {layout.title}: {', '.join(missing)} missing. It must hold "
+            f"{', '.join(layout.files)}. Unpack {layout.archive.url} again, or pass that archive itself"
+        )
+    train = [_decode(layout, place, name, contents.pop(name)) for name in layout.train_files]
+    test = [_decode(layout, place, name, contents.pop(name)) for name in layout.test_files]
+    return Arrays(*_concatenate(train), *_concatenate(test))
+
+
+def _read_folder(layout: Format, folder: Path) -> dict[str, bytes]:
+    contents = {}
+    for name, size in layout.files.items():
+        path = folder / name
+        if path.is_file():
+            _check_size(layout, folder, name, path.stat().st_size, size)
+            try:
+                contents[name] = path.read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read: {error.strerror}. Make it readable, or give another."
+                ) from error
+    return contents
+
+
+def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
+    """The expected members, by name; every other member is passed over, whatever it is called."""
+    contents: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for member in tar:
+                *parents, name = PurePosixPath(member.name).parts or ("",)
+                if name not in layout.files or parents not in ([], [layout.folder]) or name in contents:
+                    continue
+                stream = tar.extractfile(member) if member.isreg() else None
+                if stream is None:
+                    raise DataError(f"{path}: {member.name} is not a plain file. {_again(layout)}")
+                _check_size(layout, path, name, member.size, layout.files[name])
+                contents[name] = stream.read()
+                if len(contents) == len(layout.files):
+                    break
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is not a readable .tar.gz archive ({error}). {_again(layout)}") from error
+    return contents
+
+
+def _decode(layout: Format, place: Path, name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    _check_size(layout, place, name, len(content), layout.files[name])
+    records = np.frombuffer(content, np.uint8).reshape(-1, layout.label_bytes + PIXELS)
+    labels = records[:, layout.label_bytes - 1].astype(np.int32)
+    wrong = np.flatnonzero(labels >= layout.num_classes)
+    if wrong.size:
+        raise DataError(
+            f"{place}: record {wrong[0]} of {name} has the label {labels[wrong[0]]}; {layout.title} has labels "
+            f"0..{layout.num_classes - 1}. {_again(layout)}"
+        )
+    return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def _concatenate(files: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = zip(*files, strict=True)
+    return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels)
+
+
+def _check_size(layout: Format, place: Path, name: str, found: int, expected: int) -> None:
+    if found != expected:
+        record = layout.label_bytes + PIXELS
+        raise DataError(
+            f"{place}: {name} has {found:,} bytes; it must have {expected:,} ({expected // record:,} records of "
+            f"{record:,}). {_again(layout)}"
+        )
+
+
+def _again(layout: Format) -> str:
+    return f"It is damaged or something else: get {layout.archive.url} again"

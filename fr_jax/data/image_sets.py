@@ -1,0 +1,244 @@
+"""Data sets for training: found on this machine, fetched, or made, always with a line that says which data it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fr_jax.data import cifar, mnist, tfds_copies
+from fr_jax.data import download as fetch
+from fr_jax.data.download import DataError, FetchError
+from fr_jax.data.official import Arrays, OfficialData
+
+__all__ = ["DATASETS", "DataError", "Dataset", "load"]
+
+OFFICIAL = ("cifar10", "cifar100", "mnist")
+DATASETS: tuple[str, ...] = ("auto", *OFFICIAL, "digits", "synthetic")
+
+Log = Callable[[str], Any]
+
+
+class Dataset(NamedTuple):
+    """A data set for image classification, whole in memory.
+
+    Attributes:
+      name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"`` or ``"synthetic"``; never ``"auto"``.
+      train_images: uint8 ``(N, H, W, C)``.
+      train_labels: int32 ``(N,)``, values ``0 .. num_classes - 1``.
+      test_images: uint8 ``(M, H, W, C)``.
+      test_labels: int32 ``(M,)``.
+      num_classes: number of classes.
+      mean: float32 ``(C,)``, of each channel of the training images scaled to [0, 1].
+      std: float32 ``(C,)``, likewise.
+      flip: whether a mirrored image is still a valid example of its class.
+      source: one line for people: which data this is and where it came from.
+      crop: whether training takes random crops unless told otherwise; not for MNIST, as in the papers.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    mean: np.ndarray
+    std: np.ndarray
+    flip: bool
+    source: str
+    crop: bool = True
+
+
+def load(
+    name: str = "auto", data_dir: str | Path | None = None, *, preferred: str = "cifar10", log: Log = print
+) -> Dataset:
+    """Loads a data set by name.
+
+    ``cifar10``, ``cifar100`` and ``mnist`` are taken from ``data_dir`` if it is given; otherwise from TFDS's folder
+    (``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``), then from the user's cache folder (``$FR_JAX_CACHE``), and at
+    last from the web. ``auto`` is the ``preferred`` of them where that succeeds; where nothing was found and nothing
+    can be fetched, it says so in one line and is ``digits``. ``digits`` and ``synthetic`` need no file.
+
+    Args:
+      name: one of ``DATASETS``.
+      data_dir: for CIFAR the folder with the official ``.bin`` files, its parent, the official ``.tar.gz`` or the
+        folder that holds it; for MNIST the folder with the four official idx files, each plain or ``.gz``, or the
+        folder that holds it as ``mnist``, ``MNIST`` or ``MNIST/raw``; for all of them a TFDS folder.
+      preferred: what ``auto`` looks for: ``"cifar10"``, ``"cifar100"`` or ``"mnist"``.
+      log: takes each line meant for a person.
+
+    Returns:
+      The data set.
+
+    Raises:
+      DataError: an unknown name, data that are missing (with ``data_dir``, under ``auto`` too), or damaged data.
+
+    Example:
+      >>> from fr_jax.data import image_sets as data
+      >>> data.load("digits").train_images.shape
+      (1433, 32, 32, 3)
+    """
+    _check_name("there is no data set", name, DATASETS)
+    _check_name("auto cannot prefer", preferred, OFFICIAL)
+    if name in ("digits", "synthetic"):
+        if data_dir is not None:
+            log(f"The data set {name!r} is made without files: the data folder {data_dir} is not used.")
+        return _digits() if name == "digits" else _synthetic()
+    official = _official(preferred if name == "auto" else name)
+    if data_dir is not None:
+        return _given(official, Path(data_dir).expanduser())
+    try:
+        return _searched(official, log)
+    except FetchError as error:
+        if name != "auto":
+            raise
+        dataset = _digits()
+        confusable = "it is not MNIST, and " if preferred == "mnist" else ""
+        log(
+            f"!!! NO {official.title}: none on this machine, and {error.__cause__ or error}. Going on with the "
+            f"stand-in {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To be strict, "
+            f"ask for {official.name} by name."
+        )
+        return dataset
+
+
+def _check_name(problem: str, name: str, valid: tuple[str, ...]) -> None:
+    if name not in valid:
+        close = difflib.get_close_matches(str(name).lower().replace("-", ""), valid, n=1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"{problem} {name!r}. Valid names: {', '.join(valid)}.{meant}")
+
+
+def _official(name: str) -> OfficialData:
+    return mnist.official() if name == "mnist" else cifar.official(name)
+
+
+def _given(official: OfficialData, data_dir: Path) -> Dataset:
+    place = official.find(data_dir)
+    if place is not None:
+        return _labelled(official, official.read(place), f"the official {official.kind_of_files} files in {place}")
+    copy = tfds_copies.find(official.name, data_dir)
+    if copy is not None:
+        return _labelled(official, tfds_copies.read(copy, official), f"TFDS's copy in {copy}")
+    problem = f"holds no {official.title}" if data_dir.exists() else "does not exist"
+    raise DataError(
+        f"the data folder {data_dir} {problem}. It must be {official.places}, or a TFDS folder with "
+        f"{official.name}/<version>/dataset_info.json. Correct it, or leave it out to search and fetch"
+    )
+
+
+def _searched(official: OfficialData, log: Log) -> Dataset:
+    dataset = _from_tfds(official, log)
+    if dataset is not None:
+        return dataset
+    paths = [fetch.cached(archive) for archive in official.archives]
+    try:
+        if None in paths and tfds_copies.can_prepare():
+            dataset = _through_tfds(official, log)
+            if dataset is not None:
+                return dataset
+        found = [path or fetch.fetch(archive, log=log) for path, archive in zip(paths, official.archives, strict=True)]
+    except FetchError as error:
+        raise FetchError(f"{official.title} is not on this machine, and {error}. {_what_to_do(official)}") from error
+    if len(found) == 1:
+        return _labelled(official, official.read(found[0]), f"the official archive {found[0]}")
+    folder = found[0].parent
+    return _labelled(official, official.read(folder), f"the official {official.kind_of_files} files in {folder}")
+
+
+def _from_tfds(official: OfficialData, log: Log) -> Dataset | None:
+    copy = tfds_copies.find(official.name, tfds_copies.folder())
+    if copy is None:
+        return None
+    try:
+        return _labelled(official, tfds_copies.read(copy, official), f"TFDS's copy in {copy}")
+    except DataError as error:
+        log(f"Passing over a copy of {official.name} that cannot be used: {error}.")
+        return None
+
+
+def _through_tfds(official: OfficialData, log: Log) -> Dataset | None:
+    """Prepares a copy with TFDS; ``None`` where that fails, because the plain download may still succeed."""
+    name, archive = official.name, official.archives[0]
+    fetch.check_reachable(archive)
+    log(f"Fetching {name} through TFDS into {tfds_copies.folder()}")
+    try:
+        tfds_copies.prepare(name)
+    except Exception as error:  # whatever goes wrong inside TFDS, TensorFlow or its mirrors
+        log(f"TFDS could not prepare {name} ({type(error).__name__}: {error}); trying {archive.url} itself.")
+        return None
+    return _from_tfds(official, log)
+
+
+def _what_to_do(official: OfficialData) -> str:
+    urls = ", ".join(archive.url for archive in official.archives)
+    what = "the file or its folder" if len(official.archives) == 1 else "their folder"
+    return (
+        f"Do one of these: (1) get {urls} on a machine with a network, and pass {what} with --data-dir; "
+        f"(2) point --data-dir or TFDS_DATA_DIR to a TFDS folder that holds {official.name}, prepared with "
+        f"file_format='array_record'; (3) train on data that need no download: --dataset digits, or --dataset "
+        f"synthetic for benchmarks"
+    )
+
+
+def _labelled(official: OfficialData, arrays: Arrays, place: str) -> Dataset:
+    return _dataset(
+        official.name,
+        arrays,
+        official.num_classes,
+        crop=official.crop,
+        flip=official.flip,
+        title=official.title,
+        place=place,
+    )
+
+
+def _digits() -> Dataset:
+    """scikit-learn's digits; of each class every fifth is a test example, so the split depends on nothing."""
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.round(np.reshape(pixels, (-1, 8, 8)) * (255 / 16)).astype(np.uint8)
+    images = np.repeat(images.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=-1)
+    labels = np.asarray(targets, np.int32)
+    is_test = np.zeros(len(labels), bool)
+    for digit in range(10):
+        is_test[np.flatnonzero(labels == digit)[::5]] = True
+    arrays = Arrays(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
+    title = "digits (scikit-learn's 1,797 real 8x8 digits shown as 32x32x3)"
+    return _dataset("digits", arrays, 10, crop=True, flip=False, title=title, place="scikit-learn")
+
+
+def _synthetic(train_size: int = 10_000, test_size: int = 2_000) -> Dataset:
+    """A coarse random pattern for each of ten classes, half covered by noise: the same bytes everywhere."""
+    rng = np.random.Generator(np.random.Philox(0))
+    patterns = rng.integers(0, 128, (10, 8, 8, 3), np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    labels = np.arange(train_size + test_size, dtype=np.int32) % 10
+    images = rng.integers(0, 128, (len(labels), 32, 32, 3), np.uint8)
+    images += patterns[labels]
+    arrays = Arrays(images[:train_size], labels[:train_size], images[train_size:], labels[train_size:])
+    title = "synthetic (ten noisy patterns, 32x32x3, for benchmarks only)"
+    return _dataset("synthetic", arrays, 10, crop=True, flip=True, title=title, place="NumPy's Philox generator")
+
+
+def _dataset(name: str, arrays: Arrays, num_classes: int, *, crop: bool, flip: bool, title: str, place: str) -> Dataset:
+    mean, std = _mean_and_std(arrays.train_images)
+    sizes = f"{len(arrays.train_labels):,} train and {len(arrays.test_labels):,} test images"
+    return Dataset(name, *arrays, num_classes, mean, std, flip, f"{title}: {sizes} from {place}", crop)
+
+
+def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exact, from a histogram of each channel; a constant channel has the std 1 so that one can divide by it."""
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for chunk in np.array_split(images, max(1, len(images) // 1000)):
+        for channel in range(channels):
+            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    std = np.sqrt((weights * np.square(values[None] - mean[:, None])).sum(axis=1))
+    return mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)

@@ -1,0 +1,174 @@
+"""MNIST from the four official idx files, gzipped or plain.
+
+An idx file is two zero bytes, the type of its numbers (8: unsigned bytes), the number of its axes, each axis's length
+as a big-endian 32-bit number, and then the numbers themselves, the last axis fastest.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fr_jax.data.download import Archive, DataError
+from fr_jax.data.official import Arrays, OfficialData
+
+__all__ = ["FILES", "IdxFile", "find", "official", "read"]
+
+NUM_CLASSES = 10
+FOLDERS = ("", "mnist", "MNIST", "MNIST/raw")  # below a folder that a user names; the last is torchvision's
+GZIP_MAGIC = b"\x1f\x8b"
+# Where torchvision and TFDS get it; the authors' own site, yann.lecun.com, often refuses.
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+
+
+class IdxFile(NamedTuple):
+    """One of the four files.
+
+    Attributes:
+      shape: of the array in it, ``(records, 28, 28)`` or ``(records,)``.
+      archive: the official download, gzipped.
+
+    Example:
+      >>> from fr_jax.data import mnist
+      >>> mnist.FILES["train-labels-idx1-ubyte"].header.hex(" ", 4)
+      '00000801 0000ea60'
+    """
+
+    shape: tuple[int, ...]
+    archive: Archive
+
+    @property
+    def header(self) -> bytes:
+        """What the file begins with, unpacked."""
+        return struct.pack(f">HBB{len(self.shape)}I", 0, 8, len(self.shape), *self.shape)
+
+    @property
+    def size(self) -> int:
+        """Its exact size in bytes, unpacked."""
+        return len(self.header) + math.prod(self.shape)
+
+
+def _file(name: str, shape: tuple[int, ...], md5: str) -> IdxFile:
+    url, *mirrors = (mirror + name + ".gz" for mirror in MIRRORS)
+    return IdxFile(shape, Archive(url, md5, tuple(mirrors)))
+
+
+# In the order of Arrays.
+FILES: dict[str, IdxFile] = {
+    name: _file(name, shape, md5)
+    for name, shape, md5 in (
+        ("train-images-idx3-ubyte", (60_000, 28, 28), "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        ("train-labels-idx1-ubyte", (60_000,), "d53e105ee54ea40749a09fcbcd1e9432"),
+        ("t10k-images-idx3-ubyte", (10_000, 28, 28), "9fb629c4189551a2d022fa330f9573f3"),
+        ("t10k-labels-idx1-ubyte", (10_000,), "ec29112dd5afa0611ce80d1b7f02629c"),
+    )
+}
+
+
+def official() -> OfficialData:
+    """Describes MNIST for :mod:`fr_jax.data.image_sets`."""
+    (train_size, *image_shape), _, (test_size, *_), _ = (file.shape for file in FILES.values())
+    height, width = image_shape
+    return OfficialData(
+        name="mnist",
+        title="MNIST",
+        image_shape=(height, width, 1),
+        train_size=train_size,
+        test_size=test_size,
+        num_classes=NUM_CLASSES,
+        crop=False,
+        flip=False,
+        kind_of_files="idx",
+        places=f"the folder with {', '.join(FILES)} (each plain or .gz), or the folder that holds it as mnist, MNIST "
+        "or MNIST/raw",
+        archives=tuple(file.archive for file in FILES.values()),
+        find=find,
+        read=read,
+    )
+
+
+def find(place: Path) -> Path | None:
+    """The folder of idx files that ``place`` is, or holds, or lies in if it is one of them; ``None`` without any."""
+    folders = [place.parent] if place.is_file() else [place / below for below in FOLDERS]
+    fullest = max(folders, key=lambda folder: len(_paths(folder)))
+    return fullest if _paths(fullest) else None
+
+
+def read(folder: Path) -> Arrays:
+    """Reads a folder with the four files, as found by :func:`find`.
+
+    Raises:
+      DataError: a file is missing, cannot be unpacked, is of another kind or size than it must be, or holds a label
+        that does not exist.
+    """
+    paths = _paths(folder)
+    missing = [name for name in FILES if name not in paths]
+    if missing:
+        urls = ", ".join(FILES[name].archive.url for name in missing)
+        raise DataError(
+            f"{folder} is not a whole copy of MNIST: {', '.join(missing)} missing. It must hold {', '.join(FILES)} "
+            f"(each plain or .gz). Get {urls} and put it beside the others"
+        )
+    train_images, train_labels, test_images, test_labels = (_decode(paths[name], FILES[name]) for name in FILES)
+    return Arrays(
+        train_images[..., None], train_labels.astype(np.int32), test_images[..., None], test_labels.astype(np.int32)
+    )
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    """File name -> where it is, for those that are there; some copies are spelled train-images.idx3-ubyte."""
+    paths = {}
+    for name in FILES:
+        dotted = name.replace("-idx", ".idx")
+        for spelling in (name + ".gz", name, dotted + ".gz", dotted):
+            if (folder / spelling).is_file():
+                paths[name] = folder / spelling
+                break
+    return paths
+
+
+def _decode(path: Path, file: IdxFile) -> np.ndarray:
+    content, header, axes = _unpacked(path, file), file.header, len(file.shape)
+    problem = None
+    if content[:4] != header[:4]:
+        magic = content[:4].hex() or "nothing"
+        problem = f"begins with {magic}; an idx file of bytes with {axes} axes begins with {header[:4].hex()}"
+    elif len(content) >= len(header) and not content.startswith(header):
+        lengths = struct.unpack_from(f">{axes}I", content, 4)
+        problem = f"holds {_product(lengths)} numbers; it must hold {_product(file.shape)}"
+    elif len(content) != file.size:
+        found = f"more than {file.size:,}" if len(content) > file.size else f"{len(content):,}"
+        problem = f"has {found} bytes (unpacked); it must have {file.size:,}"
+    if problem is not None:
+        raise DataError(f"{path} {problem}. {_again(file)}")
+    array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
+    wrong = np.flatnonzero(array >= NUM_CLASSES) if axes == 1 else np.empty(0)
+    if wrong.size:
+        label, valid = array[wrong[0]], f"0..{NUM_CLASSES - 1}"
+        raise DataError(f"{path}: record {wrong[0]} has the label {label}; MNIST has labels {valid}. {_again(file)}")
+    return array
+
+
+def _unpacked(path: Path, file: IdxFile) -> bytes:
+    """At most one byte more than there must be. Some browsers unpack and keep the name: the first bytes decide."""
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == GZIP_MAGIC
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            return stream.read(file.size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} could not be read ({error}). {_again(file)}") from error
+
+
+def _product(lengths: tuple[int, ...]) -> str:
+    return " × ".join(f"{length:,}" for length in lengths)
+
+
+def _again(file: IdxFile) -> str:
+    return f"It is damaged or something else: get {file.archive.url} again"

@@ -1,0 +1,216 @@
+"""Batches for the first stage: gathered, cropped, flipped and normalised on its device by one jitted function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from fr_jax._arrays import place, put_whole
+from fr_jax.data.image_sets import Dataset
+from fr_jax.types import Array, Batch
+
+__all__ = ["InputPipeline", "input_pipeline"]
+
+PADDING = 4  # pixels on each side before a crop of the original size, as in the CIFAR experiments of the ResNet paper
+
+
+class InputPipeline(NamedTuple):
+    """Where a run's mini-batches come from.
+
+    Attributes:
+      steps_per_epoch: mini-batches of an epoch; the rest of the examples, fewer than a batch, sits that epoch out.
+      train_batch: ``step -> Batch``. A pure function of the seed and of the step (epoch ``step // steps_per_epoch``),
+        so a resumed run needs nothing but its step. It never waits for a device.
+      test_batches: ``() -> iterator of (Batch, valid)``. Every batch has the same size; the last is filled up with
+        black images of class 0 and index 0, and only its first ``valid`` examples count.
+    """
+
+    steps_per_epoch: int
+    train_batch: Callable[[int], Batch]
+    test_batches: Callable[[], Iterator[tuple[Batch, int]]]
+
+
+def input_pipeline(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    sharding: Sharding | None = None,
+    augment: bool | None = None,
+    test_batch_size: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> InputPipeline:
+    """Puts ``dataset`` on the first stage's device and makes its mini-batches there.
+
+    Each epoch shuffles anew. To crop a training image is to pad it with 4 black pixels on each side and to cut out its
+    own size at a random place; to flip it, to mirror it with probability 1/2. All images are scaled to [0, 1] and
+    normalised by ``dataset.mean`` and ``dataset.std``.
+
+    The images stay on the device as uint8 (CIFAR-10: 184 MB), on each device of a mesh.
+
+    Args:
+      dataset: what :func:`fr_jax.data.image_sets.load` returned.
+      batch_size: B, examples of a mini-batch, over all devices of a mesh.
+      seed: of the order and of the augmentation.
+      sharding: the first stage's: a ``SingleDeviceSharding``, or a ``NamedSharding`` whose first axis splits the
+        batch. ``None`` is the default device.
+      augment: ``None``: crop if ``dataset.crop``, flip if ``dataset.flip``. ``True``: crop in any case, flip if
+        ``dataset.flip``. ``False``: neither. The order is shuffled in any case.
+      test_batch_size: examples of a test batch; ``batch_size`` if ``None``.
+      dtype: of the inputs.
+
+    Returns:
+      The pipeline; inputs ``(B, H, W, C)`` of ``dtype``, targets ``(B,)`` and index ``(B,)`` int32, placed as
+      ``sharding`` says.
+
+    Raises:
+      ValueError: a batch size that is not positive, not divisible by the number of devices that share a batch, or
+        larger than the training set.
+
+    Example:
+      >>> from fr_jax.data import pipelines as augment
+      >>> from fr_jax.data import image_sets as data
+      >>> pipeline = augment.input_pipeline(data.load("digits"), 128, seed=0)
+      >>> pipeline.train_batch(0).inputs.shape
+      (128, 32, 32, 3)
+    """
+    whole, rows = _shardings(sharding)
+    test_batch_size = batch_size if test_batch_size is None else test_batch_size
+    _check_batch_size("batch_size", batch_size, rows, largest=len(dataset.train_labels))
+    _check_batch_size("test_batch_size", test_batch_size, rows)
+    steps_per_epoch = len(dataset.train_labels) // batch_size
+    crop, flip = (dataset.crop, dataset.flip) if augment is None else (augment, augment and dataset.flip)
+    normalise = functools.partial(_normalise, mean=dataset.mean, std=dataset.std, dtype=dtype)
+    return InputPipeline(
+        steps_per_epoch,
+        _train_batches(dataset, batch_size, steps_per_epoch, seed, crop, flip, normalise, whole, rows),
+        _test_batches(dataset, test_batch_size, normalise, whole, rows),
+    )
+
+
+def _train_batches(
+    dataset: Dataset,
+    batch_size: int,
+    steps_per_epoch: int,
+    seed: int,
+    crop: bool,
+    flip: bool,
+    normalise: Callable[[Array], Array],
+    whole: Sharding,
+    rows: Sharding,
+) -> Callable[[int], Batch]:
+    images = put_whole(dataset.train_images, whole)
+    labels = put_whole(dataset.train_labels, whole)
+    key = place(jax.random.key(seed), whole)
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def shuffled(key: Array, epoch: Array) -> Array:
+        return jax.random.permutation(_fold(key, 0, epoch), len(dataset.train_labels))
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Array:
+        return shuffled(key, put_whole(np.uint32(epoch), whole))
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def gather(images: Array, labels: Array, order: Array, key: Array, where: Array) -> Batch:
+        epoch, batch = where
+        start = batch.astype(jnp.int32) * batch_size
+        index = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (start,), (batch_size,)), rows)
+        if crop or flip:
+            shift_key, flip_key = jax.random.split(_fold(key, 1, epoch, batch))
+            reach = PADDING if crop else 0
+            shift = jax.random.randint(shift_key, (batch_size, 2), -reach, reach + 1)
+            mirrored = jax.random.bernoulli(flip_key, 0.5 if flip else 0.0, (batch_size,))
+            inputs = _cropped(images, index, shift, mirrored)
+        else:
+            inputs = images[index]
+        return Batch(normalise(inputs), labels[index], index)
+
+    def train_batch(step: int) -> Batch:
+        epoch, batch = divmod(step, steps_per_epoch)
+        where = put_whole(np.array([epoch, batch], np.uint32), whole)
+        return gather(images, labels, order(epoch), key, where)
+
+    return train_batch
+
+
+def _test_batches(
+    dataset: Dataset, batch_size: int, normalise: Callable[[Array], Array], whole: Sharding, rows: Sharding
+) -> Callable[[], Iterator[tuple[Batch, int]]]:
+    count = len(dataset.test_labels)
+    fill = -count % batch_size
+    images = put_whole(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole)
+    labels = put_whole(np.pad(dataset.test_labels, (0, fill)), whole)
+    index = put_whole(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole)
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def cut(images: Array, labels: Array, index: Array, start: Array) -> Batch:
+        images, labels, index = (
+            jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(a, start, batch_size), rows)
+            for a in (images, labels, index)
+        )
+        return Batch(normalise(images), labels, index)
+
+    def test_batches() -> Iterator[tuple[Batch, int]]:
+        for start in range(0, count, batch_size):
+            batch = cut(images, labels, index, put_whole(np.int32(start), whole))
+            yield batch, min(batch_size, count - start)
+
+    return test_batches
+
+
+def _cropped(images: Array, index: Array, shift: Array, mirrored: Array) -> Array:
+    """Windows of the images' own size, moved by ``shift`` (rows, columns), black where they reach beyond the edge.
+
+    One gather straight out of the data set: half the time of dm-pix's ``random_crop`` and ``random_flip_left_right``
+    under ``vmap`` (0.2 against 0.45 ms for 128 images of CIFAR-10 on two CPU cores), and one package fewer.
+    """
+    height, width = images.shape[1:3]
+    forward = jnp.arange(width)[None]
+    row = (shift[:, :1] + jnp.arange(height)[None])[:, :, None]
+    column = (shift[:, 1:] + jnp.where(mirrored[:, None], forward[:, ::-1], forward))[:, None, :]
+    windows = images.at[index[:, None, None], row, column].get(mode="clip", wrap_negative_indices=False)
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return jnp.where(inside[..., None], windows, 0)
+
+
+def _normalise(images: Array, mean: np.ndarray, std: np.ndarray, dtype: DTypeLike) -> Array:
+    scaled = images.astype(jnp.float32) / 255
+    return ((scaled - mean[None, None, None]) / std[None, None, None]).astype(dtype)
+
+
+def _fold(key: Array, *data: int | Array) -> Array:
+    return functools.reduce(jax.random.fold_in, data, key)
+
+
+def _shardings(sharding: Sharding | None) -> tuple[Sharding, Sharding]:
+    """Two placements on the same devices: whole on each of them, and split along the first axis."""
+    if sharding is None:
+        sharding = jnp.zeros(()).sharding
+    if isinstance(sharding, NamedSharding):
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        return whole, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    if isinstance(sharding, SingleDeviceSharding):
+        return sharding, sharding
+    raise ValueError(
+        f"the first stage's sharding is a {type(sharding).__name__}; it must be a SingleDeviceSharding or a "
+        "NamedSharding whose first axis splits the batch: take it from fr_jax.placement"
+    )
+
+
+def _check_batch_size(name: str, size: int, rows: Sharding, largest: int | None = None) -> None:
+    devices = len(rows.device_set)
+    shares = devices // rows.shard_shape((devices,))[0]
+    if size < 1 or size % shares or (largest is not None and size > largest):
+        at_most = "" if largest is None else f", at most the {largest:,} training examples"
+        raise ValueError(
+            f"{name} is {size}; it must be a positive multiple of {shares} (the devices that share a mini-batch)"
+            f"{at_most}. Try {max(shares, min(size, largest or size) // shares * shares)}"
+        )

@@ -1,0 +1,1 @@
+"""What a training method keeps in memory: counted from compiled steps, and by closed forms."""

@@ -1,0 +1,238 @@
+"""The jitted functions that one step of a method issues, found and compiled without running anything.
+
+``step`` is Python that calls jitted functions and sends arrays to devices. Traced with shapes instead of arrays, it
+leaves exactly that: a list of calls, in the order of issue, each with the buffers that it reads and makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from fr_jax.types import Algorithm, Batch, PyTree
+
+__all__ = ["Buffer", "Call", "StepCalls", "step_calls"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Buffer:
+    """An array on its devices; two that are the same object share their memory.
+
+    Attributes:
+      aval: shape and dtype.
+      sharding: the devices, and how the array is split over them.
+    """
+
+    aval: Any
+    sharding: Sharding
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on each of its devices."""
+        return int(np.prod(self.sharding.shard_shape(self.aval.shape), dtype=int)) * self.aval.dtype.itemsize
+
+    @property
+    def spec(self) -> jax.ShapeDtypeStruct:
+        """What ``jit`` is told of it."""
+        return jax.ShapeDtypeStruct(self.aval.shape, self.aval.dtype, sharding=self.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One jitted function as a step issues it, or a transfer between devices.
+
+    Attributes:
+      name: of the function: ``play``, ``replay``, ...
+      devices: where it runs, or what receives the transfer.
+      inputs: what it reads.
+      donated: those inputs whose memory it is given.
+      outputs: what it makes: new buffers.
+      aliased: bytes on each device of the outputs that lie in donated memory.
+      temporaries: bytes on each device that XLA needs besides inputs and outputs.
+    """
+
+    name: str
+    devices: frozenset[jax.Device]
+    inputs: tuple[Buffer, ...]
+    donated: tuple[Buffer, ...]
+    outputs: tuple[Buffer, ...]
+    aliased: int
+    temporaries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCalls:
+    """One step, as a list of calls.
+
+    Attributes:
+      calls: in the order of issue.
+      state: the state before the step, a pytree of :class:`Buffer`, whose ``step`` is None.
+      batch: the mini-batch.
+      new_state: the state after it.
+      info: what the step reports.
+    """
+
+    calls: tuple[Call, ...]
+    state: PyTree
+    batch: PyTree
+    new_state: PyTree
+    info: PyTree
+
+
+def step_calls(
+    algorithm: Algorithm,
+    batch: Batch,
+    *,
+    progress: Callable[[str], None] | None = None,
+    analyses: dict[Any, Any] | None = None,
+) -> StepCalls:
+    """Traces ``init`` and a step in which every module updates, and compiles the functions that the step issues.
+
+    Args:
+      algorithm: any method. Its functions must not look at the values of arrays, which none of fr_jax's does.
+      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them. What has no device stands for an array on the
+        default device.
+      progress: called with the name of each function before it is compiled.
+      analyses: what is known of functions by the hash of their code, read and added to. Given to several calls, the
+        functions that they have in common are compiled once.
+
+    Returns:
+      The calls, with the sizes that XLA gives for the backend in use.
+
+    Raises:
+      ValueError: the batch does not suit the algorithm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> from fr_jax.diagnostics.memory.step_calls import step_calls
+      >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
+      >>> fit = fr.features_replay(stages, lambda y, t: jnp.mean(y), optax.sgd(0.1))
+      >>> batch = fr.Batch(jax.ShapeDtypeStruct((4, 784), "float32"), jax.ShapeDtypeStruct((4,), "int32"))
+      >>> [call.name for call in step_calls(fit, batch).calls]
+      ['play', 'train', 'replay']
+    """
+    walk = _Walk(progress or (lambda name: None), {} if analyses is None else analyses)
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
+    places = [getattr(x, "sharding", None) or walk.default for x in jax.tree.leaves(batch)]
+    batch_buffers = [Buffer(leaf, place) for leaf, place in zip(jax.tree.leaves(spec), places, strict=True)]
+
+    key = jax.random.key(0)
+    without_step = lambda key, batch: algorithm.init(key, batch)._replace(step=None)
+    traced, state_spec = jax.make_jaxpr(without_step, return_shape=True)(key, spec)
+    _, state_buffers = walk.follow(traced, [Buffer(jax.typeof(key), walk.default), *batch_buffers], compiling=False)
+
+    # The first iteration in which nothing of the start is in flight any more, and no two entries share their memory.
+    t, state_buffers = len(state_spec.params), [dataclasses.replace(buffer) for buffer in state_buffers]
+    step = lambda state, batch: _without_step(algorithm.step(state._replace(step=t), batch))
+    traced, (new_spec, info_spec) = jax.make_jaxpr(step, return_shape=True)(state_spec, spec)
+    calls, made = walk.follow(traced, [*state_buffers, *batch_buffers], compiling=True)
+    count = len(jax.tree.leaves(new_spec))
+    fill = lambda spec, buffers: jax.tree.unflatten(jax.tree.structure(spec), buffers)
+    return StepCalls(
+        calls=tuple(calls),
+        state=fill(state_spec, state_buffers),
+        batch=fill(spec, batch_buffers),
+        new_state=fill(new_spec, made[:count]),
+        info=fill(info_spec, made[count:]),
+    )
+
+
+def _without_step(result: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
+    state, info = result
+    return state._replace(step=None), info
+
+
+class _Walk:
+    """Follows the equations of a traced function; equal calls are compiled once."""
+
+    def __init__(self, progress: Callable[[str], None], analyses: dict[Any, Any]) -> None:
+        self.default = SingleDeviceSharding(jax.devices()[0])
+        self._progress = progress
+        self._analyses = analyses
+        self._seen: dict[Any, tuple[Any, tuple[Sharding, ...]]] = {}
+
+    def follow(self, traced: Any, arguments: list[Buffer], *, compiling: bool) -> tuple[list[Call], list[Buffer]]:
+        """The calls of a traced function of ``arguments``, and its outputs."""
+        known: dict[Any, Buffer] = dict(zip(traced.jaxpr.invars, arguments, strict=True))
+        known |= {var: Buffer(var.aval, self.default) for var in traced.jaxpr.constvars}
+        at = lambda atom: Buffer(atom.aval, self.default) if isinstance(atom, core.Literal) else known[atom]
+        calls = []
+        for equation in traced.jaxpr.eqns:
+            inputs = tuple(map(at, equation.invars))
+            kind = equation.primitive.name
+            if kind == "device_put":
+                call, outputs = _transfer(equation, inputs)
+            elif kind in ("jit", "pjit"):
+                call = self._call(equation, inputs, compiling)
+                outputs = call.outputs
+            else:  # something that a step does outside of jit is a small function of its own
+                outputs = tuple(Buffer(var.aval, _place(inputs, self.default)) for var in equation.outvars)
+                call = Call(kind, frozenset(outputs[0].sharding.device_set), inputs, (), outputs, 0, 0)
+            calls += [] if call is None else [call]
+            known |= zip(equation.outvars, outputs, strict=True)
+        return calls, [at(atom) for atom in traced.jaxpr.outvars]
+
+    def _call(self, equation: Any, inputs: tuple[Buffer, ...], compiling: bool) -> Call:
+        params, place = equation.params, _place(inputs, self.default)
+        asked = [s if isinstance(s, Sharding) else None for s in params["out_shardings"]]
+        placed = tuple(s or place for s in asked)
+        memory = None
+        # What is not placed by the function goes where XLA puts it: on one device there is no choice.
+        if len(place.device_set) > 1 and (compiling or None in asked):
+            memory, placed = self._compile(params, [buffer.spec for buffer in inputs], asked)
+        elif compiling:  # for the default device, which is like any other
+            specs = [jax.ShapeDtypeStruct(buffer.aval.shape, buffer.aval.dtype) for buffer in inputs]
+            memory, _ = self._compile(params, specs, [None] * len(asked))
+        return Call(
+            name=params["name"],
+            devices=frozenset(placed[0].device_set if placed else place.device_set),
+            inputs=inputs,
+            donated=tuple(b for b, given in zip(inputs, params["donated_invars"], strict=True) if given),
+            outputs=tuple(Buffer(var.aval, s) for var, s in zip(equation.outvars, placed, strict=True)),
+            aliased=memory.alias_size_in_bytes if memory else 0,
+            temporaries=memory.temp_size_in_bytes if memory else 0,
+        )
+
+    def _compile(
+        self, params: Any, specs: list[jax.ShapeDtypeStruct], asked: list[Sharding | None]
+    ) -> tuple[Any, tuple[Sharding, ...]]:
+        """XLA's memory analysis, and where it puts the outputs."""
+        function, donated = params["jaxpr"], params["donated_invars"]
+        same = (function, donated, tuple(asked), tuple(spec.sharding for spec in specs))
+        if same not in self._seen:
+            donate = tuple(i for i, given in enumerate(donated) if given)
+            jitted = jax.jit(core.jaxpr_as_fun(function), donate_argnums=donate, out_shardings=asked)
+            lowered = jitted.lower(*specs)
+            code = hashlib.sha256(lowered.as_text().encode()).digest(), same[2:]
+            if code not in self._analyses:
+                self._progress(params["name"])
+                compiled = lowered.compile()
+                self._analyses[code] = compiled.memory_analysis(), tuple(compiled.output_shardings)
+            self._seen[same] = self._analyses[code]
+        return self._seen[same]
+
+
+def _place(inputs: tuple[Buffer, ...], default: Sharding) -> Sharding:
+    return next((buffer.sharding for buffer in inputs), default)
+
+
+def _transfer(equation: Any, inputs: tuple[Buffer, ...]) -> tuple[Call | None, tuple[Buffer, ...]]:
+    """New buffers where an array moves; the same where it is there already."""
+    outputs = []
+    for buffer, target in zip(inputs, equation.params["devices"], strict=True):
+        sharding = SingleDeviceSharding(target) if isinstance(target, jax.Device) else target
+        stays = sharding is None or sharding.is_equivalent_to(buffer.sharding, len(buffer.aval.shape))
+        outputs.append(buffer if stays else Buffer(buffer.aval, sharding))
+    new = tuple(b for b in outputs if b not in inputs)
+    devices = functools.reduce(frozenset.union, (frozenset(b.sharding.device_set) for b in new), frozenset())
+    call = Call("transfer", devices, inputs, (), new, 0, 0) if new else None
+    return call, tuple(outputs)

@@ -1,0 +1,281 @@
+"""What a training method keeps in memory: on each device at the peak of a step, and for each stage between steps.
+
+A step is a list of jitted calls (:mod:`fr_jax.diagnostics.memory.step_calls`). Call i runs while these are alive:
+
+    live_i   the buffers that were there before call i and are still to be read, by a later call or by the caller
+    out_i    its outputs, less those that lie in donated memory
+    temp_i   what XLA needs inside the call (from the memory analysis of the compiled function)
+
+and the device's peak is max_i (live_i + out_i + temp_i). The caller holds the old state until the step returns.
+Nothing is run or allocated: a network that fits no machine can be examined on any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from fr_jax.diagnostics.memory.step_calls import Buffer, Call, StepCalls, step_calls
+from fr_jax.types import Algorithm, Batch
+
+__all__ = ["KINDS", "CallMemory", "DeviceMemory", "MemoryReport", "StageMemory", "device_peaks", "step_memory"]
+
+KINDS = {
+    "parameters": "weights",
+    "optimizer": "states of the optimizers",
+    "statistics": "running statistics, keys and counts",
+    "history": "what the state keeps of past mini-batches: features, VJPs, gradients on their way",
+    "batch": "the mini-batch, as it was given",
+    "residuals": "what is made and used up within a step: VJPs, features, gradients",
+    "temporaries": "what XLA needs inside a function, such as the activations of a replay",
+}
+ACTIVATIONS = ("history", "batch", "residuals", "temporaries")
+_KIND_OF_FIELD = {
+    "params": "parameters",
+    "opt_state": "optimizer",
+    "last_update": "optimizer",
+    "model_state": "statistics",
+    "streams": "statistics",
+    "stream": "statistics",
+}
+
+
+class StageMemory(NamedTuple):
+    """Bytes that one stage holds between steps, on each of its devices.
+
+    Attributes:
+      parameters, optimizer, statistics: of the stage.
+      history: of past mini-batches, in ``State``'s other fields.
+    """
+
+    parameters: int
+    optimizer: int
+    statistics: int
+    history: int
+
+
+class DeviceMemory(NamedTuple):
+    """One device at the moment of a step at which it holds the most.
+
+    Attributes:
+      device: ``cpu:0``.
+      stages: the stages on it, k = 1..K.
+      peak: bytes by kind (:data:`KINDS`) at that moment.
+      during: the function that runs then.
+      between_steps: bytes by kind that the new state holds.
+    """
+
+    device: str
+    stages: tuple[int, ...]
+    peak: dict[str, int]
+    during: str
+    between_steps: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.peak.values())
+
+    @property
+    def activations(self) -> int:
+        """Bytes at the peak without weights, optimizer and statistics: the quantity of the papers' table 1."""
+        return sum(self.peak[kind] for kind in ACTIVATIONS)
+
+
+class CallMemory(NamedTuple):
+    """A function that the step issues.
+
+    Attributes:
+      name: ``play``, ``replay``, ...
+      device: where it runs; the first of several.
+      live: bytes on that device when it starts, its inputs included.
+      inputs, outputs, aliased, temporaries: bytes on that device; ``aliased`` is the part of the outputs that lies in
+        donated inputs.
+    """
+
+    name: str
+    device: str
+    live: int
+    inputs: int
+    outputs: int
+    aliased: int
+    temporaries: int
+
+
+class MemoryReport(NamedTuple):
+    """The memory of one training method.
+
+    Attributes:
+      devices: one entry a device that is used, sorted.
+      stages: K entries.
+      calls: everything that a step issues, in this order.
+    """
+
+    devices: tuple[DeviceMemory, ...]
+    stages: tuple[StageMemory, ...]
+    calls: tuple[CallMemory, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes: the sum over devices of their peaks, which need not be at the same time."""
+        return sum(device.total for device in self.devices)
+
+    @property
+    def activations(self) -> int:
+        """Bytes: the same without weights, optimizer and statistics."""
+        return sum(device.activations for device in self.devices)
+
+
+def step_memory(
+    algorithm: Algorithm,
+    batch: Batch,
+    *,
+    progress: Callable[[str], None] | None = None,
+    analyses: dict[Any, Any] | None = None,
+) -> MemoryReport:
+    """Memory of a method in full swing, from XLA's analysis of the functions that a step issues.
+
+    It is what the program asks of the device: an allocator rounds up, a convolution library may take workspace of its
+    own, and a host that runs several steps ahead keeps their features alive. See :func:`device_peaks` for what a device
+    says afterwards. The sizes are of the backend in use: XLA plans differently for a CPU and for a GPU.
+
+    Args:
+      algorithm: any method, made with ``donate=True`` as the programs do, or without.
+      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them.
+      progress: called with the name of each function before it is compiled.
+      analyses: as for :func:`fr_jax.diagnostics.memory.step_calls.step_calls`.
+
+    Returns:
+      Bytes by device, by stage and by function.
+
+    Raises:
+      ValueError: the batch does not suit the algorithm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> from fr_jax.diagnostics.memory.step_memory import step_memory
+      >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
+      >>> fit = fr.features_replay(stages, lambda y, t: jnp.mean(y), optax.sgd(0.1), donate=True)
+      >>> batch = fr.Batch(jax.ShapeDtypeStruct((4, 784), "float32"), jax.ShapeDtypeStruct((4,), "int32"))
+      >>> [stage.history for stage in step_memory(fit, batch).stages]  # an image batch and a gradient, float32
+      [12672, 0]
+    """
+    step = step_calls(algorithm, batch, progress=progress, analyses=analyses)
+    kinds = _kinds(step)
+    peaks = _peaks(step, kinds)
+    stages_of = _stages_of(step.state)
+    after = {buffer: _kind(path) for path, buffer in jax.tree.leaves_with_path(step.new_state)}
+    devices = []
+    for device, (during, peak) in sorted(peaks.items(), key=lambda item: item[0].id):
+        held = Counter(dict.fromkeys(KINDS, 0))
+        for buffer, kind in after.items():
+            held[kind] += buffer.nbytes if device in buffer.sharding.device_set else 0
+        stages = tuple(k for k, there in enumerate(stages_of, start=1) if device in there)
+        devices.append(DeviceMemory(_name(device), stages, peak, during, dict(held)))
+    calls = tuple(_call_memory(call, live) for call, live in _alive(step))
+    return MemoryReport(tuple(devices), _stages(step.state), calls)
+
+
+def device_peaks(devices: Iterable[jax.Device] | None = None) -> dict[str, int | None]:
+    """The most bytes that each device has had in use since the program started, where it keeps count.
+
+    Args:
+      devices: those of this process by default.
+
+    Returns:
+      ``{"gpu:0": bytes}``; None where the backend does not count (a CPU). It reads a counter, and waits for nothing.
+
+    Example:
+      >>> from fr_jax.diagnostics.memory.step_memory import device_peaks
+      >>> peaks = device_peaks()
+    """
+    found = {}
+    for device in jax.local_devices() if devices is None else devices:
+        counts = device.memory_stats() or {}
+        found[_name(device)] = counts.get("peak_bytes_in_use")
+    return found
+
+
+def _name(device: jax.Device) -> str:
+    return f"{device.platform}:{device.id}"
+
+
+def _call_memory(call: Call, live: list[Buffer]) -> CallMemory:
+    device = min(call.devices, key=lambda device: device.id)
+    on = lambda buffers: sum(b.nbytes for b in dict.fromkeys(buffers) if device in b.sharding.device_set)
+    return CallMemory(
+        name=call.name,
+        device=_name(device),
+        live=on(live),
+        inputs=on(call.inputs),
+        outputs=on(call.outputs),
+        aliased=call.aliased,
+        temporaries=call.temporaries,
+    )
+
+
+def _kind(path: tuple[Any, ...]) -> str:
+    """The kind of a leaf of a state, from the names of the fields that lead to it."""
+    names = [getattr(entry, "name", None) for entry in path]
+    if names[0] in ("history", "deltas"):
+        return "history"
+    return next((_KIND_OF_FIELD[name] for name in names if name in _KIND_OF_FIELD), "history")
+
+
+def _kinds(step: StepCalls) -> dict[Buffer, str]:
+    kinds = {buffer: "residuals" for call in step.calls for buffer in (*call.inputs, *call.outputs)}
+    for state in (step.new_state, step.state):
+        kinds |= {buffer: _kind(path) for path, buffer in jax.tree.leaves_with_path(state)}
+    return kinds | dict.fromkeys(jax.tree.leaves(step.batch), "batch")
+
+
+def _stages(state: Any) -> tuple[StageMemory, ...]:
+    """Every field of a state but its ``step`` has one entry a stage."""
+    K = len(state.params)
+    held = [Counter() for _ in range(K)]
+    for path, buffer in jax.tree.leaves_with_path(state):
+        held[path[1].idx][_kind(path)] += buffer.nbytes
+    return tuple(StageMemory(*(one[kind] for kind in StageMemory._fields)) for one in held)
+
+
+def _stages_of(state: Any) -> list[set[jax.Device]]:
+    """The devices of each stage."""
+    return [set().union(*(key.sharding.device_set for key in jax.tree.leaves(stream))) for stream in state.streams]
+
+
+def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
+    """Each call with the buffers that are alive when it starts, its inputs included."""
+    end = len(step.calls)
+    last_use = {buffer: i for i, call in enumerate(step.calls) for buffer in call.inputs}
+    # The caller holds the old state, but for what it has donated, and is given the new one.
+    last_use |= dict.fromkeys(jax.tree.leaves((step.state, step.batch)), end)
+    last_use |= {buffer: i for i, call in enumerate(step.calls) for buffer in call.donated}
+    last_use |= dict.fromkeys(jax.tree.leaves((step.new_state, step.info)), end)
+    live = list(dict.fromkeys(jax.tree.leaves((step.state, step.batch))))
+    for i, call in enumerate(step.calls):
+        yield call, live
+        live = [buffer for buffer in (*live, *call.outputs) if last_use.get(buffer, -1) > i]
+
+
+def _peaks(step: StepCalls, kinds: dict[Buffer, str]) -> dict[jax.Device, tuple[str, dict[str, int]]]:
+    """For each device, the call at which it holds the most, and that by kind."""
+    peaks: dict[jax.Device, tuple[str, dict[str, int]]] = {}
+    for call, live in _alive(step):
+        given = set(call.donated)
+        for device in call.devices:
+            now = Counter(dict.fromkeys(KINDS, 0))
+            left_over = -call.aliased  # outputs take the place of donated inputs, as far as they fit
+            for buffer in (*live, *call.outputs):
+                size = buffer.nbytes if device in buffer.sharding.device_set else 0
+                if buffer in given:
+                    left_over += size
+                else:
+                    now[kinds[buffer]] += size
+            now["temporaries"] += call.temporaries + max(left_over, 0)
+            if device not in peaks or sum(now.values()) > sum(peaks[device][1].values()):
+                peaks[device] = call.name, dict(now)
+    return peaks

@@ -1,0 +1,1 @@
+"""Measured times of the jitted functions that a method issues."""

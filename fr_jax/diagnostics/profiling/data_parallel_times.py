@@ -1,0 +1,194 @@
+"""Measures what a step of data parallelism is made of: one device's part of the mini-batch, and the all-reduces.
+
+Which all-reduces there are is read off the compiled step: gradients, and the statistics of batch normalisation, which
+are of the whole mini-batch and of which each waits for the one before.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from fr_jax._arrays import place
+from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms import backprop
+from fr_jax.algorithms._stages import Setup, check_count, check_setup
+from fr_jax.diagnostics.profiling.stage_calls import Call, calls_of, run_once
+from fr_jax.diagnostics.profiling.stage_times import Measured
+from fr_jax.diagnostics.simulation.times import ModuleTimes, Times
+from fr_jax.distributed import group
+from fr_jax.types import Batch, Stage
+
+__all__ = ["all_reduces", "data_parallel_timer"]
+
+ALL_REDUCE = re.compile(r" = (?P<shapes>\(.*?\)|\S+) all-reduce(-start)?\(")
+SHAPE = re.compile(r"(?P<dtype>[a-z]+\d\w*)\[(?P<sizes>[\d,]*)\]")
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s32": "int32", "u32": "uint32"}
+
+SIZE = 128  # of the matrices whose products are the other work, well below a millisecond each
+CALIBRATION = 20  # products before each all-reduce, by which is learnt how long one takes
+
+
+def data_parallel_timer(
+    network: Stage,
+    loss_fn: steps.LossFn,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    *,
+    placement: Sharding,
+    repeats: int = 3,
+) -> Callable[[], Measured]:
+    """Prepares a measurement of data parallelism, ``fr_jax.backprop`` on ``fr_jax.placement(1, data_parallel=D)``.
+
+    A device's part is timed as the jitted step of a D-th of the mini-batch, without its all-reduces. These are timed
+    one after the other, as in the step, with equal shares of as much other work before them, by what they add to it
+    (at least what they take alone): a sum of processes that have just computed also waits for the slower one.
+
+    Args:
+      network: the whole of it.
+      loss_fn: ``(outputs, targets) -> scalar``.
+      optimizer: an optax transformation.
+      batch: the mini-batch.
+      placement: the sharding of data parallelism over D devices.
+      repeats: timed calls in a measurement, of which the median counts.
+
+    Returns:
+      A function that measures: ``times.modules[0].last`` are the seconds of the slowest device's part,
+      ``times.all_reduce`` those of all all-reduces. In a run of several processes all must call it.
+
+    Raises:
+      ValueError: a placement that is not over several devices, ``repeats`` less than 1, or a mini-batch that does not
+        suit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 8)))
+      >>> network = fr.chain(*fr.models.mlp(depth=2, width=8, num_classes=8))
+      >>> (placement,) = fr.placement(1, data_parallel=2)
+      >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
+      >>> times, _ = data_parallel_timer(network, loss_fn, optax.sgd(0.1), batch, placement=placement)()
+      >>> times.modules[0].last > 0, times.all_reduce > 0
+      (True, True)
+    """
+    check_count("repeats", repeats)
+    if not isinstance(placement, NamedSharding) or placement.num_devices < 2:
+        raise ValueError(
+            f"placement = {placement} is not over several devices; give fr_jax.placement(1, data_parallel=D)[0], D > 1."
+        )
+    setup = check_setup([network], optimizer, [placement])
+    whole = Batch(place(batch.inputs, placement), place(batch.targets, placement))
+    reduce_seconds = _all_reduce_timer(all_reduces(_compiled_step(setup, loss_fn, whole)), placement, repeats)
+    part = jax.tree.map(lambda x: x[: len(x) // placement.num_devices], batch)
+    own = [d for d in placement.mesh.devices.flat if d.process_index == jax.process_index()]
+    calls = [_part(network, loss_fn, optimizer, part, SingleDeviceSharding(device)) for device in own]
+
+    def measure() -> Measured:
+        for call in calls:
+            call.seconds()
+        group().exchange(None)
+        part_seconds = _slowest(max(statistics.median(call.seconds() for _ in range(repeats)) for call in calls))
+        modules = (ModuleTimes(last=part_seconds),)
+        return Measured(Times(modules, (), (), all_reduce=reduce_seconds(part_seconds)), 0.0)
+
+    return measure
+
+
+def all_reduces(compiled: Any) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
+    """The all-reduces of a compiled function (``jax.jit(f).lower(...).compile()``), with what each adds up.
+
+    Raises:
+      ValueError: one of a dtype that is not known here.
+    """
+    found = []
+    for match in ALL_REDUCE.finditer(compiled.as_text()):
+        shapes = [(one["dtype"], one["sizes"]) for one in SHAPE.finditer(match["shapes"])]
+        if unknown := {dtype for dtype, _ in shapes} - set(DTYPES):
+            raise ValueError(f"an all-reduce of {', '.join(sorted(unknown))}; known are {', '.join(DTYPES)}.")
+        sized = [(tuple(map(int, filter(None, sizes.split(",")))), DTYPES[dtype]) for dtype, sizes in shapes]
+        found.append(tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in sized))
+    return found
+
+
+def _compiled_step(setup: Setup, loss_fn: steps.LossFn, batch: Batch) -> Any:
+    last: Any = backprop.make_parts(setup, loss_fn, None, return_grads=False, donate=True).last
+    state = backprop.init(setup, jax.random.key(0), batch)
+    own = (state.params, state.model_state, state.opt_state, state.streams)
+    return last.lower(*own, batch.inputs, batch.targets).compile()
+
+
+def _part(
+    network: Stage, loss_fn: steps.LossFn, optimizer: optax.GradientTransformation, batch: Batch, here: Any
+) -> Call:
+    setup = check_setup([network], optimizer, [here])
+    batch = Batch(place(batch.inputs, here), place(batch.targets, here))
+    (module,) = run_once(setup, loss_fn, batch, keep_weights=False)
+    return calls_of(0, setup, module, loss_fn, batch.targets, None, {"last"}, keep_weights=False)["last"]
+
+
+def _slowest(seconds: float) -> float:
+    """Those of the slowest process; all must call this."""
+    return max(other for (other,) in group().exchange([seconds]))
+
+
+def _all_reduce_timer(
+    found: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, repeats: int
+) -> Callable[[float], float]:
+    """What measures, given the seconds of a step's other work, what these all-reduces add to it."""
+    (work, _), (reduce, arrays) = (_reducer(found, placement, sums=sums) for sums in (False, True))
+
+    def seconds(run: Callable, rounds: int) -> float:
+        group().exchange(None)
+        start = time.perf_counter()
+        out = run(rounds, *arrays)
+        jax.block_until_ready([shard.data for shard in out.addressable_shards])
+        return time.perf_counter() - start
+
+    def measure(part_seconds: float) -> float:
+        for run in (work, reduce):
+            seconds(run, CALIBRATION)
+        rounds = math.ceil(part_seconds / (_slowest(seconds(work, CALIBRATION)) / CALIBRATION))
+        turns = [(seconds(work, rounds), seconds(reduce, rounds), seconds(reduce, 0)) for _ in range(repeats)]
+        alone, both, sums = (_slowest(statistics.median(column)) for column in zip(*turns, strict=True))
+        return max(both - alone, sums)
+
+    return measure
+
+
+def _reducer(
+    groups: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, *, sums: bool
+) -> tuple[Callable[..., jax.Array], list[jax.Array]]:
+    """A function of these all-reduces, with ``rounds`` of other work before each, and its arguments but ``rounds``.
+
+    Each needs the one before. Without ``sums`` there is only the other work.
+    """
+    mesh, D = placement.mesh, placement.num_devices
+    (axis,) = mesh.axis_names
+
+    def work(rounds: jax.Array, before: jax.Array) -> jax.Array:
+        started = jnp.eye(SIZE) + before
+        return 0 * jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), started)[0, 0]
+
+    def run(rounds: jax.Array, *arrays: jax.Array) -> jax.Array:
+        left, before = list(arrays), jnp.zeros(())
+        for summed in groups:
+            before = work(rounds, before)
+            mine = tuple(left.pop(0)[0] + before.astype(one.dtype) for one in summed)
+            totals = jax.lax.psum(mine, axis) if sums else mine
+            before = sum((total.ravel()[0].astype(before.dtype) for total in totals), 0 * before)
+        return jnp.reshape(before, (1,))
+
+    split = PartitionSpec(axis)
+    zeros = [np.zeros((D, *one.shape), one.dtype) for summed in groups for one in summed]
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *(split for _ in zeros)), out_specs=split)
+    return jax.jit(mapped), [place(x, NamedSharding(mesh, split)) for x in zeros]

@@ -1,0 +1,1 @@
+"""Interleaved timing of training steps."""

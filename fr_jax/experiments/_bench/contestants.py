@@ -1,0 +1,192 @@
+"""What the speed program times: a plain optax step, and every method of this library, with its cuts and its bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Sharding
+
+import fr_jax as fr
+from fr_jax.distributed import group
+from fr_jax.experiments._bench.turns import Contestant
+from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings
+from fr_jax.experiments._methods import METHODS, own_settings
+from fr_jax.experiments._run.cuts import NetworkCosts, choose_cuts, network_costs
+from fr_jax.partitioning.costs import LayerCost
+from fr_jax.training.classification import cross_entropy
+from fr_jax.types import Algorithm, Array, Batch, Stage
+
+__all__ = [
+    "BASELINE",
+    "DATA_PARALLEL",
+    "Entry",
+    "bound",
+    "host_batch",
+    "make_batch",
+    "make_entry",
+    "plain",
+    "shared_costs",
+]
+
+BASELINE = "back-propagation, 1 device"
+DATA_PARALLEL = "dp"
+CLASSES = 10
+OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+
+
+class Entry(NamedTuple):
+    """A contestant with what a table says beside it.
+
+    Attributes:
+      contestant: what is timed.
+      method: ``plain``, ``dp``, or a method's name.
+      cuts: of its network.
+      bound: how many times as fast as back-propagation on one device it can be; None where no closed form is known.
+    """
+
+    contestant: Contestant
+    method: str
+    cuts: tuple[int, ...]
+    bound: float | None
+
+
+def bound(method: str, K: int, microbatches: int) -> float | None:
+    """How many times as fast as back-propagation on one device a method on K devices can be, stages balanced.
+
+    Example:
+      >>> from fr_jax.experiments._bench.contestants import bound
+      >>> [bound(method, 2, 4) for method in ("bp", "fr", "ddg", "gpipe", "dp", "dni")]
+      [1.0, 1.75, 2.0, 1.6, 2.0, None]
+    """
+    bounds = {
+        "bp": 1.0,
+        "fr": (3 * K + 1) / 4,
+        "ddg": float(K),
+        "gpipe": K * microbatches / (microbatches + K - 1),
+        DATA_PARALLEL: float(K),
+    }
+    return bounds.get(method)
+
+
+def host_batch(size: int) -> Batch:
+    """Random 32x32x3 images and their labels, NumPy arrays, the same in every process."""
+    rng = np.random.default_rng(0)
+    images: Any = rng.standard_normal((size, 32, 32, 3)).astype(np.float32)
+    labels: Any = rng.integers(0, CLASSES, size).astype(np.int32)
+    return Batch(images, labels)
+
+
+def make_batch(size: int, sharding: Sharding) -> Batch:
+    """The same on the devices of ``sharding``."""
+    images, labels, _ = host_batch(size)
+    # jit places an array on a device of another process, where device_put refuses.
+    return Batch(*jax.jit(lambda *arrays: arrays, out_shardings=sharding)(images, labels))
+
+
+def shared_costs(settings: TrainSettings, layers: Sequence[Stage], example: jax.ShapeDtypeStruct) -> NetworkCosts:
+    """What the first process counts or measures, in every process."""
+    jax.devices()  # backends of a group start together: one that waited at the exchange would keep the first waiting
+    made = group().from_first(lambda: network_costs(settings, layers, example, settings.balance))
+    costs, at_cuts = made
+    return NetworkCosts(tuple(LayerCost(*one) for one in costs), tuple(at_cuts))
+
+
+def method_settings(shared: SharedSettings, method: str, K: int, cuts: tuple[int, ...] | None) -> TrainSettings:
+    """The settings of a run with the method; those of other methods are dropped, its own filled in."""
+    common = {field.name: getattr(shared, field.name) for field in dataclasses.fields(SharedSettings)}
+    settings = TrainSettings(**common, method=method, K=K, cuts=cuts if K > 1 else ())
+    return dataclasses.replace(settings, **own_settings(settings, method))
+
+
+def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
+    """What one writes without this library: a jitted function with value_and_grad and an optax update."""
+    network = fr.chain(*layers)
+
+    def loss_fn(params: Any, model_state: Any, batch: Batch) -> tuple[Array, Any]:
+        outputs, model_state = network.apply(params, model_state, batch.inputs, train=True)
+        return cross_entropy(outputs, batch.targets), model_state
+
+    def step(carry: tuple, batch: Batch) -> tuple[tuple, Array]:
+        params, model_state, opt_state = carry
+        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
+        updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), model_state, opt_state), loss
+
+    def init(key: Array) -> tuple:
+        params, model_state = network.init(key, jnp.zeros(batch.inputs.shape))
+        return params, model_state, OPTIMIZER.init(params)
+
+    jitted = jax.jit(step, donate_argnums=0)
+    carry = jax.jit(init, out_shardings=batch.inputs.sharding)(jax.random.key(0))
+    return Entry(Contestant("plain jitted optax step", lambda carry: jitted(carry, batch), carry), "plain", (), 1.0)
+
+
+def make_entry(
+    shared: SharedSettings,
+    layers: Sequence[Stage],
+    method: str,
+    K: int,
+    *,
+    cuts: tuple[int, ...] | None = None,
+    costs: NetworkCosts | None = None,
+    name: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Entry:
+    """A method of this library on K devices; ``dp`` is back-propagation whose mini-batch is split over them.
+
+    Args:
+      shared: model, mini-batch, balance and the methods' own settings.
+      layers: the network.
+      method: ``dp`` or a name of :data:`fr_jax.experiments._methods.METHODS`.
+      K: devices.
+      cuts: explicit ones; by default each method's are chosen by what its stages cost.
+      costs: of the network with this method, where they are known.
+      name: in the table.
+      devices: to use, where not all: with fewer than K, stages share them round robin.
+    """
+    size = shared.batch_size or 128
+    stages_K = 1 if method == DATA_PARALLEL else K
+    settings = method_settings(shared, "bp" if method == DATA_PARALLEL else method, stages_K, cuts)
+    places = fr.placement(stages_K, devices, K if method == DATA_PARALLEL else 1)
+    if stages_K > 1 and cuts is None:
+        example = jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32)
+        if costs is None and settings.balance != "uniform":
+            costs = shared_costs(settings, layers, example)
+        settings = dataclasses.replace(settings, cuts=choose_cuts(settings, layers, example, costs))
+    chosen = tuple(settings.cuts or ())
+    algorithm: Algorithm = METHODS[settings.method].make(
+        settings,
+        fr.partition(layers, chosen),
+        cross_entropy,
+        OPTIMIZER,
+        size,
+        CLASSES,
+        placement=places,
+        donate=True,
+    )
+    batch = make_batch(size, places[0])
+
+    def run(state: Any) -> tuple[Any, Array]:
+        state, info = algorithm.step(state, batch)
+        return state, info.loss
+
+    own_device_each = len(set(places)) == stages_K
+    title = name or _title(method, K, settings) + ("" if own_device_each else ", devices shared")
+    contestant = Contestant(title, run, algorithm.init(jax.random.key(0), batch))
+    best = 1.0 if K == 1 else bound(method, K, settings.microbatches or 1) if own_device_each else None
+    return Entry(contestant, method, chosen, best)
+
+
+def _title(method: str, K: int, settings: TrainSettings) -> str:
+    if method == DATA_PARALLEL:
+        return f"data parallelism, {K} devices"
+    title = METHODS[method].title
+    if method == "bp":
+        return f"{title}, {K} device{'s' * (K > 1)}"
+    return f"{title}, K = {K}" + (f", M = {settings.microbatches}" if method == "gpipe" else "")

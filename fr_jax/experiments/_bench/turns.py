@@ -1,0 +1,283 @@
+"""Timing things side by side: contestants take turns, on one process or a group, each turn from rest to rest."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+
+from fr_jax.distributed import NUM_PROCESSES, GroupError, group, initialize, launch
+from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._cli.xla_flags import set_xla_flags
+from fr_jax.experiments._run.session import request_devices
+from fr_jax.types import Array
+
+__all__ = [
+    "Contestant",
+    "TakesTurns",
+    "Turn",
+    "as_rows",
+    "code_of",
+    "cores_by_process",
+    "in_turns",
+    "machine",
+    "placed_on",
+    "quietly",
+    "spread",
+    "start_pinned",
+    "take_devices",
+]
+
+ISSUED_FROM_REST = 2
+"""Steps at the start of a turn whose issue is timed: nothing is in flight yet that could hold the host up."""
+
+
+class Turn(NamedTuple):
+    """What one turn took, in seconds a step.
+
+    Attributes:
+      seconds: from all processes at rest to all processes at rest.
+      host: of the first steps, from the call to its return: what a loop must spend before it can go on. Where devices
+        share the host's cores it may include waiting for a core.
+      host_cpu: processor time of the calling thread in them.
+      busy: processor time of this process, all its threads: host, devices and transfers.
+    """
+
+    seconds: float
+    host: float
+    host_cpu: float
+    busy: float
+
+
+class Contestant(NamedTuple):
+    """Something to time: ``run(carry) -> (carry, loss)`` is one training step."""
+
+    name: str
+    run: Callable[[Any], tuple[Any, Array]]
+    carry: Any
+
+    def take_turn(self, steps: int) -> tuple[Contestant, Turn]:
+        """``steps`` steps, from all processes at rest to all processes at rest."""
+        group().exchange(None)
+        start, busy, thread = time.perf_counter(), time.process_time(), time.thread_time()
+        carry, loss, issued = self.carry, None, (0.0, 0.0)
+        for i in range(steps):
+            carry, loss = self.run(carry)
+            if i < ISSUED_FROM_REST:
+                issued = ((time.perf_counter() - start) / (i + 1), (time.thread_time() - thread) / (i + 1))
+        arrays = [x for x in jax.tree.leaves((carry, loss)) if isinstance(x, jax.Array)]
+        jax.block_until_ready([shard.data for x in arrays for shard in x.addressable_shards])
+        busy = time.process_time() - busy
+        group().exchange(None)
+        seconds = time.perf_counter() - start
+        return self._replace(carry=carry), Turn(seconds / steps, *issued, busy / steps)
+
+
+class TakesTurns(Protocol):
+    """What can be timed beside others: a :class:`Contestant`, or a program of somebody else's."""
+
+    @property
+    def name(self) -> str: ...
+
+    def take_turn(self, steps: int) -> tuple[Self, Turn]: ...
+
+
+def in_turns(
+    contestants: Sequence[TakesTurns], *, rounds: int, steps: int, warm_up: int, log: Callable[[str], None] = print
+) -> dict[str, list[Turn]]:
+    """Warm-up, then rounds in which each contestant has its turn, so that a slow minute hits all of them.
+
+    Args:
+      contestants: with names of their own.
+      rounds: how many turns each has.
+      steps: of a turn.
+      warm_up: steps of each before the first round; what they take is not reported.
+      log: told what goes on.
+
+    Returns:
+      By name, one :class:`Turn` a round, as this process saw it.
+    """
+    field = list(contestants)
+    turns: dict[str, list[Turn]] = {one.name: [] for one in field}
+    for i, one in enumerate(field):
+        field[i], _ = one.take_turn(warm_up)
+        log(f"ready: {one.name}")
+    for number in range(rounds):
+        for i, one in enumerate(field):
+            field[i], turn = one.take_turn(steps)
+            turns[one.name].append(turn)
+        log(f"round {number + 1} of {rounds}")
+    return turns
+
+
+def spread(values: Sequence[float], name: str = "seconds") -> dict[str, float]:
+    """``NAME_median``, ``NAME_min`` and ``NAME_max``.
+
+    Example:
+      >>> from fr_jax.experiments._bench.turns import spread
+      >>> spread([3.0, 1.0, 2.0])
+      {'seconds_median': 2.0, 'seconds_min': 1.0, 'seconds_max': 3.0}
+    """
+    return {f"{name}_{of.__name__}": of(values) for of in (statistics.median, min, max)}
+
+
+def machine() -> dict[str, Any]:
+    """What a result must say of where and when it was measured."""
+    environment = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "NPROC", "XLA_FLAGS") if name in os.environ}
+    return {
+        "machine": f"{os.cpu_count()} x {_processor()}, {jax.devices()[0].device_kind}",
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "environment": environment,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def take_devices(K: int, *, each: bool = False, instead: str = "") -> None:
+    """Starts JAX with K devices, or with those of a group's processes; these meet here and must all call it.
+
+    Args:
+      K: how many at least, where JAX makes them: on the CPU.
+      each: K stages must have a device each; otherwise they may share what there is.
+      instead: what to do besides where there are fewer, as it stands in a list.
+
+    Raises:
+      SettingsError: there are fewer, and ``each`` stage must have one.
+    """
+    set_xla_flags()
+    if group().size == 1:
+        request_devices(K)
+    there = len(jax.devices())
+    if each and there < K:
+        kind = jax.devices()[0].platform
+        more = "call it before anything else is asked of JAX, which then makes as many"
+        if kind != "cpu":
+            more = "set JAX_PLATFORMS=cpu, where the program makes as many as it needs"
+        if group().size > 1:
+            more = f"start {K} processes"
+        raise SettingsError(
+            f"--K {K} stages need a device each, and JAX sees {there} ({kind}). Use at most --K {there}, "
+            f"{instead}or {more}."
+        )
+
+
+def code_of(work: Callable[[], int]) -> int:
+    """Does the work; what its user can mend is one message, an exit code, and the end of the other processes."""
+    try:
+        return work()
+    except (SettingsError, GroupError) as error:
+        code = error.exit_code if isinstance(error, GroupError) else 2
+        said = isinstance(error, GroupError) and error.said
+        if not said and group().fail(code):
+            print(f"fr_jax: {error}", file=sys.stderr)
+        return code
+    except OSError as error:
+        group().fail(1)
+        print(f"fr_jax: {error}", file=sys.stderr)
+        return 1
+
+
+def start_pinned(module: str, arguments: Sequence[str], K: int) -> int | None:
+    """Starts ``python -m MODULE ARGUMENTS`` once a stage, each on a single core of its own.
+
+    Returns:
+      The exit code; None in one of these processes, which has joined the others and goes on.
+
+    Raises:
+      SettingsError: there are not as many cores, or processes cannot be pinned here.
+    """
+    if NUM_PROCESSES in os.environ:
+        initialize()
+        return None
+    if not hasattr(os, "sched_setaffinity"):
+        raise SettingsError(
+            f"--pinned: {platform.system()} does not pin processes to cores; Linux does. Drop --pinned: the stages are "
+            "then devices of one process."
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < K:
+        raise SettingsError(
+            f"--pinned needs {K} cores for --K {K}; there are {len(cores)}. Use a smaller --K, or drop --pinned."
+        )
+    try:
+        with _confined(cores[:K]):  # of which launch gives each process an equal share
+            processes = launch.start(["-m", module, *arguments], K, mark=False)
+    except launch.LaunchError as error:
+        raise SettingsError(f"--pinned: {error}") from error
+    return launch.wait(processes)
+
+
+@contextlib.contextmanager
+def _confined(cores: Sequence[int]) -> Iterator[None]:
+    """What is started meanwhile has no other cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def cores_by_process() -> list[list[int] | None]:
+    """The cores that each process may use, None where that cannot be known; in a group all processes must call it."""
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return group().exchange(own)
+
+
+def placed_on(pinned: bool, K: int) -> dict[str, Any]:
+    """What a result says of where its K stages were; in a group all processes must call it.
+
+    Raises:
+      SettingsError: with ``pinned``, they are not K processes with a core each.
+    """
+    found = cores_by_process()
+    if pinned and not (len(found) == K == len({core for own in found for core in own or ()}) and all(found)):
+        cores = "; ".join("any" if own is None else " ".join(map(str, own)) for own in found)
+        raise SettingsError(
+            f"--pinned needs {K} processes with a core each for --K {K}; these are {len(found)}, on the cores {cores}. "
+            "Start the program without fr_jax.launch: with --pinned it starts the processes itself."
+        )
+    what = "one pinned process a stage" if pinned else "devices of one process"
+    return {"placement": what, "cores_by_process": found}
+
+
+def quietly(text: str) -> None:
+    """Says it on stderr, from the first process only: stdout is for the result."""
+    if group().index == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def as_row(turns: Sequence[Turn], everywhere: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """A contestant's numbers for JSON; ``everywhere`` is each process's ``busy``, round by round."""
+    row: dict[str, Any] = spread([turn.seconds for turn in turns])
+    row |= spread([turn.host for turn in turns], "host_seconds")
+    row["host_cpu_seconds_median"] = statistics.median(turn.host_cpu for turn in turns)
+    row["busy_seconds_median_by_process"] = [statistics.median(busy) for _, busy in sorted(everywhere.items())]
+    row["rounds"] = [turn.seconds for turn in turns]
+    return row
+
+
+def as_rows(turns: Mapping[str, Sequence[Turn]]) -> dict[str, dict[str, Any]]:
+    """The rows of all contestants; in a group all processes must call it."""
+    busy = group().exchange([[turn.busy for turn in own] for own in turns.values()])
+    return {
+        name: as_row(own, {process: rows[i] for process, rows in enumerate(busy)})
+        for i, (name, own) in enumerate(turns.items())
+    }

@@ -1,0 +1,1 @@
+"""What programs share: settings, their checks, exit codes and result files."""

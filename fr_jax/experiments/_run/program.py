@@ -1,0 +1,278 @@
+"""What the training programs do: one run, from its settings to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+from fr_jax import distributed
+from fr_jax.data import image_sets as data
+from fr_jax.distributed import GroupError
+from fr_jax.experiments._cli.checks import check, check_fit, default_workdir, differences
+from fr_jax.experiments._cli.command_line import Program, command, parse
+from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run import processes
+from fr_jax.experiments._run.compiled import keep_compiled
+from fr_jax.experiments._run.console import Console, Silent, announce, discard_output, unread
+from fr_jax.experiments._run.records import make_config, make_summary
+from fr_jax.experiments._run.session import Session, build, initial_state, request_devices
+from fr_jax.plotting.curves import plot_curves
+from fr_jax.training.checkpoints import CheckpointError, Checkpoints
+from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.loop import Outcome, Schedule, Totals, train
+from fr_jax.training.metrics_log import MetricsLog, read_rows, write_json
+from fr_jax.training.metrics_reader import Reporter
+from fr_jax.training.run_folder import RunFolder, WorkdirError
+from fr_jax.types import Algorithm
+
+__all__ = ["exit_code", "main", "run"]
+
+FINISHED, FAILED, BAD_ARGUMENTS, DIVERGED = 0, 1, 2, 3
+
+Watching: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager[Algorithm]]
+"""``(session, folder, first step)``: gives the method to train with, one that also looks at what it is given."""
+
+
+def main(program: Program, arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return exit_code(lambda: run(program, parse(program.name, program.defaults, words)))
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Does the work; an error that its user can mend is one message and an exit code."""
+    try:
+        return work()
+    except GroupError as error:
+        return error.exit_code if error.said else _fail(error, error.exit_code)
+    except (SettingsError, data.DataError, WorkdirError) as error:
+        return _fail(error, BAD_ARGUMENTS)
+    except BrokenPipeError:
+        discard_output()
+        return _fail("nobody reads the output any more.", FAILED)
+    except (CheckpointError, OSError) as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
+    except BaseException:
+        distributed.group().fail(FAILED)
+        raise
+
+
+def run(
+    program: Program,
+    settings: TrainSettings,
+    *,
+    dataset: data.Dataset | None = None,
+    again: str | None = None,
+    stop: StopRequest | None = None,
+    watching: Watching | None = None,
+) -> int:
+    """Trains as ``settings`` say, and returns the exit code.
+
+    In a run of several processes each calls this with the same settings, and process 0 alone uses the folder.
+
+    Args:
+      program: whose run it is.
+      settings: of the run.
+      dataset: the data, where they have been loaded already.
+      again: the command that continues a run that is stopped, where it is not the program's own.
+      stop: an active request to stop, where several runs share one.
+      watching: looks on while the method trains.
+
+    Raises:
+      ValueError: a setting cannot be used, data are missing, or the folder holds another run.
+      GroupError: the processes of a run of several do not find each other, or one of them failed.
+      CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
+    """
+    check(settings)
+    processes.join(settings)
+    keep_compiled(settings.compilation_cache)
+    group = distributed.group()
+    request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
+    early = RunFolder(settings.workdir) if settings.workdir is not None else None
+    group.from_first(lambda: early and early.check_free(resume=settings.resume, overwrite=settings.overwrite))
+    dataset = dataset or processes.load_data(settings, program.dataset)
+    check_fit(settings, dataset.name, len(dataset.train_labels))
+    folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
+    group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
+    session = _build(settings, dataset, folder)
+    config = make_config(session)
+    processes.check_same_settings(config)
+    if again is None:
+        same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
+        again = processes.launched(command(program.name, program.defaults, same))
+    lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
+    with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
+        # Again: while this run was prepared, another may have been finished here.
+        group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
+        if settings.resume:
+            group.from_first(lambda: folder.check_same(config, differences))
+        code = _train(session, folder, config, again, request, watching)
+        group.exchange(code)  # nobody leaves while process 0 still draws
+        return code
+
+
+def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
+    """The session; a run that is resumed keeps its cuts, unless others were given."""
+    saved = distributed.group().from_first(lambda: folder.saved_config() if settings.resume else None) or {}
+    same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
+    cuts = saved.get("resolved_cuts") if same_network and settings.cuts is None else None
+    try:
+        return build(settings, dataset, cuts)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
+
+
+def _train(
+    session: Session,
+    folder: RunFolder,
+    config: dict[str, Any],
+    again: str,
+    stop: StopRequest,
+    watching: Watching | None,
+) -> int:
+    settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
+    state, totals = initial_state(session), Totals()
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        if settings.resume:
+            restored = checkpoints.restore(state)
+            if restored is None:
+                say(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
+            else:
+                state, totals = restored.state, Totals(**restored.metadata["totals"])
+                step = restored.step
+                if group.from_first(lambda: is_over(folder, step, settings)):
+                    return FINISHED
+                say(f"Resuming after step {step:,} of {settings.steps:,}.")
+        group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
+        with unread():
+            say(announce(session, state), flush=True)
+        looking = watching(session, folder, state.step) if watching else contextlib.nullcontext(session.algorithm)
+        with reporting(session, folder, state.step) as report, looking as algorithm:
+            outcome = train(
+                algorithm,
+                state,
+                session.pipeline,
+                make_schedule(session, folder),
+                report=report,
+                checkpoints=checkpoints,
+                metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
+                totals=totals,
+                stop=stop,
+            )
+        stopped = stop.signal is not None and not outcome.finished and outcome.divergence is None
+        if not distributed.is_first():
+            return stop.exit_code if stopped else DIVERGED if outcome.divergence is not None else FINISHED
+        if stopped:
+            draw(session, folder)
+            print(
+                f"Stopped after step {outcome.step:,} of {settings.steps:,}; everything is saved. Continue with\n"
+                f"  {again}"
+            )
+            return stop.exit_code
+        return _close(session, folder, outcome, checkpoints)
+
+
+@contextlib.contextmanager
+def reporting(session: Session, folder: RunFolder, first_step: int) -> Iterator[Reporter]:
+    """Who hears of the run: in process 0 the screen and the folder's files, in the others nobody."""
+    if not distributed.is_first():
+        yield Silent()
+        return
+    settings = session.settings
+    events = folder.events if settings.tensorboard else None
+    resume_step = first_step if settings.resume else None
+    with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
+        console = Console(session, log, first_step)
+        try:
+            yield console
+        finally:
+            console.close()
+
+
+def _say_nothing(*text: object, flush: bool = False) -> None:
+    pass
+
+
+def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
+    """Whether a run that is to be resumed has nothing left to do; says so.
+
+    Raises:
+      WorkdirError: it is longer already than what is asked for.
+    """
+    assert settings.steps is not None and settings.milestones is not None
+    if step > settings.steps:
+        raise WorkdirError(
+            f"the run in {folder.path} has done {step:,} steps, more than the {settings.steps:,} asked for. "
+            "Ask for more with --steps or --epochs, or use another --workdir."
+        )
+    over = step == settings.steps and folder.summary.exists()
+    if over:
+        milestones = " ".join(map(str, settings.milestones))
+        print(
+            f"The run in {folder.path} is finished: {step:,} of {settings.steps:,} steps. Nothing was changed.\n"
+            f"To train for longer, ask for more --epochs or --steps, and add --milestones {milestones}"
+        )
+    return over
+
+
+def make_schedule(session: Session, folder: RunFolder) -> Schedule:
+    """The loop's intervals."""
+    s = session.settings
+    assert s.steps and s.batch_size and s.eval_every and s.checkpoint_every
+    return Schedule(
+        steps=s.steps,
+        batch_size=s.batch_size,
+        log_every=s.log_every,
+        eval_every=s.eval_every,
+        checkpoint_every=s.checkpoint_every,
+        ahead=2 * s.K,
+        profile=folder.profile if s.profile and distributed.is_first() else None,
+    )
+
+
+def draw(session: Session, folder: RunFolder) -> None:
+    """Draws ``curves.png`` from the rows so far."""
+    s = session.settings
+    title = f"{s.model} on {s.dataset}, {METHODS[s.method].title}, K = {s.K}"
+    label = f"{s.method.upper()}, K = {s.K}"
+    plot_curves({label: read_rows(folder.metrics)}, folder.curves, title=title, data_source=session.dataset.source)
+
+
+def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
+    """Draws the curves, writes the summary, and says how the run ended."""
+    draw(session, folder)
+    summary = make_summary(session, outcome)
+    write_json(folder.summary, summary)
+    if outcome.divergence is not None:
+        where = outcome.divergence
+        good = checkpoints.steps()
+        last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
+        return _fail(
+            f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
+            f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
+            DIVERGED,
+        )
+    t = outcome.totals
+    print(
+        f"Done: test accuracy {t.test_accuracy:.2%} (best {t.best_test_accuracy:.2%}) on {session.dataset.name} "
+        f"after {outcome.step:,} steps in {t.seconds:.0f} s."
+    )
+    peaks = summary.get("device_peak_bytes", {})
+    if peaks:
+        print("Peak of memory: " + ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in peaks.items()))
+    print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
+    return FINISHED
+
+
+def _fail(message: object, code: int) -> int:
+    distributed.group().fail(code)
+    print(f"fr_jax: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""BlockProp's figures 2 and 3."""

@@ -1,0 +1,1 @@
+"""Trains one network by several methods and compares them."""

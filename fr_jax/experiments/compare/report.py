@@ -1,0 +1,226 @@
+"""What a comparison of runs comes to: a table, the same as JSON, and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fr_jax._files import write_atomically
+from fr_jax.data.image_sets import Dataset
+from fr_jax.experiments._methods import METHODS
+from fr_jax.plotting.comparison import Line, plot_comparison
+from fr_jax.plotting.curves import COLOURS
+from fr_jax.training.metrics_log import read_rows, write_json
+from fr_jax.training.run_folder import RunFolder, WorkdirError
+
+__all__ = ["Entry", "report"]
+
+
+class Entry(NamedTuple):
+    """Where a run stands: runs that differ in the seed alone share a line.
+
+    Attributes:
+      method: its short name.
+      K: number of modules.
+      variant: what was varied, in words; empty for nothing.
+      seed: of the run.
+    """
+
+    method: str
+    K: int
+    variant: str
+    seed: int
+
+    @property
+    def line(self) -> tuple[str, int, str]:
+        """What runs of other seeds have in common with it."""
+        return self[:3]
+
+    @property
+    def label(self) -> str:
+        """The line, for people."""
+        text = METHODS[self.method].title + ("" if self.method == "bp" else f", K = {self.K}")
+        return f"{text}, {self.variant}" if self.variant else text
+
+
+class Run(NamedTuple):
+    """A run that is over: where it stands, its folder's name, what it was set to, how it ended, and its rows."""
+
+    entry: Entry
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: str, command: str) -> str:
+    """Writes ``comparison.json``, ``table.md`` and ``comparison.png`` of the runs that are over; returns the table.
+
+    Runs of earlier comparisons in the same folder stay in the table.
+
+    Args:
+      home: the folder of the comparison.
+      planned: its runs, by the names of their folders.
+      dataset: the data.
+      model: the network's name.
+      command: what gives this comparison.
+
+    Raises:
+      WorkdirError: a file of a run is damaged.
+      OSError: the folder cannot be written.
+    """
+    entries = {**_earlier(home), **planned}
+    runs = [run for name, entry in entries.items() if (run := _read(home, name, entry)) is not None]
+    lines: dict[tuple, list[Run]] = {}
+    for run in runs:
+        lines.setdefault(run.entry.line, []).append(run)
+    rows = [_row(members) for members in lines.values()]
+    heading = f"{model} on {dataset.source}; {len(runs)} of {len(entries)} runs are over."
+    notes = [note for note in dict.fromkeys(METHODS[row["method"]].note for row in rows) if note]
+    text = "\n\n".join([heading, table(rows), " ".join([HOW_TO_READ, *notes])])
+    content = {
+        "command": command,
+        "data": dataset.source,
+        "model": model,
+        "runs": {run.name: list(run.entry) for run in runs},
+        "lines": rows,
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / "comparison.json", content)
+    write_atomically(home / "table.md", f"{text}\n\n    {command}\n".encode())
+    if rows:
+        looks = _looks([members[0].entry for members in lines.values()])
+        pictured = [
+            Line(members[0].entry.label, [run.rows for run in members], *look)
+            for members, look in zip(lines.values(), looks, strict=True)
+        ]
+        title = f"{model} on {dataset.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
+        plot_comparison(pictured, home / "comparison.png", title=title, data_source=". ".join([dataset.source, *notes]))
+    return text
+
+
+HOW_TO_READ = (
+    "Errors are those on the test set after the last step, and at the best evaluation; the training loss is the mean "
+    "of the last tenth of its rows; seconds are those of training, compilation included; ± is the standard deviation "
+    "over seeds. Seeds that diverged are left out."
+)
+
+
+def _earlier(home: Path) -> dict[str, Entry]:
+    """The runs of the comparison that the folder holds, by the names of their folders."""
+    try:
+        saved = json.loads((home / "comparison.json").read_text(encoding="utf-8"))["runs"]
+        return {name: Entry(*values) for name, values in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # none yet, or none that can be read: it is written anew
+
+
+def _read(home: Path, name: str, entry: Entry) -> Run | None:
+    folder = RunFolder(home / name)
+    summary = folder.saved_summary()
+    if summary is None:
+        return None
+    try:
+        return Run(entry, name, folder.saved_config() or {}, summary, read_rows(folder.metrics))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"the metrics of {folder.path} cannot be read: {error}. Move that folder away, and the run is made again."
+        ) from None
+
+
+def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """A colour for each method and a stroke for each of its lines, or, where one method is varied, colours for all."""
+    methods = list(dict.fromkeys(entry.method for entry in entries))
+    most = max(sum(entry.method == method for entry in entries) for method in methods)
+    if len(methods) <= 2 and most > 2:
+        return [(number % len(COLOURS), number // len(COLOURS)) for number in range(len(entries))]
+    seen: dict[str, int] = {}
+    looks = []
+    for entry in entries:
+        looks.append((methods.index(entry.method), seen.get(entry.method, 0)))
+        seen[entry.method] = looks[-1][1] + 1
+    return looks
+
+
+def _row(members: Sequence[Run]) -> dict[str, Any]:
+    """One line of the table: over its seeds."""
+    entry, summaries = members[0].entry, [run.summary for run in members]
+    return {
+        "method": entry.method,
+        "K": entry.K,
+        "variant": entry.variant,
+        "label": entry.label,
+        "seeds": [run.entry.seed for run in members],
+        "learning_rate": members[0].config.get("learning_rate"),
+        "steps": [summary["steps"] for summary in summaries],
+        "diverged": [summary["diverged"] for summary in summaries],
+        "test_error": [_error(summary["test_accuracy"]) for summary in summaries],
+        "best_test_error": [_error(summary["best_test_accuracy"]) for summary in summaries],
+        "train_loss": [_last(run.rows, "train_loss") for run in members],
+        "seconds": [summary["seconds"] for summary in summaries],
+        "step_seconds_median": [summary["step_seconds_median"] for summary in summaries],
+        "device": summaries[0]["device"],
+    }
+
+
+def _error(accuracy: float | None) -> float | None:
+    return None if accuracy is None else round(100 * (1 - accuracy), 4)
+
+
+def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The mean over the last tenth of the training rows, at least one."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    tail = values[-max(1, len(values) // 10) :]
+    return round(statistics.fmean(tail), 6) if tail else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The lines as a Markdown table, readable as plain text too."""
+    head = (
+        "method",
+        "lr",
+        "test error %",
+        "best %",
+        "training loss",
+        "steps",
+        "seconds",
+        "ms/step",
+        "seeds",
+        "devices",
+    )
+    body = [
+        (
+            row["label"] + _divergences(row["diverged"]),
+            f"{row['learning_rate']:g}" if row["learning_rate"] is not None else "-",
+            _spread(row, "test_error", 2),
+            _spread(row, "best_test_error", 2),
+            _spread(row, "train_loss", 4),
+            f"{max(row['steps']):,}",
+            _spread(row, "seconds", 0),
+            _spread(row, "step_seconds_median", 1, scale=1000),
+            str(len(row["seeds"])),
+            row["device"],
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    join = lambda line: "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+    return "\n".join([join(head), "| " + " | ".join("-" * width for width in widths) + " |", *map(join, body)])
+
+
+def _divergences(diverged: Sequence[bool]) -> str:
+    if not any(diverged):
+        return ""
+    return " (diverged)" if all(diverged) else f" ({sum(diverged)} of {len(diverged)} diverged)"
+
+
+def _spread(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    """``mean ± standard deviation`` over the seeds that did not diverge and have a value."""
+    there = [scale * v for v, off in zip(row[name], row["diverged"], strict=True) if v is not None and not off]
+    if not there:
+        return "-"
+    mean = f"{statistics.fmean(there):.{digits}f}"
+    return mean if len(there) == 1 else f"{mean} ± {statistics.stdev(there):.{digits}f}"

@@ -1,0 +1,1 @@
+"""Draws the curves of several runs in one figure."""

@@ -1,0 +1,141 @@
+"""Draws the curves of several runs in one figure: ``python -m fr_jax.experiments.curves --runs runs/A runs/B``.
+
+Loss against epoch and against time, and test error against epoch, from the folders that the training programs wrote,
+however and wherever they were started: by ``fr_jax.launch``, on one core, on another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fr_jax._files import write_atomically
+from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.results import check_picture
+from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run import program
+from fr_jax.experiments.curves import reached
+from fr_jax.plotting.comparison import Line, plot_comparison
+from fr_jax.training.metrics_log import read_rows
+from fr_jax.training.run_folder import RunFolder
+
+__all__ = ["CurvesSettings", "main", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvesSettings:
+    """Draw runs that were made one by one in one figure."""
+
+    runs: tuple[Path, ...] = ()
+    """Folders of runs, finished or not. Those with the same label are seeds of one line."""
+    labels: tuple[str, ...] = ()
+    """One a run. Default: the method and K."""
+    step_seconds: tuple[float, ...] = ()
+    """One a run: draw it over steps times this, such as a step measured by fr_jax.experiments.speed on a quiet machine,
+    instead of over its own seconds. 0: leave it out of the panel with the time."""
+    title: str | None = None
+    """Over the figure. Default: the network and the data set."""
+    losses: tuple[float, ...] = ()
+    """Also say how long each run takes until its training loss, smoothed as drawn, stays below these, over the time of
+    the panel with the time, and write it beside the picture as a .csv file."""
+    output: Path = Path("comparison.png")
+    """The PNG file."""
+    overwrite: bool = False
+    """Replace the files where they exist."""
+
+
+def run(settings: CurvesSettings) -> int:
+    """Draws the figure, and returns the exit code.
+
+    Raises:
+      SettingsError: no runs, not as many labels as runs, or a file that exists.
+      WorkdirError: the files of a run cannot be read.
+      OSError: the figure cannot be written.
+    """
+    if not settings.runs:
+        raise SettingsError("--runs is missing; give the folders of one or more runs.")
+    if settings.labels and len(settings.labels) != len(settings.runs):
+        raise SettingsError(
+            f"{len(settings.labels)} --labels were given for {len(settings.runs)} --runs; give one a run, or none."
+        )
+    if settings.step_seconds and len(settings.step_seconds) != len(settings.runs):
+        raise SettingsError(
+            f"{len(settings.step_seconds)} --step-seconds were given for {len(settings.runs)} --runs; give one a run, "
+            "or none."
+        )
+    if any(not 0 <= seconds < math.inf for seconds in settings.step_seconds):
+        raise SettingsError(f"--step-seconds {' '.join(map(str, settings.step_seconds))}: give 0 or more.")
+    if any(not math.isfinite(loss) for loss in settings.losses):
+        raise SettingsError(f"--losses {' '.join(map(str, settings.losses))}: give finite numbers.")
+    also = [".csv"] if settings.losses else []
+    check_picture(settings.output, also, overwrite=settings.overwrite)
+    found = [_read(folder) for folder in settings.runs]
+    lines: dict[str, list[tuple[str, Any]]] = {}
+    methods: dict[str, str] = {}
+    for i, (config, rows) in enumerate(found):
+        label = settings.labels[i] if settings.labels else _label(config)
+        if settings.step_seconds:
+            rows = [row | {"seconds": row["step"] * settings.step_seconds[i] or None} for row in rows]
+        lines.setdefault(label, []).append((settings.runs[i].as_posix(), rows))
+        methods.setdefault(label, config["method"])
+    first, _ = found[0]
+    title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
+    pictured = [Line(label, [rows for _, rows in runs], *_look(label, methods)) for label, runs in lines.items()]
+    sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
+    own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
+    plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources), **own)
+    print(f"Picture: {settings.output}")
+    if settings.losses:
+        table, losses_file = reached.table(lines, settings.losses), settings.output.with_suffix(".csv")
+        write_atomically(losses_file, reached.as_csv(table))
+        print(f"{reached.as_text(table)}\nTable: {losses_file}")
+    return program.FINISHED
+
+
+def _look(label: str, methods: dict[str, str]) -> tuple[int, int]:
+    """A colour for each method and a stroke for each of its lines; with a single method, a colour for each line."""
+    names = list(dict.fromkeys(methods.values()))
+    number = list(methods).index(label)
+    if len(names) == 1:
+        return number, 0
+    same = [one for one, method in methods.items() if method == methods[label]]
+    return names.index(methods[label]), same.index(label)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder = RunFolder(path)
+    config = folder.saved_config()
+    if config is None or not {"method", "K"} <= set(config) or not folder.metrics.exists():
+        raise SettingsError(
+            f"--runs {path} holds no run: a run's folder has config.json and metrics.jsonl. Give such folders."
+        )
+    try:
+        rows = read_rows(folder.metrics)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if not any("train_loss" in row for row in rows):
+        raise SettingsError(f"--runs {path} has no rows yet. Leave it out, or wait for its first steps.")
+    return config, rows
+
+
+def _label(config: dict[str, Any]) -> str:
+    method, K, D = config["method"], config["K"], config.get("data_parallel") or 1
+    title = METHODS[method].title if method in METHODS else method
+    return title + (f", K = {K}" if K > 1 else "") + (f", {D} devices share a batch" if D > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the figure cannot be written, 2 for runs that cannot be drawn."""
+    import tyro
+
+    settings = tyro.cli(CurvesSettings, args=arguments, prog=call("curves"))
+    return program.exit_code(lambda: run(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

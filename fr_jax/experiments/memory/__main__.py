@@ -1,0 +1,229 @@
+"""Memory of each method by number of modules, from compiled code alone: ``python -m fr_jax.experiments.memory``.
+
+Table 1 and figure 5 of the features replay paper. Nothing is run: each method's step is traced, its functions are
+compiled for the backend in use, and their buffers are followed (``fr_jax.diagnostics.memory``). All methods have the
+same cuts. Every row is compared with back-propagation on one device, the paper's BP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+import fr_jax as fr
+from fr_jax.diagnostics.memory.activations import closed_form, module_activations
+from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
+from fr_jax.experiments._bench.turns import code_of, take_devices
+from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments.memory.methods import CONTESTANTS
+from fr_jax.plotting.curves import COLOURS, png
+from fr_jax.plotting.memory import memory_figure
+from fr_jax.training.classification import cross_entropy
+from fr_jax.types import Batch, Stage
+
+__all__ = ["MemorySettings", "figure", "main", "measure", "table"]
+
+FILES = ("memory.json", "memory.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySettings:
+    """Compare the memory that methods need for one training step, by compiling it."""
+
+    models: tuple[str, ...] = ("resnet20",)
+    """Names from fr_jax.models.MODELS."""
+    K: tuple[int, ...] = (1, 2, 3, 4)
+    """Numbers of modules; with K = 1 every method is back-propagation."""
+    methods: tuple[str, ...] = ("bp", "fr", "ddg", "recompute", "fr-one-device")
+    """bp, fr, ddg, dni, gpipe over K devices; on one device: fr-one-device (features replay), checkpoint
+    (back-propagation with jax.checkpoint around each module, which XLA undoes on a CPU), recompute (the same, each
+    module a function of its own)."""
+    batch_size: int = 128
+    """Examples of a mini-batch of 32x32x3 images."""
+    microbatches: int = 4
+    """GPipe's; with it they must divide the batch."""
+    output: Path | None = None
+    """A folder for memory.json and memory.png; without it only the table is printed."""
+    overwrite: bool = False
+    """Replace the results that --output holds."""
+
+
+def refusal(settings: MemorySettings) -> str | None:
+    """What is wrong with the settings, or None."""
+    for flag, given, valid in (
+        ("--models", settings.models, fr.models.MODELS),
+        ("--methods", settings.methods, CONTESTANTS),
+    ):
+        if not given or len(set(given)) < len(given) or not set(given) <= set(valid):
+            return f"{flag} {' '.join(given)}: give one or more, each once, of {', '.join(valid)}."
+    if not settings.K or min(settings.K) < 1 or list(settings.K) != sorted(set(settings.K)):
+        return f"--K {' '.join(map(str, settings.K))}: give one or more increasing whole numbers, each 1 or more."
+    for model in settings.models:
+        if (L := len(fr.models.MODELS[model]())) < max(settings.K):
+            return f"--K {max(settings.K)}: {model} has {L} layers, so K can be 1 to {L}."
+    parts = settings.microbatches if "gpipe" in settings.methods else 1
+    if settings.batch_size < 1 or settings.microbatches < 1 or settings.batch_size % parts:
+        return (
+            f"--batch-size {settings.batch_size} --microbatches {settings.microbatches}: both must be 1 or more, and "
+            "with gpipe the second must divide the first."
+        )
+    return None
+
+
+def measure(settings: MemorySettings) -> dict[str, Any]:
+    """Compiles everything.
+
+    Returns:
+      Machine, date and versions, and ``"rows"``, one a model, K and method: bytes by kind as the sum over devices of
+      their ``peak``; their sum ``total``, and ``activations`` alone; both over those of back-propagation on one
+      device (``ratio``, ``activations_ratio``); ``table_1``, the latter by the paper's closed form; ``devices``,
+      ``stages`` and ``calls`` as :class:`fr_jax.diagnostics.memory.step_memory.MemoryReport` has them.
+    """
+    rows = []
+    count = len(settings.models) * (1 + len(settings.K) * len(settings.methods))
+    with tqdm(total=count, unit="method", file=sys.stdout, dynamic_ncols=True) as bar:
+        for model in settings.models:
+            rows += _measure_model(settings, model, bar)
+    return {
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
+        "optimizer": "SGD with momentum",
+        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "backend": jax.devices()[0].device_kind,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+
+
+def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict[str, Any]]:
+    layers, analyses = fr.models.MODELS[model](), {}
+    images = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32))  # type: ignore
+    costs = fr.layer_costs(layers, images)
+
+    def report(method: str, stages: Sequence[Stage]) -> tuple[MemoryReport, float]:
+        say = lambda function: bar.set_postfix_str(f"{model}, K = {len(stages)}, {method}: compiling {function}")
+        one = CONTESTANTS[method].one_device
+        placement = fr.placement(len(stages), jax.devices()[:1] if one else None)
+        common: dict[str, Any] = {"placement": placement, "donate": True, "microbatches": settings.microbatches}
+        algorithm = CONTESTANTS[method].make(stages, cross_entropy, optax.sgd(0.01, momentum=0.9), **common)
+        start = time.perf_counter()
+        found = step_memory(algorithm, batch, progress=say, analyses=analyses)
+        bar.update()
+        return found, time.perf_counter() - start
+
+    plain, plain_seconds = report("bp", fr.partition(layers, ()))
+    rows = []
+    for K in settings.K:
+        cuts = fr.balance(costs, K)
+        stages = fr.partition(layers, cuts)
+        modules = module_activations(stages, images)
+        for method in settings.methods:
+            if K == 1 and CONTESTANTS[method].backprop_at_one:
+                found, seconds = plain, plain_seconds
+                bar.update()
+            else:
+                found, seconds = report(method, stages)
+            form = closed_form(method, modules, whole=plain.activations)
+            row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
+            rows.append(row | _numbers(found, plain, form))
+    return rows
+
+
+def _numbers(found: MemoryReport, plain: MemoryReport, form: float | None) -> dict[str, Any]:
+    kinds = found.devices[0].peak
+    return {
+        "total": found.total,
+        "activations": found.activations,
+        "largest_device": max(device.total for device in found.devices),
+        "ratio": found.total / plain.total,
+        "activations_ratio": found.activations / plain.activations,
+        "table_1": None if form is None else form / plain.activations,
+        "peak": {kind: sum(device.peak[kind] for device in found.devices) for kind in kinds},
+        "devices": [device._asdict() for device in found.devices],
+        "stages": [stage._asdict() for stage in found.stages],
+        "calls": [call._asdict() for call in found.calls],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text, in MB (10^6 bytes)."""
+    lines = [
+        f"batch {result['settings']['batch_size']}, {result['optimizer']}; MB, sums over devices of their peaks; "
+        "ratios to back-propagation on one device",
+        "",
+        f"{'model':<10} {'K':>2} {'method':<14} {'total':>9} {'ratio':>6} {'activations':>12} {'ratio':>6}"
+        f" {'table 1':>8} {'history':>9} {'largest device':>15}",
+    ]
+    for row in result["rows"]:
+        form = "-" if row["table_1"] is None else f"{row['table_1']:.2f}"
+        lines.append(
+            f"{row['model']:<10} {row['K']:>2} {row['method']:<14} {row['total'] / 1e6:>9.1f} {row['ratio']:>6.2f}"
+            f" {row['activations'] / 1e6:>12.1f} {row['activations_ratio']:>6.2f} {form:>8}"
+            f" {row['peak']['history'] / 1e6:>9.1f} {row['largest_device'] / 1e6:>15.1f}"
+        )
+    return "\n".join(lines)
+
+
+def figure(result: dict[str, Any]) -> Any:
+    """The result as a Matplotlib figure."""
+    methods = result["settings"]["methods"]
+    note = (
+        f"Batch {result['settings']['batch_size']}, {result['optimizer']}. Numbers and dotted line: ratio to "
+        f"back-propagation on one device.\nXLA's plans for {result['backend']}, jax {result['jax']}, {result['date']}."
+    )
+    return memory_figure(
+        result["rows"],
+        {method: CONTESTANTS[method].title for method in methods},
+        {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)},
+        title="Memory of a training step",
+        note=note,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    import tyro
+
+    settings = tyro.cli(MemorySettings, args=arguments, prog="python -m fr_jax.experiments.memory")
+    return code_of(lambda: run(settings))
+
+
+def run(settings: MemorySettings) -> int:
+    """Compiles everything, prints the table and writes the files; returns the exit code.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    if problem := refusal(settings):
+        raise SettingsError(problem)
+    one_process("memory compiles in one process for all devices.")
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
+    spread = [name for name in settings.methods if not CONTESTANTS[name].one_device]
+    alone = [name for name, method in CONTESTANTS.items() if method.one_device]
+    instead = f"leave {', '.join(spread)} out of --methods (of one device are {', '.join(alone)}), "
+    take_devices(max(settings.K) if spread else 1, each=True, instead=instead)
+    result = measure(settings)
+    print(table(result), flush=True)
+    if settings.output is not None:
+        return write_results(settings.output, dict(zip(FILES, (result, png(figure(result))), strict=True)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The methods whose memory is compared, and back-propagation that recomputes, which is compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Sharding
+
+import fr_jax as fr
+from fr_jax._arrays import put
+from fr_jax.algorithms import _functions as steps
+from fr_jax.models.synthesizer import synthesizer
+from fr_jax.types import Algorithm, Batch, Info, Stage
+
+__all__ = ["CONTESTANTS", "Contestant", "checkpointed", "recomputing"]
+
+
+def recomputing(
+    stages: Sequence[Stage],
+    loss_fn: steps.LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    placement: Sequence[Sharding],
+    donate: bool = False,
+) -> Algorithm:
+    """Back-propagation that keeps only the inputs of K modules, and runs each again before its backward pass.
+
+    That is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) with a jitted function a module, as features
+    replay has them; no compiler can undo it. Activations: O(L/K + K).
+
+    Args:
+      stages: the K modules.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      optimizer: one optax transformation for all modules.
+      placement: one sharding a module.
+      donate: reuse the buffers of the old state; it is then invalid after ``step``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fr_jax as fr
+      >>> from fr_jax.experiments.memory.methods import recomputing
+      >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
+      >>> fit = recomputing(stages, lambda y, t: jnp.mean(y), optax.sgd(0.1), placement=fr.placement(2))
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.ones(4))
+      >>> fit.step(fit.init(jax.random.key(0), batch), batch)[0].step
+      1
+    """
+    K = len(stages)
+    plain = fr.backprop(stages, loss_fn, optimizer, placement=placement)
+    common: dict[str, Any] = {"return_grads": False, "donate": donate}
+    plays = [steps.make_play(stages[k], placement[k], update_stats=True, donate=donate) for k in range(K - 1)]
+    replays = [
+        steps.make_replay(
+            stages[k], optimizer, placement[k], staleness=0, input_gradient=k > 0, update_stats=False, **common
+        )
+        for k in range(K - 1)
+    ]
+    last = steps.make_train(
+        stages[-1:], loss_fn, [optimizer], placement[-1], metrics_fn=None, input_gradient=K > 1, **common
+    )
+
+    def step(state: Any, batch: Batch) -> tuple[Any, Info]:
+        params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
+        streams, kept = list(state.streams), []
+        h = put(batch.inputs, placement[0])
+        for k in range(K - 1):
+            kept.append(h)
+            h, model_state[k], count = plays[k](params[k], model_state[k], streams[k], h)
+            h, streams[k] = put(h, placement[k + 1]), streams[k]._replace(count=count)
+        targets = put(batch.targets, placement[-1])
+        top = last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, targets)
+        params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
+        streams[-1], delta, loss = streams[-1]._replace(count=top.counts[0]), top.delta, top.loss
+        h = top = None  # nothing here keeps alive what has been used
+        for k in reversed(range(K - 1)):
+            params[k], _, opt_state[k], delta, _, _ = replays[k](
+                params[k], model_state[k], opt_state[k], streams[k], kept.pop(), put(delta, placement[k])
+            )
+        fields = map(tuple, (params, model_state, opt_state, streams))
+        new = dict(zip(("params", "model_state", "opt_state", "streams"), fields, strict=True))
+        return state._replace(step=state.step + 1, **new), Info(loss, None, {})
+
+    return Algorithm(init=plain.init, step=step, predict=plain.predict)
+
+
+def checkpointed(stage: Stage) -> Stage:
+    """The stage under ``jax.checkpoint``: nothing is kept for the backward pass but its input."""
+
+    def apply(params: Any, state: Any, x: Any, /, *, key: Any = None, train: bool = True) -> Any:
+        run = lambda params, state, x, key: stage.apply(params, state, x, key=key, train=train)
+        return jax.checkpoint(run)(params, state, x, key)
+
+    return Stage(stage.init, apply)
+
+
+def _plain(method: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+    return lambda *arguments, microbatches, **common: method(*arguments, **common)
+
+
+def _dni(stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int, **common: Any) -> Algorithm:
+    return fr.dni(stages, loss_fn, optimizer, synthesizer(), optax.adam(1e-3), **common)
+
+
+def _checkpoint(stages: Sequence[Stage], *arguments: Any, microbatches: int, **common: Any) -> Algorithm:
+    return fr.backprop([checkpointed(stage) for stage in stages], *arguments, **common)
+
+
+class Contestant(NamedTuple):
+    """A method to compare.
+
+    Attributes:
+      title: its name for people.
+      make: ``(stages, loss_fn, optimizer, *, placement, donate, microbatches) -> Algorithm``.
+      one_device: whether all modules share a device.
+      backprop_at_one: whether it is plain back-propagation with K = 1.
+    """
+
+    title: str
+    make: Callable[..., Algorithm]
+    one_device: bool = False
+    backprop_at_one: bool = True
+
+
+CONTESTANTS = {
+    "bp": Contestant("back-propagation, K devices", _plain(fr.backprop)),
+    "fr": Contestant("features replay, K devices", _plain(fr.features_replay)),
+    "ddg": Contestant("DDG, K devices", _plain(fr.ddg)),
+    "dni": Contestant("DNI, K devices", _dni),
+    "gpipe": Contestant("GPipe, K devices", fr.gpipe, backprop_at_one=False),
+    "checkpoint": Contestant("jax.checkpoint, one device", _checkpoint, one_device=True, backprop_at_one=False),
+    "recompute": Contestant("recomputing back-propagation, one device", _plain(recomputing), one_device=True),
+    "fr-one-device": Contestant("features replay, one device", _plain(fr.features_replay), one_device=True),
+}

@@ -1,0 +1,135 @@
+"""What the prediction program predicts: each method's schedule, what times its parts, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fr_jax as fr
+from fr_jax.algorithms._stages import check_setup
+from fr_jax.diagnostics.profiling import lockstep
+from fr_jax.diagnostics.profiling.data_parallel_times import data_parallel_timer
+from fr_jax.diagnostics.profiling.stage_times import KINDS_OF, Measured, stage_timer
+from fr_jax.diagnostics.profiling.step_times import step_timer
+from fr_jax.diagnostics.simulation.schedules import SCHEDULES, data_parallel, gpipe
+from fr_jax.diagnostics.simulation.timeline import Task
+from fr_jax.experiments._bench.contestants import (
+    DATA_PARALLEL,
+    OPTIMIZER,
+    host_batch,
+    make_batch,
+    make_entry,
+    method_settings,
+    shared_costs,
+)
+from fr_jax.experiments._bench.turns import Contestant
+from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._run.cuts import choose_cuts
+from fr_jax.training.classification import cross_entropy
+from fr_jax.types import Array, Stage
+
+__all__ = ["ONE", "Prediction", "choose", "prepare", "title_of"]
+
+ONE = "one device"
+LOCKSTEP = "fr-lockstep"
+TITLES = {
+    ONE: "back-propagation, one device",
+    "fr": "features replay",
+    LOCKSTEP: "features replay with barriers",
+    "ddg": "DDG",
+    "dni": "DNI",
+    "gpipe": "GPipe",
+    DATA_PARALLEL: "data parallelism",
+    "bp": "back-propagation",
+}
+
+
+class Prediction(NamedTuple):
+    """A method: its schedule, the name of the timer of its parts, and what runs it."""
+
+    schedule: Callable[[Measured, int], tuple[Task, ...]]
+    timer: str
+    contestant: Contestant
+
+
+def title_of(name: str, microbatches: int) -> str:
+    """In a picture."""
+    return TITLES[name] + (f", M = {microbatches}" if name == "gpipe" else "")
+
+
+def timer_of(name: str) -> str:
+    """How the parts of a method are timed: alone, all devices at once, or in their places in the method's own step."""
+    alone = name in KINDS_OF and name not in ("bp", "gpipe")
+    return "at once" if alone else f"{TITLES[name]}'s step"
+
+
+def choose(shared: SharedSettings, layers: Sequence[Stage], K: int) -> tuple[int, ...]:
+    """The cuts for features replay, by measured times."""
+    own = method_settings(shared, "fr", K, None)
+    example = jax.ShapeDtypeStruct((shared.batch_size or 128, 32, 32, 3), jnp.float32)
+    return choose_cuts(own, layers, example, shared_costs(own, layers, example))
+
+
+def prepare(
+    shared: SharedSettings, layers: Sequence[Stage], methods: Sequence[str], K: int, cuts: tuple[int, ...]
+) -> tuple[dict[str, Prediction], dict[str, Callable[[], Measured]]]:
+    """The methods, back-propagation on one device first, and the timers of their parts."""
+    microbatches = shared.microbatches or 1
+    timers = _timers(shared, layers, methods, K, cuts)
+    bp = make_entry(shared, layers, "bp", 1).contestant
+    found = {ONE: Prediction(_schedule_of("bp", K, microbatches), ONE, bp)}
+    for name in methods:
+        if name == LOCKSTEP:
+            contestant = _lockstep(shared, layers, K, cuts)
+        else:
+            own = () if name == DATA_PARALLEL else cuts
+            contestant = make_entry(shared, layers, name, K, cuts=own).contestant
+        found[name] = Prediction(_schedule_of(name, K, microbatches), timer_of(name), contestant)
+    return found, timers
+
+
+def _schedule_of(name: str, K: int, microbatches: int) -> Callable[[Measured, int], tuple[Task, ...]]:
+    if name == "gpipe":
+        return lambda measured, steps: gpipe(measured.times, steps, microbatches)
+    if name == DATA_PARALLEL:
+        return lambda measured, steps: data_parallel(
+            measured.times.modules[0].last, K, steps, all_reduce=measured.times.all_reduce
+        )
+    return lambda measured, steps: SCHEDULES[name](measured.times, steps)
+
+
+def _timers(
+    shared: SharedSettings, layers: Sequence[Stage], methods: Sequence[str], K: int, cuts: tuple[int, ...]
+) -> dict[str, Callable[[], Measured]]:
+    batch, spread = host_batch(shared.batch_size or 128), fr.placement(K)
+    whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
+    timers = {ONE: stage_timer(whole, cross_entropy, OPTIMIZER, batch, kinds=["last"], placement=fr.placement(1))}
+    alone = [name for name in methods if timer_of(name) == "at once"]
+    if alone:
+        own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
+        own |= {"kinds": {kind for name in alone for kind in KINDS_OF[name]}, "placement": spread}
+        timers["at once"] = stage_timer(stages, cross_entropy, OPTIMIZER, batch, **own)
+    for name in methods:
+        if name == DATA_PARALLEL:
+            (split,) = fr.placement(1, data_parallel=K)
+            timers[timer_of(name)] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
+        elif name not in alone:
+            options: dict[str, Any] = {"placement": spread, "microbatches": shared.microbatches or 1}
+            timers[timer_of(name)] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
+    return timers
+
+
+def _lockstep(shared: SharedSettings, layers: Sequence[Stage], K: int, cuts: tuple[int, ...]) -> Contestant:
+    placement = fr.placement(K)
+    setup = check_setup(fr.partition(layers, cuts), OPTIMIZER, placement)
+    batch = make_batch(shared.batch_size or 128, placement[0])
+    parts = lockstep.make_parts(setup, cross_entropy)
+
+    def run(state: Any) -> tuple[Any, Array]:
+        return lockstep.step(parts, setup, state, batch)
+
+    return Contestant(TITLES[LOCKSTEP], run, lockstep.init(setup, jax.random.key(0), batch))

@@ -1,0 +1,1 @@
+"""Simulates more stages and slower links."""

@@ -1,0 +1,98 @@
+"""The picture of ``fr_jax.experiments.scaling``: speedup against devices, and against slow links."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fr_jax.experiments.scaling.network import METHODS
+from fr_jax.plotting.curves import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figure"]
+
+LEAST_SPEEDUP = 0.2
+"""What is slower is not shown."""
+MARKERS = "osD^vPX"
+LOOKS = {
+    name: (colour, marker)
+    for name, colour, marker in zip(
+        METHODS, (COLOURS[1], COLOURS[5], COLOURS[2], COLOURS[3], COLOURS[4], COLOURS[0], "0.35"), MARKERS, strict=True
+    )
+}
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Speedup over back-propagation on one device, against K (left) and the transfer/compute ratio (right).
+
+    Above for an ideal network, below for the model; dashed: the closed forms.
+
+    Args:
+      result: what ``fr_jax.experiments.scaling.simulated`` returned.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    own = result["settings"]
+    drawing = Figure(figsize=(12.5, 9.2))
+    drawing.suptitle("Speedup over back-propagation on one device, simulated", y=0.98, fontsize=13, fontweight="bold")
+    axes = drawing.subplots(2, 2, sharex="col", sharey="row")
+    largest = max(*(row["K"] for row in result["by_K"]), own["ratio_K"]), own["microbatches"]
+    titles = {"ideal": "ideal network, cut anywhere", "model": f"{own['model']}, {result['layers']} layers"}
+    for row, (which, title) in enumerate(titles.items()):
+        _draw_by_K(axes[row, 0], result["by_K"], which)
+        axes[row, 0].set_title(f"{title}; transfer/compute ratio {own['ratio']:g}", fontsize=10.5)
+        axes[row, 0].set_ylabel("speedup")
+        _draw_by_ratio(axes[row, 1], result["by_ratio"], which)
+        axes[row, 0].set_ylim(LEAST_SPEEDUP, 1.5 * max(method.bound(*largest) for method in METHODS.values()))
+        axes[row, 1].set_title(f"{title}; K = {own['ratio_K']}", fontsize=10.5)
+    axes[1, 0].set_xlabel("devices K")
+    axes[1, 1].set_xlabel("transfer/compute ratio")
+    handles = [Line2D([], [], color=LOOKS[name][0], marker=LOOKS[name][1], label=_label(name, own)) for name in METHODS]
+    handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=1, label="closed form"))
+    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=4, frameon=False)
+    note = (
+        f"Layers cost what {'XLA counts' if own['costs'] == 'flops' else 'was measured'}, mini-batch "
+        f"{own['batch_size']}; weights are {result['weight_bytes_over_mean_feature_bytes']:.3g} times the features at "
+        f"a cut ({result['mean_feature_bytes'] / 1e6:.3g} MB). {result['date']}.\nTransfer/compute ratio: the seconds "
+        "in which these features cross a cut, over those of a step of back-propagation on one device."
+    )
+    drawing.text(0.5, 0.012, note, ha="center", fontsize=8.5, color="0.35")
+    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.865, wspace=0.05, hspace=0.13)
+    return drawing
+
+
+def _label(name: str, settings: dict[str, Any]) -> str:
+    return f"GPipe, {settings['microbatches']} microbatches" if name == "gpipe" else METHODS[name].title
+
+
+def _draw_by_K(axes: Axes, rows: list[dict[str, Any]], which: str) -> None:
+    for name, (colour, marker) in LOOKS.items():
+        bounds = [row["bounds"][name] for row in rows]
+        axes.plot([row["K"] for row in rows], bounds, color=colour, linestyle="--", linewidth=1, alpha=0.8)
+        there = [row for row in rows if row[which] is not None]
+        values = [row[which][name] for row in there]
+        line = "none" if which == "ideal" else "-"
+        axes.plot([row["K"] for row in there], values, color=colour, marker=marker, markersize=5, linestyle=line)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    _finish(axes)
+
+
+def _draw_by_ratio(axes: Axes, rows: list[dict[str, Any]], which: str) -> None:
+    there = [row for row in rows if row[which] is not None]
+    for name, (colour, marker) in LOOKS.items():
+        ratios, values = [row["ratio"] for row in there], [row[which][name] for row in there]
+        axes.plot(ratios, values, color=colour, marker=marker, markersize=5, linewidth=1.6)
+    axes.set_xscale("log")
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

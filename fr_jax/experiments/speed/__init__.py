@@ -1,0 +1,1 @@
+"""Times a training step of every method, side by side."""

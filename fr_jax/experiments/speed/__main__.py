@@ -1,0 +1,265 @@
+"""Times one step of each method, side by side: ``python -m fr_jax.experiments.speed --K 2 --pinned``.
+
+Contestants take turns, round after round, so that a slow minute of the machine hits all of them; medians and ratios
+are reported, the bound beside each. With ``--pinned`` each stage is a process of its own on a core of its own, the only
+way to make one CPU device one core; without it all stages are devices of this process. What the host spends to issue a
+step, and what it takes to send a feature, are measured by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fr_jax as fr
+from fr_jax.diagnostics.profiling.stage_times import Measured, median, stage_timer
+from fr_jax.distributed import is_first
+from fr_jax.experiments._bench.contestants import (
+    BASELINE,
+    DATA_PARALLEL,
+    OPTIMIZER,
+    Entry,
+    host_batch,
+    make_batch,
+    make_entry,
+    method_settings,
+    plain,
+    shared_costs,
+)
+from fr_jax.experiments._bench.turns import (
+    as_rows,
+    code_of,
+    in_turns,
+    machine,
+    placed_on,
+    quietly,
+    start_pinned,
+    take_devices,
+)
+from fr_jax.experiments._cli.checks import check_cuts, check_parts, choice
+from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.results import check_file, write_beside
+from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments.speed.picture import speed_figure
+from fr_jax.plotting.curves import png
+from fr_jax.training.classification import cross_entropy
+from fr_jax.types import Stage
+
+__all__ = ["SpeedSettings", "main", "run"]
+
+CHOICES = (*METHODS, DATA_PARALLEL)
+HOPS = 20
+TRANSFER_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedSettings:
+    """Time one training step of every method, side by side.
+
+    A plain jitted optax step, back-propagation on one device and features replay with K = 1 are always among them.
+    """
+
+    K: int = 2
+    """Stages, and devices of data parallelism."""
+    methods: tuple[str, ...] = ("bp", "fr", "ddg", "gpipe", DATA_PARALLEL)
+    """Those to time on K devices: bp, fr, ddg, dni, blockprop, gpipe, and dp (data parallelism)."""
+    model: str = "resnet20"
+    """A name from fr_jax.models.MODELS."""
+    batch_size: int = 128
+    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    dtype: str = "float32"
+    """Of the computation: float32 or bfloat16."""
+    microbatches: int = 4
+    """Of GPipe."""
+    rounds: int = 9
+    """How many times each contestant has its turn."""
+    steps: int = 8
+    """Steps of a turn."""
+    balance: str = "time"
+    """How each method's cuts are chosen: time (measured first), flops, or uniform."""
+    cuts: tuple[int, ...] | None = None
+    """Explicit cuts, for all methods alike."""
+    pinned: bool = False
+    """One process a stage, each pinned to one core."""
+    output: Path | None = None
+    """A JSON file for the numbers; the picture gets its name with .png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
+
+
+def check(settings: SpeedSettings) -> None:
+    """Raises SettingsError for the first setting that cannot be used."""
+    choice("model", settings.model, fr.models.MODELS)
+    choice("balance", settings.balance, ("time", "flops", "uniform"))
+    choice("dtype", settings.dtype, ("float32", "bfloat16"))
+    for method in settings.methods:
+        choice("methods", method, CHOICES)
+    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
+        if (value := getattr(settings, name)) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    check_cuts(settings.cuts, settings.K)
+    if settings.K == 1 and settings.methods != SpeedSettings.methods and {*settings.methods} - {"bp", "fr"}:
+        raise SettingsError(
+            f"--K 1 --methods {' '.join(settings.methods)}: with one stage every method is back-propagation, which is "
+            "timed anyway. Use --K 2 or more, or drop --methods."
+        )
+    parts = {"gpipe": settings.microbatches, DATA_PARALLEL: settings.K}
+    for method in settings.methods if settings.K > 1 else ():
+        check_parts(settings.batch_size, parts.get(method, 1), method)
+    if not settings.pinned:
+        one_process("speed without --pinned measures in one process.")
+    check_file(settings.output, overwrite=settings.overwrite)
+
+
+def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
+    """All contestants, in the order of the table."""
+    shared = SharedSettings(
+        model=settings.model,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        balance=settings.balance,
+        microbatches=settings.microbatches,
+    )
+    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    entries = [
+        plain(layers, make_batch(settings.batch_size, fr.placement(1)[0])),
+        make_entry(shared, layers, "bp", 1, name=BASELINE),
+        make_entry(shared, layers, "fr", 1),
+    ]
+    costs = None
+    if settings.cuts is None and settings.balance != "uniform" and settings.K > 1:
+        quietly(f"costs of the layers: {settings.balance}")
+        costs = shared_costs(method_settings(shared, "bp", settings.K, None), layers, example)
+    for method in dict.fromkeys(settings.methods) if settings.K > 1 else ():
+        known = costs if method != "dni" else None  # its synthesizers are at the cuts
+        entries.append(make_entry(shared, layers, method, settings.K, cuts=settings.cuts, costs=known))
+    return entries
+
+
+def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Sequence[int]) -> list[dict[str, Any]]:
+    """What it takes to send each cut's feature to the next device, by itself."""
+    if not cuts:
+        return []
+    placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
+    batch = host_batch(settings.batch_size)
+    timer = stage_timer(stages, cross_entropy, OPTIMIZER, batch, kinds=(), placement=placement, hops=HOPS)
+    timer()
+    found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])
+    rows, h = [], jax.ShapeDtypeStruct(batch.inputs.shape, batch.inputs.dtype)
+    for cut, stage, seconds in zip(cuts, stages, found.times.features, strict=False):
+        params, state = jax.eval_shape(stage.init, jax.random.key(0), h)
+        h, _ = jax.eval_shape(stage.apply, params, state, h)
+        size = math.prod(h.shape) * h.dtype.itemsize
+        rows.append({"cut": cut, "bytes": size, "seconds": seconds, "processor_share": found.transfer_share})
+    return rows
+
+
+def measure(settings: SpeedSettings) -> dict[str, Any]:
+    """Makes all contestants, and times them."""
+    placed = placed_on(settings.pinned, settings.K)
+    layers = fr.models.MODELS[settings.model](dtype=jnp.dtype(settings.dtype))
+    entries = make_entries(settings, layers)
+    turns = in_turns(
+        [entry.contestant for entry in entries],
+        rounds=settings.rounds,
+        steps=settings.steps,
+        warm_up=2 * settings.K + 1,
+        log=quietly,
+    )
+    rows = as_rows(turns)
+    baseline = rows[BASELINE]["seconds_median"]
+    for entry in entries:
+        row = rows[entry.contestant.name]
+        speedup = baseline / row["seconds_median"]
+        row |= {"method": entry.method, "cuts": list(entry.cuts), "speedup": speedup, "bound": entry.bound}
+        row["share_of_bound"] = None if entry.bound is None else speedup / entry.bound
+        row["host_share_of_step"] = row["host_seconds_median"] / row["seconds_median"]
+    cut = next((entry.cuts for entry in entries if entry.method == "fr" and entry.cuts), ())
+    cut = cut or next((entry.cuts for entry in entries if entry.cuts), ())
+    return {
+        "model": settings.model,
+        "batch_size": settings.batch_size,
+        "dtype": settings.dtype,
+        "K": settings.K,
+        "balance": "given" if settings.cuts is not None else settings.balance,
+        **placed,
+        "rounds": settings.rounds,
+        "steps_per_round": settings.steps,
+        **machine(),
+        "baseline": BASELINE,
+        "results": rows,
+        "transfers": measure_transfers(settings, layers, cut),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    head = f"{result['model']}, batch {result['batch_size']}, K = {result['K']}, {result['placement']}"
+    columns = ("s/step", "min", "max", "speedup", "bound", "share", "host ms", "of step", "busy", "cuts")
+    lines = [head, "host: to issue a step; busy: cores that each process's threads keep busy", ""]
+    lines.append(f"{'':<30}" + "".join(f"{name:>9}" for name in columns))
+    for name, row in result["results"].items():
+        seconds = "".join(f"{row[f'seconds_{of}']:>9.4f}" for of in ("median", "min", "max"))
+        known = row["bound"] is not None
+        bounds = f"{row['bound']:>9.2f}{row['share_of_bound']:>9.1%}" if known else f"{'-':>9}{'-':>9}"
+        host = f"{row['host_seconds_median'] * 1e3:>9.2f}{row['host_share_of_step']:>9.1%}"
+        cuts = ",".join(map(str, row["cuts"])) or "-"
+        busy = "/".join(f"{one / row['seconds_median']:.0%}" for one in row["busy_seconds_median_by_process"])
+        lines.append(f"{name:<30}{seconds}{row['speedup']:>9.2f}{bounds}{host} {busy:>8}{cuts:>9}")
+    for row in result["transfers"]:
+        lines.append(
+            f"a feature of {row['bytes'] / 1e6:.2f} MB at cut {row['cut']} takes {row['seconds'] * 1e3:.1f} ms to the "
+            f"next device, whose processors are busy with it for {row['processor_share']:.0%} of that"
+        )
+    return "\n".join(lines)
+
+
+def run(settings: SpeedSettings) -> dict[str, Any]:
+    """Measures in this process (or as one of a group), and prints, writes and draws what the first process saw.
+
+    Raises:
+      SettingsError: a setting cannot be used.
+    """
+    check(settings)
+    take_devices(settings.K)
+    try:
+        result = measure(settings)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
+    if is_first():
+        print(table(result), flush=True)
+        if settings.output is not None:
+            write_beside(settings.output, result, png(speed_figure(result)))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
+    import tyro
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    settings = tyro.cli(SpeedSettings, args=arguments, prog=call("speed"))
+
+    def work() -> int:
+        check(settings)
+        if settings.pinned:
+            code = start_pinned("fr_jax.experiments.speed", arguments, settings.K)
+            if code is not None:
+                return code
+        run(settings)
+        return 0
+
+    return code_of(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How far the direction of each stage is from the gradient during training."""

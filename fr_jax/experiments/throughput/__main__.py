@@ -1,0 +1,280 @@
+"""Images a second on one device, beside PyTorch: ``python -m fr_jax.experiments.throughput --models resnet18``.
+
+For every network and number format, side by side: one jitted function with value_and_grad and an optax update, the
+methods of this library with all their stages on the same device, and the same network in PyTorch, channels last and
+compiled, in a process of its own. What is compiled is compiled at the same time; then all take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fr_jax as fr
+from fr_jax.experiments._bench.contestants import Entry, make_batch, make_entry, method_settings, plain
+from fr_jax.experiments._bench.turns import TakesTurns, as_rows, code_of, in_turns, machine, quietly
+from fr_jax.experiments._cli.checks import choice
+from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.results import check_file, write_beside
+from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
+from fr_jax.experiments._cli.xla_flags import set_xla_flags
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run.cuts import network_costs, stage_costs
+from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments.throughput import pytorch_peer
+from fr_jax.experiments.throughput.picture import throughput_figure
+from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
+from fr_jax.plotting.curves import png
+from fr_jax.types import Stage
+
+__all__ = ["ThroughputSettings", "main", "run"]
+
+PLAIN = "plain jitted optax step"
+DTYPES = ("float32", "bfloat16")
+WARM_UP = 4
+AT_ONCE = 8
+"""Networks that are compiled at the same time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughputSettings:
+    """Time a training step on one device: one jitted function, this library's methods, and PyTorch."""
+
+    models: tuple[str, ...] = ("resnet18", "resnet164")
+    """Names from fr_jax.models.MODELS."""
+    dtypes: tuple[str, ...] = DTYPES
+    """Of the computation: float32 (with TF32 matrix units, where the device has them), bfloat16."""
+    methods: tuple[str, ...] = ("bp", "fr")
+    """Methods of this library to time; bp as one stage, the others with K stages on the same device."""
+    K: int = 4
+    """Stages."""
+    batch_size: int = 128
+    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    microbatches: int = 4
+    """Of GPipe."""
+    pytorch: tuple[str, ...] = ("default", "reduce-overhead")
+    """Modes of torch.compile to time, max-autotune and eager (not compiled) among them; or none."""
+    patience: float = 900.0
+    """Seconds from the start after which PyTorch's compilation is given up."""
+    rounds: int = 7
+    """How many times each contestant has its turn."""
+    steps: int = 20
+    """Steps of a turn."""
+    output: Path | None = None
+    """A JSON file for the numbers; the picture gets its name with .png."""
+    overwrite: bool = False
+    """Replace these files where they exist."""
+
+
+def check(settings: ThroughputSettings) -> None:
+    """Raises SettingsError for the first setting that cannot be used."""
+    for name, valid in (("models", fr.models.MODELS), ("dtypes", DTYPES), ("methods", METHODS)):
+        values = getattr(settings, name)
+        for value in values:
+            choice(name, value, valid)
+        if len(set(values)) < len(values) or not (values or name == "methods"):
+            raise SettingsError(f"--{name} {' '.join(values)}: give one or more, each once.")
+    for mode in settings.pytorch:
+        choice("pytorch", mode, (*pytorch_peer.MODES, "none"))
+    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
+        if (value := getattr(settings, name)) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    if "gpipe" in settings.methods and settings.batch_size % settings.microbatches:
+        raise SettingsError(
+            f"--batch-size {settings.batch_size} cannot be split into --microbatches {settings.microbatches} equal "
+            "parts. Change one of them, or leave gpipe out."
+        )
+    if not settings.patience > 0:
+        raise SettingsError(f"--patience {settings.patience} is out of range; it must be above 0 seconds.")
+    if modes(settings):
+        pytorch_peer.check_pytorch(settings.models)
+    one_process("throughput times one device from one process.")
+    check_file(settings.output, overwrite=settings.overwrite)
+
+
+def modes(settings: ThroughputSettings) -> list[str]:
+    """PyTorch's contestants."""
+    return [mode for mode in dict.fromkeys(settings.pytorch) if mode != "none"]
+
+
+@contextmanager
+def peers_of(settings: ThroughputSettings) -> Iterator[dict[tuple[str, str], list[Peer]]]:
+    """PyTorch's processes, by network and dtype, already compiling; they end with the block."""
+    started: dict[tuple[str, str], list[Peer]] = {}
+    try:
+        for model, dtype in itertools.product(settings.models, settings.dtypes):
+            own = started.setdefault((model, dtype), [])
+            own += [pytorch_peer.start(model, dtype, settings.batch_size, mode) for mode in modes(settings)]
+        yield started
+    finally:
+        for peer in itertools.chain(*started.values()):
+            peer.end()
+
+
+def makers_of(settings: ThroughputSettings, model: str, dtype: str) -> list[Callable[[], Entry]]:
+    """JAX's contestants for one network, each made and compiled by a call."""
+    layers: list[Stage] = fr.models.MODELS[model](dtype=jnp.dtype(dtype))
+    shared = SharedSettings(
+        model=model, dtype=dtype, batch_size=settings.batch_size, microbatches=settings.microbatches
+    )
+    one = jax.devices()[:1]
+
+    def of_method(method: str) -> Entry:
+        K = 1 if method == "bp" else settings.K
+        name = METHODS[method].title + ("" if K == 1 else f", K = {K} on it")
+        return make_entry(shared, layers, method, K, name=name, devices=one)
+
+    def compiled(make: Callable[[], Entry]) -> Entry:
+        entry = make()
+        contestant, _ = entry.contestant.take_turn(2 * settings.K + 1)
+        quietly(f"compiled: {model}, {dtype}, {entry.contestant.name}")
+        return entry._replace(contestant=contestant)
+
+    batch = make_batch(settings.batch_size, fr.placement(1, one)[0])
+    made = [lambda: plain(layers, batch), *(lambda method=method: of_method(method) for method in settings.methods)]
+    return [lambda make=make: compiled(make) for make in made]
+
+
+def work_of(settings: ThroughputSettings, model: str, entry: Entry) -> float | None:
+    """Operations of a method's step, in those of back-propagation; None where they were not counted."""
+    if entry.method not in METHODS or not entry.cuts:
+        return 1.0
+    layers = fr.models.MODELS[model]()
+    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    shared = SharedSettings(model=model, batch_size=settings.batch_size)
+    own, whole = (method_settings(shared, method, settings.K, entry.cuts) for method in (entry.method, "bp"))
+    costs = network_costs(own, layers, example)
+    return sum(stage_costs(own, costs, entry.cuts)) / sum(stage_costs(whole, costs, entry.cuts))
+
+
+def measure(settings: ThroughputSettings, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Makes and compiles all contestants, and lets those of one network and dtype take turns.
+
+    ``keep`` is given the result so far after each network: a long measurement that is cut off has not been in vain.
+    """
+    networks = list(itertools.product(settings.models, settings.dtypes))
+    names = ("batch_size", "K", "rounds", "steps")
+    result = {name: getattr(settings, name) for name in names} | machine()
+    result |= {"pytorch": {}, "failures": {}, "results": []}
+    with peers_of(settings) as peers, ThreadPoolExecutor(AT_ONCE) as pool:
+        deadline = time.monotonic() + settings.patience
+        coming = {one: [pool.submit(make) for make in makers_of(settings, *one)] for one in networks}
+        made = {one: [entry.result() for entry in own] for one, own in coming.items()}
+        ready = {one: ready_of(one, peers[one], deadline, result) for one in networks}
+        for one in networks:  # nothing is compiled any more
+            model, dtype = one
+            quietly(f"{model}, {dtype}")
+            field: list[TakesTurns] = [*(entry.contestant for entry in made[one]), *ready[one]]
+            turns = in_turns(field, rounds=settings.rounds, steps=settings.steps, warm_up=WARM_UP, log=quietly)
+            work = {entry.contestant.name: work_of(settings, model, entry) for entry in made[one]}
+            result["results"] += rows_of(settings, model, dtype, as_rows(turns), work)
+            keep(result)
+    return result
+
+
+def ready_of(network: tuple[str, str], peers: Sequence[Peer], deadline: float, result: dict[str, Any]) -> list[Peer]:
+    """Those of a network's PyTorch processes that are ready in time; ``result`` says why others are not."""
+    ready = []
+    for peer in peers:
+        try:
+            ready.append(peer.ready(deadline - time.monotonic()))
+            result["pytorch"] = ready[-1].about
+        except PeerError as error:
+            peer.end()
+            quietly(f"{', '.join(network)}: {error}")
+            result["failures"][", ".join([*network, peer.name])] = str(error)
+    return ready
+
+
+def rows_of(
+    settings: ThroughputSettings, model: str, dtype: str, found: dict[str, dict[str, Any]], work: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of one network and dtype, with images a second and what they are relative to the plain step."""
+    base = found[PLAIN]["seconds_median"]
+    return [
+        {
+            "model": model,
+            "dtype": dtype,
+            "contestant": name,
+            "images_per_s": settings.batch_size / row["seconds_median"],
+            "times_plain": base / row["seconds_median"],
+            "operations": work.get(name),
+            **row,
+        }
+        for name, row in found.items()
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    head = f"one device of {result['machine']}, mini-batch {result['batch_size']}, jax {result['jax']}"
+    torch = "".join(f", {name} {value}" for name, value in result["pytorch"].items())
+    lines = [head + torch, "operations: of a step, in those of back-propagation; host: ms to issue a step", ""]
+    columns = ("images/s", "ms/step", "min", "max", "x plain", "operations", "host")
+    lines.append(f"{'':<52}" + "".join(f"{name:>11}" for name in columns))
+    for row in result["results"]:
+        name = f"{row['model']}, {row['dtype']}, {row['contestant']}"
+        times = "".join(f"{row[f'seconds_{of}'] * 1e3:>11.2f}" for of in ("median", "min", "max"))
+        work = "-" if row["operations"] is None else f"{row['operations']:.3f}"
+        host = row["host_seconds_median"] * 1e3
+        lines.append(
+            f"{name:<52}{row['images_per_s']:>11,.0f}{times}{row['times_plain']:>11.2f}{work:>11}{host:>11.2f}"
+        )
+    lines += [f"not timed: {name}: {why}" for name, why in result["failures"].items()]
+    return "\n".join(lines)
+
+
+def run(settings: ThroughputSettings) -> dict[str, Any]:
+    """Measures, and prints, writes and draws the result.
+
+    Raises:
+      SettingsError: a setting cannot be used, or PyTorch is missing.
+    """
+    check(settings)
+    set_xla_flags()
+    # Where a GPU is shared with PyTorch's processes, JAX must not take three quarters of it at the start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    def keep(result: dict[str, Any]) -> None:
+        if settings.output is not None:
+            write_beside(settings.output, result, png(throughput_figure(result)))
+
+    try:
+        result = measure(settings, keep)
+    except ValueError as error:  # of the library, whose messages fit the flags
+        raise SettingsError(str(error)) from error
+    print(table(result), flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 1 where PyTorch's process dies or a disk is full, 2 for bad arguments."""
+    import tyro
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    settings = tyro.cli(ThroughputSettings, args=words, prog=call("throughput"))
+
+    def work() -> int:
+        try:
+            run(settings)
+        except PeerError as error:
+            print(f"fr_jax: {error}. What was measured before is in --output.", file=sys.stderr)
+            return 1
+        return 0
+
+    return code_of(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What each layer of a network costs: its forward pass alone, and with its gradients; counted, or measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fr_jax.stages import check_stages, traced_once
+from fr_jax.types import Array, PyTree, Stage
+
+__all__ = ["LayerCost", "StageWork", "layer_costs", "layer_flops", "layer_times", "stage_cost"]
+
+
+class LayerCost(NamedTuple):
+    """What a layer costs for one mini-batch: seconds (:func:`layer_times`), or operations (:func:`layer_flops`).
+
+    Attributes:
+      forward: of the forward pass alone, a play.
+      weights_gradient: of the forward pass and the gradient for the weights, in one function; what the first layer of
+        the first stage does.
+      both_gradients: of the forward pass and the gradients for weights and input, in one function: a replay.
+    """
+
+    forward: float
+    weights_gradient: float
+    both_gradients: float
+
+    @property
+    def input_gradient(self) -> float:
+        """Of the forward pass and the gradient for the input only, by the difference of the others."""
+        return self.forward + max(0.0, self.both_gradients - self.weights_gradient)
+
+
+class StageWork(NamedTuple):
+    """How often a stage does what in one step of a method.
+
+    Attributes:
+      plays: forward passes whose activations are not kept.
+      passes: forward and backward passes; back-propagation does one.
+      input_passes: forward passes with the gradient for the stage's input only (BlockProp's h-steps).
+    """
+
+    plays: float = 0.0
+    passes: float = 1.0
+    input_passes: float = 0.0
+
+
+def stage_cost(costs: Sequence[LayerCost], work: StageWork, start: int, stop: int) -> float:
+    """What a stage made of ``layers[start:stop]`` costs in one step: the sum over its layers.
+
+    The network's first layer needs no gradient for its input.
+
+    Args:
+      costs: one a layer of the whole network.
+      work: what the stage does in one step.
+      start: the stage's first layer.
+      stop: the layer after its last.
+
+    Returns:
+      Seconds or operations, as ``costs`` are.
+
+    Example:
+      >>> from fr_jax.partitioning.costs import LayerCost, StageWork, stage_cost
+      >>> stage_cost([LayerCost(1.0, 2.0, 3.0)] * 4, StageWork(plays=1), 0, 2)
+      7.0
+    """
+    total = 0.0
+    for i in range(start, stop):
+        one = costs[i]
+        total += work.plays * one.forward
+        total += work.passes * (one.both_gradients if i > 0 else one.weights_gradient)
+        total += work.input_passes * one.input_gradient
+    return total
+
+
+def layer_flops(layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeStruct) -> list[LayerCost]:
+    """The floating-point operations of every layer, as XLA counts them; nothing runs.
+
+    Args:
+      layers: the network, one stage a layer.
+      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
+
+    Returns:
+      One :class:`LayerCost` a layer, in floating-point operations for the mini-batch.
+
+    Raises:
+      ValueError: there are no layers, or JAX has no CPU backend (``JAX_PLATFORMS=cuda``), which does the counting.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fr_jax as fr
+      >>> from fr_jax.partitioning.costs import layer_flops
+      >>> first, *_ = layer_flops(fr.models.mlp(depth=2, width=64), jnp.ones((8, 784)))
+      >>> 2 * 8 * 784 * 64 <= first.forward < 1.1 * 2 * 8 * 784 * 64
+      True
+    """
+    kinds, of_layer = _different_layers(layers, example_inputs)
+    counted = []
+    for kind in kinds:
+        functions = _passes(kind)
+        flops = [_count_flops(run, *specs) for run, specs in functions]
+        counted.append(LayerCost(*flops))
+    return [counted[i] for i in of_layer]
+
+
+def layer_times(
+    layers: Sequence[Stage],
+    example_inputs: Array | jax.ShapeDtypeStruct,
+    *,
+    repeats: int = 5,
+    device: jax.Device | None = None,
+) -> list[LayerCost]:
+    """Seconds of every layer, measured on a device: the median of some runs, in which all layers take turns.
+
+    Taking turns spreads a slow moment of the machine over all of them. Equal layers with equal inputs are measured
+    once. Each function is timed from its call to its result, so what a call itself costs is included.
+
+    Args:
+      layers: the network, one stage a layer.
+      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
+      repeats: timed runs of each function, after one to warm up.
+      device: where; the default device if None.
+
+    Returns:
+      One :class:`LayerCost` a layer, in seconds for the mini-batch.
+
+    Raises:
+      ValueError: there are no layers, or ``repeats`` is less than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fr_jax as fr
+      >>> from fr_jax.partitioning.costs import layer_times
+      >>> times = layer_times(fr.models.mlp(depth=3, width=64), jnp.ones((8, 784)), repeats=2)
+      >>> len(times), times[0].both_gradients > 0
+      (3, True)
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats = {repeats} is too few; every layer is timed at least once. Use 5 or more.")
+    kinds, of_layer = _different_layers(layers, example_inputs)
+    with jax.default_device(device):
+        jobs = [_ready(run, specs, seed) for seed, kind in enumerate(kinds) for run, specs in _passes(kind)]
+        seconds = [[job() for job in jobs] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
+    timed = [LayerCost(*medians[i : i + 3]) for i in range(0, len(medians), 3)]
+    return [timed[i] for i in of_layer]
+
+
+def layer_costs(
+    layers: Sequence[Stage],
+    example_inputs: Array | jax.ShapeDtypeStruct,
+    measure: Literal["flops", "time"] = "flops",
+    *,
+    repeats: int = 5,
+) -> list[float]:
+    """The cost of forward and vector-Jacobian product of every layer, for one mini-batch, as one number each.
+
+    :func:`layer_flops` and :func:`layer_times` have the parts.
+
+    Args:
+      layers: the network, one stage a layer.
+      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
+      measure: ``"flops"``, counted by XLA without running anything; or ``"time"``, measured on the default device.
+      repeats: timed runs of each different layer, after one to warm up.
+
+    Returns:
+      One number a layer: floating-point operations, or seconds.
+
+    Raises:
+      ValueError: ``measure`` is neither of the two, or there are no layers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fr_jax as fr
+      >>> costs = fr.layer_costs(fr.models.mlp(depth=3, width=64), jnp.ones((8, 784)))
+      >>> costs[0] > costs[1]
+      True
+    """
+    if measure not in ("flops", "time"):
+        raise ValueError(f"measure = {measure!r} is unknown; it can be 'flops' or 'time'.")
+    if measure == "flops":
+        return [cost.both_gradients for cost in layer_flops(layers, example_inputs)]
+    return [cost.both_gradients for cost in layer_times(layers, example_inputs, repeats=repeats)]
+
+
+class _Kind(NamedTuple):
+    """A layer, and the specs of what it is applied to and returns."""
+
+    layer: Stage
+    params: PyTree
+    state: PyTree
+    h_in: PyTree
+    h_out: PyTree
+
+
+def _different_layers(
+    layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeStruct
+) -> tuple[list[_Kind], list[int]]:
+    """The layers without repetition, and for each layer which of these it is."""
+    if not layers:
+        raise ValueError("the cost of no layers was asked for; a network has at least one layer.")
+    check_stages(layers, "layer")
+    h: Any = jax.ShapeDtypeStruct(example_inputs.shape, jax.dtypes.canonicalize_dtype(example_inputs.dtype))
+    known: dict[Any, int] = {}
+    kinds, of_layer = [], []
+    for layer in layers:
+        leaves, treedef = jax.tree.flatten(h)
+        same = (layer.apply, treedef, tuple(leaves))
+        if same not in known:
+            params, state = jax.eval_shape(layer.init, jax.random.key(0), h)
+            h_out, _ = jax.eval_shape(_apply(layer), params, state, h)
+            known[same] = len(kinds)
+            kinds.append(_Kind(layer, params, state, h, h_out))
+        of_layer.append(known[same])
+        h = kinds[known[same]].h_out
+    return kinds, of_layer
+
+
+def _apply(layer: Stage) -> Callable:
+    apply = traced_once(layer.apply)
+    return lambda params, state, h: apply(params, state, h, key=jax.random.key(0), train=True)
+
+
+def _passes(kind: _Kind) -> list[tuple[Callable, tuple]]:
+    """The functions of a :class:`LayerCost` and the specs of their arguments; integers (tokens) have no gradient."""
+    run, specs = _apply(kind.layer), (kind.params, kind.state, kind.h_in)
+
+    def weights_gradient(params: PyTree, state: PyTree, h_in: PyTree, delta: PyTree) -> PyTree:
+        h_out, vjp, new_state = jax.vjp(lambda p: run(p, state, h_in), params, has_aux=True)
+        return h_out, new_state, vjp(delta)
+
+    def both_gradients(params: PyTree, state: PyTree, h_in: PyTree, delta: PyTree) -> PyTree:
+        h_out, vjp, new_state = jax.vjp(lambda p, x: run(p, state, x), params, h_in, has_aux=True)
+        return h_out, new_state, vjp(delta)
+
+    differentiable = all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(kind.h_in))
+    both = both_gradients if differentiable else weights_gradient
+    return [(run, specs), (weights_gradient, (*specs, kind.h_out)), (both, (*specs, kind.h_out))]
+
+
+def _count_flops(run: Callable, *specs: PyTree) -> float:
+    try:
+        processor = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            "operations are counted by JAX's CPU backend, which JAX_PLATFORMS hides here. Add it (such as "
+            "JAX_PLATFORMS=cuda,cpu), or cut by measured times (balance 'time'), by numbers of layers or by hand."
+        ) from error
+    with jax.default_device(processor):  # a GPU's backend counts nothing in what is not compiled
+        analysis = jax.jit(run).lower(*specs).cost_analysis()
+    return float((analysis or {}).get("flops", 0.0))
+
+
+def _ready(run: Callable, specs: tuple, seed: int) -> Callable[[], float]:
+    """``run``, compiled and warm, with random arguments: a call does it once and returns the seconds."""
+    rng = np.random.default_rng(seed)
+
+    def fill(spec: jax.ShapeDtypeStruct) -> Array:
+        if jnp.issubdtype(spec.dtype, jnp.inexact):
+            return jnp.asarray(rng.standard_normal(spec.shape, np.float32) * 0.1, spec.dtype)
+        return jnp.zeros(spec.shape, spec.dtype)
+
+    jitted, arguments = jax.jit(run), jax.tree.map(fill, specs)
+    jax.block_until_ready(jitted(*arguments))
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(jitted(*arguments))
+        return time.perf_counter() - start
+
+    return once

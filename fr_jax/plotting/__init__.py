@@ -1,0 +1,1 @@
+"""Pictures in one style: curves, comparisons, Gantt charts and memory."""

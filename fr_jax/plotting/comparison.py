@@ -1,0 +1,175 @@
+"""One figure of many runs: loss against epoch, loss against time, test error against epoch."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fr_jax._files import write_atomically
+from fr_jax.plotting.curves import COLOURS, Rows, curve, is_finite, png, smoothed, time_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Line", "comparison_figure", "plot_comparison"]
+
+STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+LOG_SCALE_RATIO = 30.0
+
+
+class Line(NamedTuple):
+    """Runs of several seeds that are drawn as their mean, with a band from the least to the greatest.
+
+    The mean goes as far as the shortest run; those that go on are thin lines from there.
+
+    Attributes:
+      label: in the legend.
+      runs: the rows of each run's ``metrics.jsonl``.
+      colour, stroke: numbers; equal ones look alike.
+    """
+
+    label: str
+    runs: Sequence[Rows]
+    colour: int
+    stroke: int
+
+
+class Mean(NamedTuple):
+    """``(n,)`` each: x, and y's mean, least and greatest over the seeds."""
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+TIME = "training time, compilation included"
+
+
+def plot_comparison(
+    lines: Sequence[Line], path: str | pathlib.Path, *, title: str, data_source: str, time: str = TIME
+) -> None:
+    """Draws :func:`comparison_figure` into a PNG file, replaced in one go.
+
+    Raises:
+      ValueError: for no lines.
+      OSError: the file cannot be written; an old one is intact.
+    """
+    write_atomically(path, png(comparison_figure(lines, title=title, data_source=data_source, time=time)))
+
+
+def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, time: str = TIME) -> Figure:
+    """Training loss (smoothed) against epoch and time, and test error in percent against epoch; a cross: diverged.
+
+    ``time`` says what the rows' seconds are.
+    """
+    if not lines:
+        raise ValueError("no runs to compare: give at least one line.")
+    from matplotlib.figure import Figure
+
+    widest = max(len(line.label) for line in lines) + 13  # with "(× diverged)"
+    columns = max(1, min(len(lines), 190 // (widest + 6)))
+    legend_rows = math.ceil(len(lines) / columns)
+    height = 4.6 + 0.24 * legend_rows
+    drawing = Figure(figsize=(14, height))
+    drawing.suptitle(title, y=1 - 0.14 / height, va="top", fontsize=13, fontweight="bold")
+    drawing.text(0.5, 0.08 / height, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
+    loss, clock, error = drawing.subplots(1, 3)
+    unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
+    for line in reversed(lines):  # the first, the baseline, on top
+        _draw(loss, line, "train_loss", "epoch", 1.0)
+        _draw(clock, line, "train_loss", "seconds", seconds)
+        _draw(error, line, "test_accuracy", "epoch", 1.0)
+    _finish(loss, "epoch", "training loss")
+    _finish(clock, f"{time} ({unit})", "training loss")
+    _finish(error, "epoch", "test error (%)")
+    handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
+    top = 1 - (0.5 + 0.24 * legend_rows) / height
+    drawing.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, top), ncols=columns, frameon=False)
+    drawing.subplots_adjust(left=0.05, right=0.99, bottom=0.78 / height, top=top - 0.02, wspace=0.17)
+    return drawing
+
+
+def mean_over_runs(runs: Sequence[Rows], quantity: str, against: str) -> tuple[Mean, bool]:
+    """Step by step over the seeds, as far as all go that did not diverge; and whether one diverged.
+
+    A step counts where all runs that reached it have a row: one that was resumed may have others than the rest.
+    """
+    points = [_points(rows, quantity, against) for rows in runs]
+    end = _last_common(runs, points)
+    steps = []
+    for step in sorted(step for step in set().union(*points) if step <= end):
+        reached = [own for own in points if own and max(own) >= step]
+        if all(step in own for own in reached):
+            steps.append([own[step] for own in reached])
+    x = np.array([np.mean([x for x, _ in there]) for there in steps])
+    ys = [[y for _, y in there] for there in steps]
+    mean, low, high = (np.array([f(y) for y in ys]) for f in (np.mean, np.min, np.max))
+    return Mean(x, mean, low, high), any(_diverged(rows) for rows in runs)
+
+
+def _diverged(rows: Rows) -> bool:
+    return curve(rows, "train_loss", "epoch").diverged  # there it shows
+
+
+def _last_common(runs: Sequence[Rows], points: Sequence[dict[int, Any]]) -> float:
+    """The last step of the shortest run: beyond it a mean would move because a seed is missing."""
+    ends = [(max(own), _diverged(rows)) for rows, own in zip(runs, points, strict=True) if own]
+    whole = [end for end, diverged in ends if not diverged]
+    return min(whole) if whole else max((end for end, _ in ends), default=0)
+
+
+def _further(runs: Sequence[Rows], quantity: str, against: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each run that goes on where the mean ends, x and y from there."""
+    points = [_points(rows, quantity, against) for rows in runs]
+    end = _last_common(runs, points)
+    tails = [np.array([own[step] for step in sorted(own) if step >= end]) for own in points]
+    return [(tail[:, 0], tail[:, 1]) for tail in tails if len(tail) > 1]
+
+
+def _points(rows: Rows, quantity: str, against: str) -> dict[int, tuple[float, float]]:
+    """Step -> (x, y), for the finite values."""
+    there = [row for row in rows if is_finite(row.get(quantity)) and is_finite(row.get(against))]
+    y = _shown(np.array([row[quantity] for row in there], float), quantity)
+    return {row["step"]: (row[against], value) for row, value in zip(there, y.tolist(), strict=True)}
+
+
+def _shown(y: np.ndarray, quantity: str) -> np.ndarray:
+    return 100 * (1 - y) if quantity == "test_accuracy" else smoothed(y)
+
+
+def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float) -> None:
+    mean, diverged = mean_over_runs(line.runs, quantity, against)
+    look: dict[str, Any] = {
+        "color": COLOURS[line.colour % len(COLOURS)],
+        "linestyle": STROKES[line.stroke % len(STROKES)],
+    }
+    sparse = len(mean.x) == 1 or (quantity == "test_accuracy" and len(mean.x) <= 40)
+    few: dict[str, Any] = {"marker": "o", "markersize": 4} if sparse else {}
+    label = f"{line.label} (× diverged)" if diverged else line.label
+    axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
+    if len(line.runs) > 1:
+        axes.fill_between(mean.x / scale, mean.low, mean.high, color=look["color"], alpha=0.15, linewidth=0)
+        for x, y in _further(line.runs, quantity, against):
+            axes.plot(x / scale, y, linewidth=0.9, alpha=0.6, **look)
+    if diverged and len(mean.x):
+        axes.plot(mean.x[-1:] / scale, mean.y[-1:], "X", color=look["color"], markersize=10, markeredgecolor="white")
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_xlim(left=0)
+    axes.grid(True, which="both", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    shown = np.concatenate([np.asarray(one.get_ydata(), float) for one in axes.get_lines()] or [np.zeros(0)])
+    shown = shown[np.isfinite(shown)]
+    if len(shown) and shown.min() > 0 and shown.max() > LOG_SCALE_RATIO * shown.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")

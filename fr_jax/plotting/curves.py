@@ -1,0 +1,193 @@
+"""Curves of one or several runs as a PNG: loss and accuracy, against epoch and against time."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fr_jax._files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out, too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LOG_SCALE_RATIO = 30.0
+_SMOOTH_SHARE = 1 / 25
+_LEGEND_CHARACTERS = 150
+_TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+
+
+class Curve(NamedTuple):
+    """One quantity of one run.
+
+    Attributes:
+      x: ``(n,)`` epochs or seconds.
+      y: ``(n,)`` values, all finite.
+      diverged: whether values that are not finite were left out.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    diverged: bool
+
+
+def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: str, data_source: str) -> None:
+    """Draws the curves of ``runs`` into a PNG file, replaced in one go.
+
+    Row 1 is the loss, row 2 the accuracy in percent; column 1 against epoch, column 2 against time. Thin: training,
+    smoothed, with the raw values pale behind. Thick with markers: test.
+
+    Args:
+      runs: rows of ``metrics.jsonl`` by label (``"FR, K = 4"``).
+      path: the PNG file.
+      title: one line over the figure.
+      data_source: what the runs were trained on, written below the figure.
+
+    Raises:
+      ValueError: for no runs.
+      OSError: the file cannot be written; an old one is intact.
+    """
+    write_atomically(path, png(figure(runs, title=title, data_source=data_source)))
+
+
+def png(drawing: Figure, dpi: int = 150) -> bytes:
+    """A figure as the content of a PNG file."""
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
+
+
+def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
+    """The figure of :func:`plot_curves`, for a notebook to show; it needs no display and no pyplot."""
+    if not runs:
+        raise ValueError("no runs to plot: give at least one label with its rows.")
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(11, 7))
+    drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
+    drawing.text(0.5, 0.012, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
+    axes = drawing.subplots(2, 2, sharex="col", sharey="row")
+    unit, seconds_per_unit = time_unit(runs)
+    for row, quantity in enumerate(("loss", "accuracy")):
+        for column, (against, scale) in enumerate((("epoch", 1.0), ("seconds", seconds_per_unit))):
+            for number, rows in enumerate(runs.values()):
+                _draw_run(axes[row, column], rows, quantity, against, scale, COLOURS[number % len(COLOURS)])
+        _set_limits(axes[row, 0], runs, quantity)
+    _label(axes, unit)
+    lines = _add_legend(drawing, runs)
+    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.92 - 0.03 * lines, wspace=0.05, hspace=0.09)
+    return drawing
+
+
+def curve(rows: Rows, quantity: str, against: str) -> Curve:
+    """The finite points of ``quantity`` (``"train_loss"``) over ``against`` (``"epoch"`` or ``"seconds"``)."""
+    points = [(row[against], row[quantity]) for row in rows if quantity in row and is_finite(row.get(against))]
+    finite = [(x, y) for x, y in points if is_finite(y)]
+    x, y = np.asarray(finite, dtype=float).reshape(-1, 2).T
+    return Curve(x, y, diverged=len(finite) < len(points))
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """``(n,)`` -> ``(n,)``: the mean over a window of n / 25 values around each, cut off at the ends."""
+    half = int(len(values) * _SMOOTH_SHARE / 2)
+    if half == 0:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a row has a value here that can be drawn."""
+    return value is not None and math.isfinite(value)
+
+
+def _diverged(rows: Rows) -> bool:
+    return curve(rows, "train_loss", "epoch").diverged or curve(rows, "test_loss", "epoch").diverged
+
+
+def _percent(quantity: str) -> float:
+    return 100.0 if quantity == "accuracy" else 1.0
+
+
+def _draw_run(axes: Axes, rows: Rows, quantity: str, against: str, scale: float, colour: str) -> None:
+    train, test = (curve(rows, f"{split}_{quantity}", against) for split in ("train", "test"))
+    y = train.y * _percent(quantity)
+    mean = smoothed(y)
+    if mean is not y:
+        axes.plot(train.x / scale, y, color=colour, linewidth=0.6, alpha=0.18, zorder=1)
+    lone = "." if len(mean) == 1 else None
+    axes.plot(train.x / scale, mean, color=colour, linewidth=1.1, alpha=0.75, zorder=2, marker=lone)
+    every = max(1, math.ceil(len(test.x) / 25))
+    style = {"linewidth": 2.1, "marker": "o", "markersize": 4.5, "markevery": every, "zorder": 3}
+    axes.plot(test.x / scale, test.y * _percent(quantity), color=colour, **style)
+    if quantity == "loss" and _diverged(rows) and len(train.x):
+        cross = {"marker": "X", "markersize": 11, "color": colour, "markeredgecolor": "white", "zorder": 4}
+        axes.plot(train.x[-1:] / scale, mean[-1:], linestyle="none", clip_on=False, **cross)
+
+
+def _set_limits(axes: Axes, runs: Mapping[str, Rows], quantity: str) -> None:
+    """Limits for the smoothed training curves and the test curves; raw values may leave the picture."""
+    curves = [curve(rows, f"{split}_{quantity}", "epoch").y for rows in runs.values() for split in ("train", "test")]
+    shown = np.concatenate([smoothed(y) for y in curves]) * _percent(quantity)
+    if not len(shown):
+        return
+    low, high = float(shown.min()), float(shown.max())
+    if quantity == "accuracy":
+        margin = max(0.06 * (high - low), 1.0)
+        axes.set_ylim(max(low - margin, -2.0), min(high + margin, 102.0))
+    elif low > 0 and high > _LOG_SCALE_RATIO * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(low / 1.4, high * 1.4)
+    else:
+        margin = max(0.06 * (high - low), 0.02 * abs(high), 1e-6)
+        axes.set_ylim(0.0 if 0 <= low < 0.3 * high else low - margin, high + margin)
+
+
+def _label(axes: np.ndarray, unit: str) -> None:
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("accuracy (%)")
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 1].set_xlabel(f"training time ({unit})")
+    for panel in axes.flat:
+        panel.grid(True, color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.02)
+        panel.set_xlim(left=0)
+
+
+def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
+    """Puts one legend under the title and returns how many lines it has."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number, (label, rows) in enumerate(runs.items()):
+        text = f"{label} (× diverged)" if _diverged(rows) else label
+        handles.append(Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=5, label=text))
+    handles.append(Line2D([], [], color="0.3", linewidth=1.1, label="training"))
+    handles.append(Line2D([], [], color="0.3", linewidth=2.1, marker="o", markersize=4.5, label="test"))
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), _LEGEND_CHARACTERS // (widest + 9)))
+    drawing.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.945), ncols=columns, frameon=False, borderaxespad=0
+    )
+    return math.ceil(len(handles) / columns)
+
+
+def time_unit(runs: Mapping[str, Rows]) -> tuple[str, float]:
+    """The largest unit of which the longest run lasted at least two."""
+    seconds = [row["seconds"] for rows in runs.values() for row in rows if is_finite(row.get("seconds"))]
+    longest = max(seconds, default=0.0)
+    return next(((name, size) for name, size in _TIME_UNITS if longest >= 2 * size), _TIME_UNITS[-1])

@@ -1,0 +1,176 @@
+"""Gantt charts of timelines: a row a device, a colour a kind of work, and the bubble in per cent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fr_jax.diagnostics.simulation.timeline import Task, Timeline, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["LOOKS", "Look", "gantt_figure"]
+
+
+class Look(NamedTuple):
+    """How the kinds of work in ``kinds`` are shown; ``ink`` is the colour of the number on them."""
+
+    label: str
+    colour: str
+    kinds: tuple[str, ...]
+    ink: str = "black"
+
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+LOOKS = (
+    Look("forward, play", "#56B4E9", ("play", "forward")),
+    Look("replay, backward and update in one", "#E69F00", ("replay",)),
+    Look("forward and backward in one", "#0072B2", ("last", "gradient"), "white"),
+    Look("backward", "#009E73", ("backward",), "white"),
+    Look("update", "#F0E442", ("update", "accumulate")),
+    Look("synthesizer", "#CC79A7", ("synthesize", "learn")),
+    Look("transfer", "#D55E00", ("transfer",), "white"),
+)
+OTHER = Look("other work", "#999999", ())
+LOOK_OF = {kind: look for look in LOOKS for kind in look.kinds}
+
+DEVICES_WITH_ROOM, BARS_WITH_ROOM = 12, 150
+"""Devices of a chart, and bars a device, up to which it shows mini-batch numbers and single transfers."""
+WIDTH_INCHES, LEFT_INCHES, RIGHT_INCHES = 13.0, 0.75, 0.15
+POINTS_PER_DIGIT = 4.6
+
+
+def gantt_figure(
+    timelines: Mapping[str, Timeline],
+    *,
+    title: str,
+    seconds: float | None = None,
+    unit: str = "s",
+    reference: float | None = None,
+) -> Figure:
+    """One chart a timeline, above each other with one time axis, from the first task on.
+
+    Above each chart stand the seconds a step and the bubble in steady state, as :func:`summarise` finds them; the
+    chart itself shows how the devices fill at the start as well. Numbers are mini-batches (GPipe: microbatches). Kinds
+    of tasks that are not in :data:`LOOKS` are grey.
+
+    Args:
+      timelines: by label, each of at least two steps.
+      title: one line over the figure.
+      seconds: the end of the time axis; by default the end of the shortest timeline.
+      unit: of the timelines' times; ``"s"`` where they are seconds.
+      reference: a step of back-propagation on one device, to say how many times as fast each is.
+
+    Raises:
+      ValueError: for no timelines, or one without a steady state.
+
+    Example:
+      >>> from fr_jax.diagnostics.simulation.schedules import ddg
+      >>> from fr_jax.diagnostics.simulation.timeline import simulate
+      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
+      >>> drawing = gantt_figure({"DDG": simulate(ddg(times_of_costs([1.5, 1.5]), steps=8))}, title="K = 2")
+      >>> drawing.axes[0].get_title(loc="left")
+      'DDG: 1.5 s a step, bubble 0.0 %'
+    """
+    if not timelines:
+        raise ValueError("no timelines to draw: give at least one, with its label.")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    end = min(float(timeline.end.max()) for timeline in timelines.values()) if seconds is None else seconds
+    rows = [1 + max(task.device for task in timeline.schedule) for timeline in timelines.values()]
+    heights = [max(0.35, min(0.24 * devices, 0.7 + 0.1 * devices, 2.2)) for devices in rows]
+    gap, top, bottom = 0.42, 1.05, 0.62
+    height = sum(heights) + gap * (len(rows) - 1) + top + bottom
+    drawing = Figure(figsize=(WIDTH_INCHES, height))
+    drawing.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=13, fontweight="bold")
+    upper = height - top
+    shown: set[str] = set()
+    left, width = LEFT_INCHES / WIDTH_INCHES, 1 - (LEFT_INCHES + RIGHT_INCHES) / WIDTH_INCHES
+    for number, (label, timeline) in enumerate(timelines.items()):
+        lower = upper - heights[number]
+        axes = drawing.add_axes((left, lower / height, width, heights[number] / height))
+        shown |= _draw(axes, timeline, end)
+        axes.set_title(f"{label}: {_said(timeline, unit, reference)}", loc="left", fontsize=10, pad=3)
+        if number == len(rows) - 1:
+            axes.set_xlabel(f"time ({unit})")
+        else:
+            axes.tick_params(labelbottom=False)
+        upper = lower - gap
+    handles = [Patch(color=look.colour, label=look.label) for look in (*LOOKS, OTHER) if look.label in shown]
+    anchor = (0.5, 1 - 0.36 / height)
+    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=anchor, ncols=len(handles), frameon=False)
+    return drawing
+
+
+def _said(timeline: Timeline, unit: str, reference: float | None) -> str:
+    found = summarise(timeline)
+    faster = f", {reference / found.step_seconds:.2f} times as fast as one device" if reference else ""
+    return f"{found.step_seconds:.4g} {unit} a step{faster}, bubble {100 * found.bubble:.1f} %"
+
+
+def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:
+    """The labels of the looks that were drawn."""
+    devices = 1 + max(task.device for task in timeline.schedule)
+    visible = [
+        (task, start, stop)
+        for task, start, stop in zip(timeline.schedule, timeline.start.tolist(), timeline.end.tolist(), strict=True)
+        if start < end and stop > start
+    ]
+    few = devices <= DEVICES_WITH_ROOM and len(visible) <= BARS_WITH_ROOM * devices
+    shown = set()
+    for look in (*LOOKS, OTHER):
+        bars = [(task, start, stop) for task, start, stop in visible if LOOK_OF.get(task.kind, OTHER) is look]
+        if bars:
+            shown.add(look.label)
+            _draw_bars(axes, look, bars, few)
+    if few:
+        points_per_unit = 72 * (WIDTH_INCHES - LEFT_INCHES - RIGHT_INCHES) / end
+        _draw_numbers(axes, visible, end, points_per_unit)
+        lines = [one for one in timeline.transfers if one.start < end]
+        for one in lines:
+            axes.plot((one.start, one.end), (one.source, one.target), color=LOOKS[-1].colour, linewidth=0.8, zorder=3)
+        shown |= {LOOKS[-1].label} if lines else set()
+    _finish(axes, devices, end)
+    return shown
+
+
+def _draw_bars(axes: Axes, look: Look, bars: Sequence[tuple[Task, float, float]], few: bool) -> None:
+    from matplotlib.collections import PolyCollection
+
+    half = 0.42 if few else 0.5
+    corners = [
+        np.array([[start, k - half], [stop, k - half], [stop, k + half], [start, k + half]])
+        for k, start, stop in ((task.device, start, stop) for task, start, stop in bars)
+    ]
+    edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6} if few else {"antialiased": False}
+    axes.add_collection(PolyCollection(corners, facecolors=look.colour, **edge))
+
+
+def _draw_numbers(axes: Axes, bars: Sequence[tuple[Task, float, float]], end: float, points_per_unit: float) -> None:
+    for task, start, stop in bars:
+        text = str(task.minibatch)
+        if (
+            task.kind != "transfer"
+            and stop <= end
+            and (stop - start) * points_per_unit > POINTS_PER_DIGIT * len(text) + 3
+        ):
+            ink = LOOK_OF.get(task.kind, OTHER).ink
+            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": ink}
+            axes.text((start + stop) / 2, task.device, text, **style)
+
+
+def _finish(axes: Axes, devices: int, end: float) -> None:
+    axes.set_xlim(0, end)
+    axes.set_ylim(devices - 0.4, -0.6)
+    every = 1 if devices <= DEVICES_WITH_ROOM else max(1, devices // 8)
+    ticks = [k for k in range(devices) if (k + 1) % every == 0 or k == 0]
+    axes.set_yticks(ticks, [str(k + 1) for k in ticks], fontsize=8)
+    axes.set_ylabel("device", fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.set_facecolor("0.93")
+    axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,0 +1,175 @@
+"""The log of a run: ``metrics.jsonl``, one JSON object a line, and TensorBoard events for those who want them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from fr_jax._files import explained, write_atomically
+
+
+class MetricsLog:
+    """Appends rows to a JSON Lines file; a row is on its way to the disk when ``write`` returns.
+
+    The file is strict JSON: numbers that are not finite are written as ``null``.
+
+    Args:
+      path: the file; its folder is made.
+      resume_step: rows of later steps are dropped first, since the resumed run writes them again, and so is a last line
+        that a killed run left half written. ``None`` starts a new log.
+      tensorboard: a folder for TensorBoard events of the same rows.
+
+    Raises:
+      FileExistsError: ``resume_step`` is None and the file has rows already.
+      ImportError: ``tensorboard`` is given and tensorboardX is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> with MetricsLog(path) as log:
+      ...     log.write({"step": 1, "train_loss": float("nan")})
+      >>> read_rows(path)
+      [{'step': 1, 'train_loss': None}]
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        resume_step: int | None = None,
+        *,
+        tensorboard: str | pathlib.Path | None = None,
+    ) -> None:
+        self._path = pathlib.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        exists = self._path.exists() and self._path.stat().st_size > 0
+        if exists and resume_step is None:
+            raise FileExistsError(
+                f"{self._path} holds the rows of another run: resume that run, or use another folder."
+            )
+        if exists:
+            rows = [row for row in read_rows(self._path) if row.get("step", 0) <= resume_step]
+            write_atomically(self._path, b"".join(map(_line, rows)))
+        self._events = None if tensorboard is None else tensorboard_writer(tensorboard, resume_step)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row.
+
+        Args:
+          row: names and numbers (Python, NumPy or JAX scalars), with ``"step"`` among them.
+
+        Raises:
+          OSError: the row cannot be written (the message says so when the disk is full); the file is as before.
+        """
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            line = _line(row)
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise explained(error, self._path) from error
+        if self._events is not None:
+            for name, value in row.items():
+                if name not in ("step", "epoch") and isinstance(_plain(value), int | float):
+                    self._events.add_scalar(_tag(name), _plain(value), row["step"])
+
+    def close(self) -> None:
+        """Closes the file and the TensorBoard events."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line that was only half written is left out.
+
+    Raises:
+      ValueError: a line before the last is not a JSON object.
+    """
+    lines = pathlib.Path(path).read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"line {number} of {path} is damaged ({error}): {line[:60]!r}. Remove it, or start in another folder."
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Writes indented JSON so that a reader sees the old file or the new one, never half of it.
+
+    Args:
+      path: the file; its folder must exist.
+      value: what JSON can hold, and NumPy or JAX scalars; numbers that are not finite become ``null``.
+
+    Raises:
+      OSError: the file cannot be written (the message says so when the disk is full); the old one is intact.
+    """
+    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None = None) -> Any:
+    """A ``tensorboardX.SummaryWriter``; events of steps after ``resume_step`` are hidden.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard events need the package tensorboardX: pip install 'fr_jax[tensorboard]', or run without them."
+        ) from error
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+
+
+def _tag(name: str) -> str:
+    """``train_loss`` -> ``train/loss``, so that TensorBoard shows training and test side by side."""
+    for group in ("train", "test"):
+        if name.startswith(f"{group}_"):
+            return f"{group}/{name.removeprefix(f'{group}_')}"
+    return f"run/{name}"
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(row), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """The same in terms of JSON: array scalars as numbers, what is not finite as ``None``."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

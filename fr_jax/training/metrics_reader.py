@@ -1,0 +1,214 @@
+"""What the loop learns of the steps it has issued: their metrics, read late, and agreed on by all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey, SequenceKey
+
+from fr_jax._arrays import is_readable, read
+from fr_jax.distributed import Group
+from fr_jax.training.classification import Score
+from fr_jax.training.interrupt import StopRequest
+from fr_jax.types import Info
+
+__all__ = ["Divergence", "MetricsReader", "Reporter", "Schedule", "Stopwatch"]
+
+
+class Schedule(NamedTuple):
+    """What happens when, in steps (mini-batches).
+
+    Attributes:
+      steps: the whole run.
+      batch_size: examples a step.
+      log_every: steps averaged in a training row.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      ahead: how many steps may be issued beyond the newest one whose metrics have been read. It must exceed the
+        number of stages, or a pipeline of decoupled stages runs dry.
+      profile: where to write a ``jax.profiler`` trace of ten steps, if anywhere.
+    """
+
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    ahead: int
+    profile: Path | None = None
+
+
+class Divergence(NamedTuple):
+    """Where a number first stopped being finite: the step, the stage (1..K), and which number it was."""
+
+    step: int
+    stage: int
+    what: str
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None: ...
+    def test(self, step: int, score: Score, seconds: float) -> None: ...
+    def advanced(self, step: int) -> None: ...
+    def saved(self, step: int) -> None: ...
+
+
+class Stopwatch:
+    """Seconds of training: it stands still while paused."""
+
+    def __init__(self, before: float) -> None:
+        self._before, self._start = before, time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+class MetricsReader:
+    """Reads metrics ``ahead`` steps late, so that the host waits for a device only to bound the steps in flight.
+
+    In a run of several processes each reads the numbers of its own stages; every ``log_every`` steps they tell each
+    other, so that all of them see the same divergence and stop after the same step.
+
+    Attributes:
+      step_seconds: between one read and the next.
+      divergence: where a number first was not finite, if anywhere.
+      stopped: whether a process was asked to stop.
+    """
+
+    def __init__(self, schedule: Schedule, K: int, report: Reporter, watch: Stopwatch, group: Group) -> None:
+        self._schedule, self._K, self._report, self._watch, self._group = schedule, K, report, watch, group
+        self._pending: deque[tuple[int, Info]] = deque()
+        self._untold: list[tuple[int, dict[str, float]]] = []
+        self._row: list[tuple[float, float]] = []
+        self._row_start = watch.seconds()
+        self._last_read: float | None = None
+        self._read_at: deque[float] = deque()  # of the steps that are not agreed on yet, by the stopwatch
+        self.step_seconds: list[float] = []
+        self.divergence: Divergence | None = None
+        self.stopped = False
+
+    def should_stop(self, stop: StopRequest) -> bool:
+        """Whether the run ends here; the same in all processes."""
+        return self.divergence is not None or self.stopped or (self._group.size == 1 and stop.signal is not None)
+
+    def add(self, step: int, info: Info, stop: StopRequest) -> None:
+        """Takes the metrics of a step that was issued, and reads those of an earlier one."""
+        self._pending.append((step, info))
+        if len(self._pending) > self._schedule.ahead:
+            self._read()
+        if self._group.size == 1 or step % self._schedule.log_every == 0:
+            self._agree(stop)
+
+    def drain(self, stop: StopRequest) -> None:
+        """Waits for every step that was issued. The next interval between two reads is not a step's time."""
+        while self._pending:
+            self._read()
+        self._agree(stop)
+        self._write_row()
+        self._last_read = None
+
+    def restart_row(self) -> None:
+        """What came since the last row was not training; it does not count in the next row's images per second."""
+        self._row_start = self._watch.seconds()
+
+    def sound(self, step: int, state: Any) -> bool:
+        """Whether nothing has diverged, every number of ``state`` included: a finite loss may have made bad weights."""
+        if self.divergence is None:
+            found = self._group.exchange(_not_finite(step, state))
+            self.divergence = next((Divergence(*one) for one in found if one is not None), None)
+        return self.divergence is None
+
+    def _read(self) -> None:
+        step, info = self._pending.popleft()
+        numbers = {"loss": info.loss, **info.metrics}
+        here = {name: x for name, x in numbers.items() if _is_here(x) and not getattr(x, "ndim", 0)}  # no vectors
+        self._untold.append((step, {name: _number(x) for name, x in here.items()}))
+        now = time.perf_counter()
+        if self._last_read is not None:
+            self.step_seconds.append(now - self._last_read)
+        self._last_read = now
+        self._read_at.append(self._watch.seconds())
+        self._report.advanced(step)
+
+    def _agree(self, stop: StopRequest) -> None:
+        """Brings together what the processes have read; each has read the same steps."""
+        told: list[Any] = self._group.exchange([self._untold, stop.signal])
+        self._untold = []
+        for parts in zip(*(steps for steps, _ in told), strict=True):
+            self._take(parts[0][0], {name: number for _, numbers in parts for name, number in numbers.items()})
+        signals = [signal for _, signal in told if signal is not None]
+        if signals:
+            stop.signal, self.stopped = signals[0], True
+
+    def _take(self, step: int, numbers: dict[str, float]) -> None:
+        self._seconds = self._read_at.popleft()
+        self._check_finite(step, numbers)
+        self._row.append((numbers["loss"], numbers.get("accuracy", math.nan)))
+        self._step = step
+        if step % self._schedule.log_every == 0:
+            self._write_row()
+
+    def _write_row(self) -> None:
+        if not self._row:
+            return
+        seconds = self._seconds
+        rate = len(self._row) * self._schedule.batch_size / max(seconds - self._row_start, 1e-9)
+        loss, accuracy = (statistics.fmean(column) for column in zip(*self._row, strict=True))
+        self._report.training(self._step, loss, accuracy, rate, seconds)
+        self._row, self._row_start = [], seconds
+
+    def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
+        if self.divergence is not None:
+            return
+        if not math.isfinite(numbers["loss"]):
+            self.divergence = Divergence(step, self._K, f"loss = {numbers['loss']}")
+            return
+        for k in range(1, self._K + 1):
+            norm = numbers.get(f"gradient_norm/{k}", 0.0)
+            if not math.isfinite(norm):
+                self.divergence = Divergence(step, k, f"gradient norm = {norm}")
+                return
+
+
+def _is_here(x: Any) -> bool:
+    return is_readable(x) if isinstance(x, jax.Array) else True
+
+
+def _number(x: Any) -> float:
+    return float(read(x)) if isinstance(x, jax.Array) else float(x)
+
+
+def _not_finite(step: int, state: Any) -> Divergence | None:
+    """The first leaf here that holds a number that is not finite; tuples of a state are one entry a stage.
+
+    A module's own state and an optimizer's may hold infinities: a mask, the best loss so far.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            for shard in leaf.addressable_shards:
+                values = np.asarray(shard.data)
+                may_be_infinite = isinstance(path[0], GetAttrKey) and path[0].name in ("model_state", "opt_state")
+                bad = values[np.isnan(values) if may_be_infinite else ~np.isfinite(values)]
+                if bad.size:
+                    stage = path[1].idx + 1 if len(path) > 1 and isinstance(path[1], SequenceKey) else len(state.params)
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    return Divergence(step, stage, f"{name} = {bad.flat[0]}")
+    return None

@@ -1,0 +1,534 @@
+import hashlib
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fr_jax.data import cifar, mnist, tfds_copies
+from fr_jax.data import download as fetch
+from fr_jax.data import image_sets as data
+from fr_jax.data.image_sets import DataError, load
+
+NAMES = ("cifar10", "cifar100")
+UNREACHABLE = "http://127.0.0.1:1/"  # the port is closed: refused at once
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(tmp_path, monkeypatch):
+    """No network, no TensorFlow, empty folders; and data sets of the official layout with few records."""
+    monkeypatch.setenv("FR_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: False)
+    for name, layout in list(cifar.FORMATS.items()):
+        small = layout._replace(
+            train_files=dict.fromkeys(layout.train_files, 30),
+            test_files=dict.fromkeys(layout.test_files, 20),
+            archive=layout.archive._replace(url=UNREACHABLE + layout.archive.file_name),
+        )
+        monkeypatch.setitem(cifar.FORMATS, name, small)
+    for name, file in list(mnist.FILES.items()):
+        archive = file.archive._replace(url=UNREACHABLE + file.archive.file_name, mirrors=())
+        shape = (150 if name.startswith("train") else 20, *file.shape[1:])
+        monkeypatch.setitem(mnist.FILES, name, mnist.IdxFile(shape, archive))
+
+
+def make_files(name):
+    """File name -> content, with random pixels and labels."""
+    layout, rng = cifar.FORMATS[name], np.random.default_rng(7)
+    contents = {}
+    for file, records in {**layout.train_files, **layout.test_files}.items():
+        record = rng.integers(0, 256, (records, layout.label_bytes + 3072), np.uint8)
+        record[:, : layout.label_bytes] = 255  # a coarse label must never be looked at
+        record[:, layout.label_bytes - 1] = rng.integers(0, layout.num_classes, records)
+        contents[file] = record.tobytes()
+    return contents
+
+
+def write_folder(folder, contents):
+    folder.mkdir(parents=True)
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+def write_archive(path, members):
+    """``members``: name -> content, or a ready TarInfo for what is not a plain file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def in_folder(name, contents):
+    return {f"{cifar.FORMATS[name].folder}/{file}": content for file, content in contents.items()}
+
+
+def make_place(kind, name, root):
+    """One of the forms in which a user may have the official data; what to pass as ``data_dir``."""
+    layout, contents = cifar.FORMATS[name], make_files(name)
+    if kind == "folder":
+        return write_folder(root / "somewhere", contents)
+    if kind == "parent":
+        return write_folder(root / layout.folder, contents).parent
+    archive = write_archive(root / layout.archive.file_name, in_folder(name, contents))
+    return archive if kind == "archive" else archive.parent
+
+
+def decode_slowly(name, content):
+    """The layout of the official page, pixel by pixel."""
+    layout = cifar.FORMATS[name]
+    size = layout.label_bytes + 3072
+    images, labels = [], []
+    for start in range(0, len(content), size):
+        labels.append(content[start + layout.label_bytes - 1])
+        pixels = content[start + layout.label_bytes : start + size]
+        images.append([[[pixels[1024 * c + 32 * y + x] for c in range(3)] for x in range(32)] for y in range(32)])
+    return images, labels
+
+
+def fail(*args, **kwargs):
+    with pytest.raises(DataError) as caught:
+        load(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_official_sizes():
+    layout = cifar.FORMATS["cifar10"]._replace(train_files={"data_batch_1.bin": 10_000}, test_files={})
+    assert layout.files == {"data_batch_1.bin": 30_730_000}
+
+
+def test_unknown_name():
+    message = fail("CIFAR-10")
+    assert "'CIFAR-10'" in message and "Did you mean 'cifar10'?" in message
+    assert all(name in message for name in data.DATASETS)
+
+
+def test_auto_prefers_official_data_only():
+    message = fail("auto", preferred="digits")
+    assert "auto cannot prefer 'digits'. Valid names: cifar10, cifar100, mnist." in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["folder", "parent", "archive", "archive's folder"])
+def test_official_files(kind, name, tmp_path):
+    place = make_place(kind, name, tmp_path / "data")
+    dataset = load(name, place)
+    contents = make_files(name)
+    train_files = cifar.FORMATS[name].train_files
+    images, labels = zip(*(decode_slowly(name, contents[file]) for file in train_files), strict=True)
+    np.testing.assert_array_equal(dataset.train_images, np.concatenate(images))
+    np.testing.assert_array_equal(dataset.train_labels, np.concatenate(labels))
+    (test_file,) = cifar.FORMATS[name].test_files
+    np.testing.assert_array_equal(dataset.test_images, decode_slowly(name, contents[test_file])[0])
+    np.testing.assert_array_equal(dataset.test_labels, decode_slowly(name, contents[test_file])[1])
+    assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
+    assert (dataset.name, dataset.num_classes) == (name, cifar.FORMATS[name].num_classes)
+    assert dataset.crop and dataset.flip
+    assert str(tmp_path) in dataset.source and cifar.FORMATS[name].title in dataset.source
+
+
+def test_auto_takes_cifar10_from_the_data_folder(tmp_path):
+    assert load("auto", str(make_place("folder", "cifar10", tmp_path))).name == "cifar10"
+
+
+def test_mean_and_std():
+    dataset = load("synthetic")
+    scaled = dataset.train_images.astype(np.float64) / 255
+    np.testing.assert_allclose(dataset.mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(dataset.std, scaled.std(axis=(0, 1, 2)), rtol=1e-6)
+    assert dataset.mean.dtype == dataset.std.dtype == np.float32
+
+
+def test_a_constant_channel_can_be_normalised(tmp_path):
+    contents = {file: bytes(len(content)) for file, content in make_files("cifar10").items()}
+    dataset = load("cifar10", write_folder(tmp_path / "black", contents))
+    np.testing.assert_array_equal(dataset.std, [1, 1, 1])
+
+
+def test_missing_file(tmp_path):
+    place = make_place("folder", "cifar10", tmp_path)
+    (place / "data_batch_3.bin").unlink()
+    assert "data_batch_3.bin missing" in fail("cifar10", place)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    place = make_place("folder", "cifar10", tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert "data_batch_1.bin cannot be read: Permission denied" in fail("cifar10", place)
+
+
+@pytest.mark.parametrize(("change", "found"), [(lambda c: c[:-1], "92,189"), (lambda c: c + c[:3073], "95,263")])
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_wrong_size(kind, change, found, tmp_path):
+    contents = make_files("cifar10")
+    contents["data_batch_2.bin"] = change(contents["data_batch_2.bin"])
+    if kind == "folder":
+        place = write_folder(tmp_path / "data", contents)
+    else:
+        place = write_archive(tmp_path / "any-name.tgz", in_folder("cifar10", contents))
+    message = fail("cifar10", place)
+    assert f"data_batch_2.bin has {found} bytes" in message and "must have 92,190" in message
+
+
+@pytest.mark.parametrize(("name", "file", "label"), [("cifar10", "test_batch.bin", 10), ("cifar100", "train.bin", 100)])
+def test_wrong_label(name, file, label, tmp_path):
+    contents, layout = make_files(name), cifar.FORMATS[name]
+    damaged = bytearray(contents[file])
+    damaged[4 * (layout.label_bytes + 3072) + layout.label_bytes - 1] = label
+    message = fail(name, write_folder(tmp_path / "data", contents | {file: bytes(damaged)}))
+    assert f"record 4 of {file} has the label {label}" in message and f"0..{label - 1}" in message
+
+
+def test_archive_with_a_link(tmp_path):
+    link = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = {"link": link} | in_folder("cifar10", make_files("cifar10"))
+    assert "data_batch_1.bin is not a plain file" in fail("cifar10", write_archive(tmp_path / "a.tar.gz", members))
+
+
+def test_archive_paths_are_not_followed(tmp_path):
+    contents = make_files("cifar10")
+    evil = {f"../{file}": b"x" for file in contents} | {f"/{file}": b"x" for file in contents} | {"../evil.txt": b"x"}
+    place = write_archive(tmp_path / "a" / "a.tar.gz", evil | in_folder("cifar10", contents))
+    before = sorted(tmp_path.rglob("*"))
+    assert load("cifar10", place).name == "cifar10"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "test_batch.bin missing" in fail("cifar10", write_archive(tmp_path / "b" / "b.tar.gz", evil))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"<html>no</html>"])
+def test_damaged_archive(damage, tmp_path):
+    place = make_place("archive", "cifar10", tmp_path)
+    place.write_bytes(damage(place.read_bytes()))
+    assert "is not a readable .tar.gz archive" in fail("cifar10", place)
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+def test_a_data_folder_without_data_is_an_error(name, tmp_path):
+    assert "holds no CIFAR-10" in fail(name, tmp_path)
+    assert "does not exist" in fail(name, tmp_path / "nowhere")
+
+
+def test_auto_without_network_is_digits_and_says_so():
+    lines = []
+    begin = time.monotonic()
+    dataset = load(log=lines.append)
+    assert time.monotonic() - begin < 10
+    assert dataset.name == "digits" and "scikit-learn" in dataset.source
+    assert len(lines) == 1 and "\n" not in lines[0]
+    assert "NO CIFAR-10" in lines[0] and "no connection to 127.0.0.1" in lines[0] and "digits" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "title"), [("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"), ("mnist", "MNIST")]
+)
+def test_auto_names_the_data_that_were_preferred(preferred, title):
+    lines = []
+    assert load("auto", preferred=preferred, log=lines.append).name == "digits"
+    (line,) = lines
+    assert f"NO {title}: none" in line and f"nothing about {title}." in line and f"ask for {preferred} by name" in line
+    assert ("it is not MNIST" in line) == (preferred == "mnist")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mnist"])
+def test_by_name_without_network_is_an_error_that_helps(name):
+    message = fail(name)
+    assert "no connection to 127.0.0.1" in message
+    assert all(f"({i})" in message for i in (1, 2, 3))
+    assert "--data-dir" in message and "--dataset digits" in message
+
+
+def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
+    import requests
+
+    end = threading.Event()
+    monkeypatch.setattr(fetch, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(requests, "get", lambda *_, **__: end.wait(20))
+    assert "no answer from 127.0.0.1" in fail("cifar10")
+    end.set()
+
+
+def test_digits():
+    dataset, again = load("digits"), load("digits")
+    assert dataset.train_images.shape == (1433, 32, 32, 3) and dataset.test_images.shape == (364, 32, 32, 3)
+    assert dataset.train_images.max() == 255
+    assert dataset.crop and not dataset.flip
+    for a, b in zip(dataset[1:5], again[1:5], strict=True):
+        np.testing.assert_array_equal(a, b)
+    share = np.bincount(dataset.test_labels) / (np.bincount(dataset.train_labels) + np.bincount(dataset.test_labels))
+    np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def test_synthetic_is_deterministic_and_learnable():
+    dataset, again = load("synthetic"), load("synthetic")
+    np.testing.assert_array_equal(dataset.train_images, again.train_images)
+    assert dataset.train_images.shape == (10_000, 32, 32, 3) and dataset.test_images.shape == (2_000, 32, 32, 3)
+    train, test = (images[:, ::4, ::4].reshape(len(images), -1) / 255 for images in (dataset[1], dataset[3]))
+    centres = np.stack([train[dataset.train_labels == label].mean(axis=0) for label in range(10)])
+    nearest = np.argmin(np.square(centres).sum(axis=1) - 2 * test @ centres.T, axis=1)
+    assert (nearest == dataset.test_labels).mean() > 0.9
+
+
+def test_a_data_folder_for_digits_is_mentioned(tmp_path):
+    lines = []
+    load("digits", tmp_path, log=lines.append)
+    assert "not used" in lines[0]
+
+
+class Server:
+    """An HTTP server on this machine that may break transfers off, ignore ranges, or send something else."""
+
+    def __init__(self, content, *, cut_after=None, ranges=True, status=200):
+        self.content, self.cut_after, self.ranges, self.status = content, cut_after, ranges, status
+        self.asked = []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def answer(self, request):
+        asked = request.headers["Range"]
+        self.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        status = 416 if start >= len(self.content) else 206 if start else self.status
+        body = b"" if status == 416 else self.content[start:]
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body[: self.cut_after])
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return make_place("archive", "cifar10", tmp_path / "server").read_bytes()
+
+
+@pytest.fixture
+def serve(archive, monkeypatch):
+    """Starts servers; data.load then looks for the official archive on the newest of them."""
+    servers = []
+
+    def start(content=archive, **how):
+        servers.append(Server(content, **how))
+        layout = cifar.FORMATS["cifar10"]
+        address = servers[-1].url + layout.archive.file_name
+        official = fetch.Archive(address, hashlib.md5(archive).hexdigest())
+        monkeypatch.setitem(cifar.FORMATS, "cifar10", layout._replace(archive=official))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def kept():
+    return sorted(path.name for path in fetch.cache_folder().glob("*") if path.stat().st_size)
+
+
+def test_fetch_then_cache(serve):
+    server, lines = serve(), []
+    assert load("auto", log=lines.append).name == "cifar10"
+    assert len(lines) == 1 and server.url in lines[0]
+    assert load("cifar10", log=lines.append).name == "cifar10"
+    assert server.asked == [None] and len(lines) == 1
+    assert kept() == ["cifar-10-binary.tar.gz"]
+
+
+def test_a_broken_transfer_is_continued(serve, archive):
+    size = 3 * fetch.BLOCK
+    assert 2 * size < len(archive) < 3 * size
+    server = serve(cut_after=size)
+    assert load("cifar10", log=lambda _: None).name == "cifar10"
+    assert server.asked == [None, f"bytes={size}-", f"bytes={2 * size}-"]
+
+
+def test_what_arrived_is_kept_for_the_next_time(serve, archive, monkeypatch):
+    monkeypatch.setattr(fetch, "ATTEMPTS", 1)
+    serve(cut_after=2 * fetch.BLOCK + 9)
+    lines = []
+    assert load("auto", log=lines.append).name == "digits"
+    assert "broke off (0.1 MB are kept" in lines[-1]
+    assert kept() == ["cifar-10-binary.tar.gz.part"]
+    server = serve()
+    assert load("cifar10", log=lines.append).name == "cifar10"
+    assert server.asked == [f"bytes={2 * fetch.BLOCK}-"] and "continuing at 0.1 MB" in lines[-1]
+
+
+def test_a_server_that_cannot_continue_starts_again(serve, archive):
+    write_folder(fetch.cache_folder(), {"cifar-10-binary.tar.gz.part": archive[:5000]})
+    server = serve(ranges=False)
+    assert load("cifar10", log=lambda _: None).name == "cifar10"
+    assert server.asked == ["bytes=5000-"]
+
+
+def test_a_partial_file_that_is_complete(serve, archive):
+    write_folder(fetch.cache_folder(), {"cifar-10-binary.tar.gz.part": archive})
+    serve()
+    assert load("cifar10", log=lambda _: None).name == "cifar10"
+
+
+def test_wrong_checksum(serve):
+    serve(b"<html>please log in</html>")
+    message = fail("cifar10", log=lambda _: None)
+    assert "MD5 checksum" in message and "login page" in message
+    assert kept() == []
+
+
+def test_a_damaged_cache_is_fetched_again(serve):
+    write_folder(fetch.cache_folder(), {"cifar-10-binary.tar.gz": b"damaged"})
+    server = serve()
+    assert load("cifar10", log=lambda _: None).name == "cifar10"
+    assert server.asked == [None]
+
+
+def test_a_missing_page(serve):
+    serve(status=404)
+    assert "answered 404 Not Found" in fail("cifar10")
+
+
+def test_two_downloads_at_once(serve):
+    fcntl = pytest.importorskip("fcntl")
+    folder = write_folder(fetch.cache_folder(), {"cifar-10-binary.tar.gz.part": b""})
+    serve()
+    with (folder / "cifar-10-binary.tar.gz.part").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is downloading" in fail("cifar10")
+
+
+def write_tfds_copy(data_dir, name="cifar10", *, file_format="array_record", labels_from=0, train=150, test=20):
+    """A prepared copy as TFDS 4.9 with TensorFlow writes it (compared with one of those, of CIFAR-10)."""
+    import PIL.Image
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder, shape = data_dir / name / "3.0.2", (28, 28, 1) if name == "mnist" else (32, 32, 3)
+    folder.mkdir(parents=True)
+    rng, splits, images = np.random.default_rng(3), [], []
+    for split, count in (("train", train), ("test", test)):
+        images.append(rng.integers(0, 256, (count, *shape), np.uint8))
+        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
+        for i, image in enumerate(images[-1]):
+            png, example = io.BytesIO(), tf_example_pb2.Example()
+            PIL.Image.fromarray(image.squeeze()).save(png, "png")
+            example.features.feature["image"].bytes_list.value.append(png.getvalue())
+            example.features.feature["label"].int64_list.value.append(labels_from + i % 10)
+            if name != "mnist":
+                example.features.feature["id"].bytes_list.value.append(b"name")
+            writer.write(example.SerializeToString())
+        writer.close()
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        splits.append({"name": split, "numBytes": "1", "shardLengths": [str(count)], "filepathTemplate": template})
+    info = {"name": name, "version": "3.0.2", "fileFormat": file_format, "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    module, dimensions = "tensorflow_datasets.core.features.", {"dimensions": [str(length) for length in shape]}
+    image = {"pythonClassName": module + "image_feature.Image", "image": {"dtype": "uint8", "shape": dimensions}}
+    label = {"pythonClassName": module + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "10"}}
+    text = {"pythonClassName": module + "text_feature.Text", "text": {}}
+    parts = {"image": image, "label": label} | ({} if name == "mnist" else {"id": text})
+    features = {"pythonClassName": module + "features_dict.FeaturesDict", "featuresDict": {"features": parts}}
+    (folder / "features.json").write_text(json.dumps(features))
+    return images
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_tfds_copy_is_read_without_tensorflow(given, name, tmp_path):
+    train_images, test_images = write_tfds_copy(tmp_path / "tfds", name)
+    dataset = load(name, tmp_path / "tfds" if given else None)
+    np.testing.assert_array_equal(dataset.train_images, train_images)
+    np.testing.assert_array_equal(dataset.test_images, test_images)
+    np.testing.assert_array_equal(dataset.train_labels, np.arange(150) % 10)
+    assert dataset.name == name and "TFDS" in dataset.source and "3.0.2" in dataset.source
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"file_format": "tfrecord"}, "only TensorFlow reads"),
+        ({"labels_from": 3}, "labels {10, 11, 12}"),
+        ({"train": 9}, "holds 9"),
+    ],
+)
+def test_a_tfds_copy_that_cannot_be_used(how, words, tmp_path, serve):
+    write_tfds_copy(tmp_path / "tfds", **how)
+    assert words in fail("cifar10", tmp_path / "tfds")
+    serve()
+    lines = []
+    assert "official archive" in load("cifar10", log=lines.append).source
+    assert "Passing over" in lines[0] and words in lines[0]
+
+
+def test_a_tfds_copy_without_its_files(tmp_path):
+    write_tfds_copy(tmp_path / "tfds")
+    for path in (tmp_path / "tfds").rglob("*array_record*"):
+        path.write_bytes(b"")
+    assert "could not be read as a TFDS copy" in fail("cifar10", tmp_path / "tfds")
+
+
+def test_with_tensorflow_the_download_goes_through_tfds(tmp_path, serve, monkeypatch):
+    serve()
+    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: True)
+    monkeypatch.setattr(tfds_copies, "prepare", lambda _: write_tfds_copy(tmp_path / "tfds") and None)
+    assert "TFDS" in load("auto", log=lambda _: None).source
+
+
+def test_where_tfds_fails_the_archive_is_fetched(serve, monkeypatch):
+    def prepare(name):
+        raise RuntimeError("no space in TensorFlow")
+
+    serve()
+    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: True)
+    monkeypatch.setattr(tfds_copies, "prepare", prepare)
+    lines = []
+    assert "official archive" in load("auto", log=lines.append).source
+    assert any("RuntimeError: no space in TensorFlow" in line for line in lines)
+
+
+def test_with_tensorflow_and_without_network_tfds_is_not_started(monkeypatch):
+    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: True)
+    monkeypatch.setattr(tfds_copies, "prepare", lambda _: pytest.fail("TFDS would wait for the network"))
+    lines = []
+    assert load("auto", log=lines.append).name == "digits"
+    assert len(lines) == 1 and "no connection to 127.0.0.1" in lines[0]
+
+
+@pytest.mark.skipif("FR_JAX_TEST_DATA" not in os.environ, reason="FR_JAX_TEST_DATA does not name the real CIFAR-10")
+def test_real_cifar10(monkeypatch):
+    monkeypatch.undo()
+    dataset = load("cifar10", Path(os.environ["FR_JAX_TEST_DATA"]))
+    assert dataset.train_images.shape == (50_000, 32, 32, 3) and dataset.test_images.shape == (10_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(dataset.train_labels), 5000)
+    np.testing.assert_array_equal(np.bincount(dataset.test_labels), 1000)
+    # The figures that everyone normalises CIFAR-10 with.
+    np.testing.assert_allclose(dataset.mean, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    np.testing.assert_allclose(dataset.std, [0.2470, 0.2435, 0.2616], atol=1e-4)

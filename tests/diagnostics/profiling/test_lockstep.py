@@ -1,0 +1,70 @@
+"""The loop with barriers: its numbers are those of features replay, and it does wait."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fr_jax as fr
+from fr_jax.algorithms._stages import check_setup
+from fr_jax.diagnostics.profiling import lockstep
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        return nn.Dropout(0.3, deterministic=not train)(x)
+
+
+def squared_error(y, z):
+    return jnp.mean((y - z) ** 2)
+
+
+@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.parametrize("K", [1, 3])
+def test_numbers_are_those_of_features_replay(K):
+    stages = [*(fr.from_linen(Noisy()) for _ in range(K - 1)), fr.from_linen(nn.Dense(2))]
+    rng = np.random.default_rng(3)
+    batches = [fr.Batch(rng.normal(size=(6, 4)), rng.normal(size=(6, 2))) for _ in range(7)]
+    setup = check_setup(stages, optax.sgd(0.1, momentum=0.9), fr.placement(K))
+    method = fr.features_replay(stages, squared_error, optax.sgd(0.1, momentum=0.9), placement=fr.placement(K))
+    parts = lockstep.make_parts(setup, squared_error)
+    state, expected = (
+        make(jax.random.key(1), batches[0]) for make in (lambda *a: lockstep.init(setup, *a), method.init)
+    )
+    for batch in batches:
+        state, loss = lockstep.step(parts, setup, state, batch)
+        expected, info = method.step(expected, batch)
+        np.testing.assert_allclose(loss, info.loss, rtol=1e-12)
+        unkeyed = [one._replace(streams=[stream.count for stream in one.streams]) for one in (state, expected)]
+        chex.assert_trees_all_close(*unkeyed, rtol=1e-11, atol=1e-13)
+    assert state.step == len(batches)
+
+
+def test_every_phase_is_waited_for(monkeypatch):
+    """All K plays are done before anything goes backward, and all of it before the step returns."""
+    stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
+    setup = check_setup(stages, optax.sgd(0.1), fr.placement(2))
+    batch, log = fr.Batch(np.ones((4, 20), np.float32), np.zeros(4, np.int32)), []
+
+    def logged(run, name):
+        return lambda *arguments: log.append(name) or run(*arguments)
+
+    parts = lockstep.make_parts(setup, lambda y, z: jnp.mean(y))
+    parts = lockstep.Parts(
+        plays=(logged(parts.plays[0], "play"),),
+        replays=(logged(parts.replays[0], "replay"),),
+        forward=logged(parts.forward, "forward"),
+        backward=logged(parts.backward, "backward"),
+        update=logged(parts.update, "update"),
+    )
+    monkeypatch.setattr(lockstep, "barrier", logged(lockstep.barrier, "barrier"))
+    state = lockstep.init(setup, jax.random.key(0), batch)
+    for _ in range(3):
+        log.clear()
+        state, _ = lockstep.step(parts, setup, state, batch)
+    assert log == ["play", "forward", "barrier", "backward", "update", "replay", "barrier"]
