@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fr_jax.data import image_sets as data
-from fr_jax.experiments._cli.checks import check, check_fit, check_shared, default_batch_size, differences, resolve
-from fr_jax.experiments._cli.command_line import Program, command, parse
-from fr_jax.experiments._cli.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, as_json, flag
+from fr_jax.experiments._cli.checks import check, check_shared
+from fr_jax.experiments._cli.command_line import command, parse
+from fr_jax.experiments._cli.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, flag
 from fr_jax.experiments._methods import owners
 from fr_jax.experiments._run import program
+from fr_jax.experiments._run.many_runs import train_all
 from fr_jax.experiments._run.processes import one_process
-from fr_jax.experiments._run.session import make_layers, request_devices
 from fr_jax.experiments.compare.report import Entry, report
-from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.run_folder import RunFolder, WorkdirError
 
 __all__ = ["CompareSettings", "main", "run"]
 
@@ -156,33 +154,6 @@ NOT_TO_VARY = {
 }
 
 
-def is_finished(folder: RunFolder, settings: TrainSettings, dataset: data.Dataset) -> bool:
-    """Whether the folder holds this very run, over.
-
-    Raises:
-      WorkdirError: it holds another.
-    """
-    saved = folder.saved_config()
-    if saved is None:
-        return False
-    batch_size = default_batch_size(settings, dataset.name)
-    resolved = resolve(settings, dataset.name, batch_size, len(dataset.train_labels) // batch_size)
-    expected = as_json(resolved) | {"resolved_cuts": saved.get("resolved_cuts")}
-    different = differences(saved, expected)
-    if different:
-        raise WorkdirError(
-            f"{folder.path} holds a run with other settings: {'; '.join(different)}. Repeat its settings, use another "
-            "--workdir, or start again with --overwrite."
-        )
-    summary, steps = folder.saved_summary(), resolved.steps or 0
-    if summary is not None and summary["steps"] > steps:
-        raise WorkdirError(
-            f"{folder.path} holds a run of {summary['steps']:,} steps, more than the {steps:,} asked for. Ask for as "
-            "many with --steps or --epochs, or use another --workdir."
-        )
-    return summary is not None and (summary["diverged"] or summary["steps"] == steps)
-
-
 def run(settings: CompareSettings) -> int:
     """Trains what is not trained yet, and writes the table and the picture; returns the exit code.
 
@@ -197,51 +168,26 @@ def run(settings: CompareSettings) -> int:
         "Start it without fr_jax.launch, or launch fr_jax.experiments.cifar or mnist.",
     )
     planned = plan(settings)
-    wanted = max(one.settings.K * one.settings.data_parallel for one in planned)
-    request_devices(settings.devices or wanted)
     preferred = "mnist" if settings.model == "mlp" else "cifar10"
     dataset = data.load(settings.dataset, settings.data_dir, preferred=preferred)
     home = settings.workdir or Path("runs") / f"compare-{dataset.name}-{settings.model}"
-    for one in planned:  # what cannot work is said before anything is trained
-        check_fit(one.settings, dataset.name, len(dataset.train_labels))
-        make_layers(one.settings, dataset.num_classes)
-        RunFolder(home / one.name).check_free(resume=True, overwrite=True)
-    if settings.overwrite:
-        for one in planned:
-            with RunFolder(home / one.name).locked():
-                RunFolder(home / one.name).clear()
-    over = {one.name for one in planned if is_finished(RunFolder(home / one.name), one.settings, dataset)}
-    again = dataclasses.replace(settings, dataset=dataset.name, workdir=home, overwrite=False)
-    return _train_all(planned, over, home, dataset, settings.model, command("compare", CompareSettings(), again))
-
-
-def _train_all(
-    planned: Sequence[Planned], over: Collection[str], home: Path, dataset: data.Dataset, model: str, again: str
-) -> int:
-    """One run after another, in this process; what they come to is written after each."""
     entries = {one.name: one.entry for one in planned}
-    this = Program("compare", dataset.name, TrainSettings())
-    with StopRequest() as stop:
-        for number, one in enumerate(planned, start=1):
-            done = one.name in over
-            print(f"[{number}/{len(planned)}] {one.name}{' is finished already.' if done else ''}", flush=True)
-            if done:
-                continue
-            folder = RunFolder(home / one.name)
-            placed = dataclasses.replace(
-                one.settings, dataset=dataset.name, workdir=folder.path, resume=folder.holds_run()
-            )
-            code = program.run(this, placed, dataset=dataset, again=again, stop=stop)
-            report(home, entries, dataset, model, again)
-            if code not in (program.FINISHED, program.DIVERGED):
-                return code
-            if stop.signal is not None:
-                print(f"Stopped after {one.name}; everything is saved. Continue with\n  {again}")
-                return stop.exit_code
-            print()
-    print(report(home, entries, dataset, model, again))
-    print(f"Picture: {home / 'comparison.png'}   table: {home / 'table.md'}   numbers: {home / 'comparison.json'}")
-    return program.FINISHED
+    same = dataclasses.replace(settings, dataset=dataset.name, workdir=home, overwrite=False)
+    again = command("compare", CompareSettings(), same)
+    write_report = lambda: report(home, entries, dataset, settings.model, again)
+    code = train_all(
+        {one.name: one.settings for one in planned},
+        home,
+        dataset,
+        caller="compare",
+        again=again,
+        overwrite=settings.overwrite,
+        report=write_report,
+    )
+    if code == program.FINISHED:
+        print(write_report())
+        print(f"Picture: {home / 'comparison.png'}   table: {home / 'table.md'}   numbers: {home / 'comparison.json'}")
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,103 @@
+"""Several training runs, one after another, each in a folder of its own; what is finished is not repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fr_jax.data.image_sets import Dataset
+from fr_jax.experiments._cli.checks import check_fit, default_batch_size, differences, resolve
+from fr_jax.experiments._cli.command_line import Program
+from fr_jax.experiments._cli.settings import TrainSettings, as_json
+from fr_jax.experiments._run import program
+from fr_jax.experiments._run.session import make_layers, request_devices
+from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.run_folder import RunFolder, WorkdirError
+
+__all__ = ["is_finished", "train_all"]
+
+
+def train_all(
+    runs: Mapping[str, TrainSettings],
+    home: Path,
+    dataset: Dataset,
+    *,
+    caller: str,
+    again: str,
+    overwrite: bool = False,
+    report: Callable[[], object] = lambda: None,
+) -> int:
+    """Trains all runs in this process; those that are finished are skipped, one that was stopped goes on.
+
+    Args:
+      runs: checked settings by the name of the run's folder in ``home``, in order.
+      home: the folder of all runs.
+      dataset: the data.
+      caller: the name of the program.
+      again: the command that continues.
+      overwrite: delete these runs first. All at once: what is stopped later must not leave old runs behind.
+      report: called after each run.
+
+    Returns:
+      0, also where runs diverged: that is a result; or the exit code of the run that failed or was stopped.
+
+    Raises:
+      ValueError: a run does not fit the data or the network, or a folder holds another run.
+      CheckpointError, OSError: a folder cannot be read or written.
+    """
+    request_devices(max(s.devices or s.K * s.data_parallel for s in runs.values()))
+    folders = {name: RunFolder(home / name) for name in runs}
+    for name, settings in runs.items():  # errors come before anything is trained
+        check_fit(settings, dataset.name, len(dataset.train_labels))
+        make_layers(settings, dataset.num_classes)
+        folders[name].check_free(resume=True, overwrite=True)
+    if overwrite:
+        for folder in folders.values():
+            with folder.locked():
+                folder.clear()
+    over = {name for name, settings in runs.items() if is_finished(folders[name], settings, dataset)}
+    this = Program(caller, dataset.name, TrainSettings())
+    with StopRequest() as stop:
+        for number, (name, settings) in enumerate(runs.items(), start=1):
+            print(f"[{number}/{len(runs)}] {name}{' is finished already.' * (name in over)}", flush=True)
+            if name in over:
+                continue
+            folder = folders[name]
+            placed = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=folder.holds_run())
+            code = program.run(this, placed, dataset=dataset, again=again, stop=stop)
+            report()
+            if code not in (program.FINISHED, program.DIVERGED):
+                return code
+            if stop.signal is not None:
+                print(f"Stopped after {name}; everything is saved. Continue with\n  {again}")
+                return stop.exit_code
+            print()
+    return program.FINISHED
+
+
+def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) -> bool:
+    """Whether the folder holds this very run, over.
+
+    Raises:
+      WorkdirError: it holds another, or a longer one.
+    """
+    saved = folder.saved_config()
+    if saved is None:
+        return False
+    batch_size = default_batch_size(settings, dataset.name)
+    resolved = resolve(settings, dataset.name, batch_size, len(dataset.train_labels) // batch_size)
+    expected = as_json(resolved) | {"resolved_cuts": saved.get("resolved_cuts")}
+    different = differences(saved, expected)
+    if different:
+        raise WorkdirError(
+            f"{folder.path} holds a run with other settings: {'; '.join(different)}. Repeat its settings, use another "
+            "--workdir, or start again with --overwrite."
+        )
+    summary, steps = folder.saved_summary(), resolved.steps or 0
+    if summary is not None and summary["steps"] > steps:
+        raise WorkdirError(
+            f"{folder.path} holds a run of {summary['steps']:,} steps, more than the {steps:,} asked for. Ask for as "
+            "many with --steps or --epochs, or use another --workdir."
+        )
+    return summary is not None and (summary["diverged"] or summary["steps"] == steps)
