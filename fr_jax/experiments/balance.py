@@ -24,7 +24,6 @@ from fr_jax.experiments._bench.turns import (
     as_rows,
     code_of,
     in_turns,
-    machine,
     placed_on,
     quietly,
     start_pinned,
@@ -32,12 +31,13 @@ from fr_jax.experiments._bench.turns import (
 )
 from fr_jax.experiments._cli.checks import check_parts, choice
 from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.cuts import choose_cuts, stage_costs
 from fr_jax.experiments._run.processes import one_process
-from fr_jax.plotting.curves import COLOURS, png
+from fr_jax.plotting.style import COLOURS, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,8 +193,7 @@ def figure(result: Mapping[str, Any]) -> Figure:
     )
     axes.set_ylabel("seconds a step")
     axes.set_ylim(bottom=0)
-    axes.grid(True, color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     axes.legend(frameon=False)
     title = f"{result['model']}, {METHODS[result['method']].title}, K = {result['K']}, {result['placement']}"
     axes.set_title(title, fontsize=12, fontweight="bold")

@@ -8,9 +8,6 @@ depth, and one in width.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fr_jax.experiments._bench.turns import code_of
+from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.settings import SettingsError
 from fr_jax.experiments._run.processes import one_process
-from fr_jax.plotting.curves import COLOURS, png
+from fr_jax.plotting.style import COLOURS, plain_axes, png
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
 
@@ -103,13 +101,8 @@ def measure(settings: ChainRuleSettings) -> dict[str, Any]:
         rows = [{"size": n, **_row(params, activation, rng, repeats)} for n, params in networks]
         entries[name] = {"title": title, "size_is": unit, "rows": rows, "slopes": _slopes(rows)}
     return {
-        "settings": {
-            name: value for name, value in dataclasses.asdict(settings).items() if name not in ("output", "overwrite")
-        },
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
+        "settings": settings_of(settings),
+        **machine(),
         "growth": entries,
     }
 
@@ -226,9 +219,7 @@ def _draw(panel: Axes, entry: dict[str, Any], quantity: str) -> None:
             at, offset = (sizes[-1], values[-1]), (-8, 2) if power == 2 else (-2, 8)
             style = {"ha": "right", "va": "bottom", "fontsize": 10, "color": colour, "textcoords": "offset points"}
             panel.annotate(f"slope {slope:.2f}", at, offset, **style)
-    panel.grid(True, color="0.9", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain_axes(panel)
     panel.margins(0.06)
 
 

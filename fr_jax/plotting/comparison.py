@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax._files import write_atomically
-from fr_jax.plotting.curves import COLOURS, Rows, curve, is_finite, png, smoothed, time_unit
+from fr_jax.plotting.curves import Rows, curve, is_finite, smoothed, time_unit
+from fr_jax.plotting.style import COLOURS, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,9 +166,7 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_xlim(left=0)
-    axes.grid(True, which="both", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes, which="both")
     shown = np.concatenate([np.asarray(one.get_ydata(), float) for one in axes.get_lines()] or [np.zeros(0)])
     shown = shown[np.isfinite(shown)]
     if len(shown) and shown.min() > 0 and shown.max() > LOG_SCALE_RATIO * shown.min():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax._files import write_atomically
+from fr_jax.plotting.style import COLOURS, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out, too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LOG_SCALE_RATIO = 30.0
 _SMOOTH_SHARE = 1 / 25
 _LEGEND_CHARACTERS = 150
@@ -57,13 +55,6 @@ def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: st
       OSError: the file cannot be written; an old one is intact.
     """
     write_atomically(path, png(figure(runs, title=title, data_source=data_source)))
-
-
-def png(drawing: Figure, dpi: int = 150) -> bytes:
-    """A figure as the content of a PNG file."""
-    picture = io.BytesIO()
-    drawing.savefig(picture, format="png", dpi=dpi)
-    return picture.getvalue()
 
 
 def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
@@ -161,9 +152,7 @@ def _label(axes: np.ndarray, unit: str) -> None:
     axes[1, 0].set_xlabel("epoch")
     axes[1, 1].set_xlabel(f"training time ({unit})")
     for panel in axes.flat:
-        panel.grid(True, color="0.9", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain_axes(panel)
         panel.margins(x=0.02)
         panel.set_xlim(left=0)
 

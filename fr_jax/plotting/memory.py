@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fr_jax.plotting.style import plain_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -76,6 +78,4 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
         )
     panel.set_xticks(range(len(Ks)), [f"K = {K}" for K in Ks])
     panel.margins(y=0.08)
-    panel.grid(True, axis="y", color="0.9", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain_axes(panel, "y")

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from fr_jax.plotting.curves import COLOURS, curve, figure, plot_curves, smoothed
+from fr_jax.plotting.curves import curve, figure, plot_curves, smoothed
+from fr_jax.plotting.style import COLOURS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import platform
 import statistics
@@ -28,7 +27,6 @@ __all__ = [
     "code_of",
     "cores_by_process",
     "in_turns",
-    "machine",
     "placed_on",
     "quietly",
     "spread",
@@ -127,27 +125,6 @@ def spread(values: Sequence[float], name: str = "seconds") -> dict[str, float]:
       {'seconds_median': 2.0, 'seconds_min': 1.0, 'seconds_max': 3.0}
     """
     return {f"{name}_{of.__name__}": of(values) for of in (statistics.median, min, max)}
-
-
-def machine() -> dict[str, Any]:
-    """What a result must say of where and when it was measured."""
-    environment = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "NPROC", "XLA_FLAGS") if name in os.environ}
-    return {
-        "machine": f"{os.cpu_count()} x {_processor()}, {jax.devices()[0].device_kind}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "environment": environment,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def take_devices(K: int, *, each: bool = False, instead: str = "") -> None:

@@ -24,7 +24,7 @@ from fr_jax.experiments.blockprop.picture import figure
 from fr_jax.experiments.blockprop.result import Line, summarise, table
 from fr_jax.experiments.blockprop.runs import Run, is_finished, train_run
 from fr_jax.experiments.blockprop.settings import BlockPropSettings, resolve
-from fr_jax.plotting.curves import png
+from fr_jax.plotting.style import png
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.run_folder import RunFolder
 

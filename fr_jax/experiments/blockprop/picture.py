@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fr_jax.plotting.curves import COLOURS
+from fr_jax.plotting.style import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,6 +241,4 @@ def _frame(drawing: Figure, title: str, note: str) -> None:
 
 
 def _plain(panel: Axes) -> None:
-    panel.grid(True, color="0.92", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain_axes(panel)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from fr_jax._files import write_atomically
 from fr_jax.data.image_sets import Dataset
+from fr_jax.experiments._cli.tables import markdown_table, mean_and_deviation
 from fr_jax.experiments._methods import METHODS
 from fr_jax.plotting.comparison import Line, plot_comparison
-from fr_jax.plotting.curves import COLOURS
+from fr_jax.plotting.style import COLOURS
 from fr_jax.training.metrics_log import read_rows, write_json
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 
@@ -206,9 +207,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    join = lambda line: "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-    return "\n".join([join(head), "| " + " | ".join("-" * width for width in widths) + " |", *map(join, body)])
+    return markdown_table(head, body)
 
 
 def _divergences(diverged: Sequence[bool]) -> str:
@@ -219,8 +218,5 @@ def _divergences(diverged: Sequence[bool]) -> str:
 
 def _spread(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
     """``mean ± standard deviation`` over the seeds that did not diverge and have a value."""
-    there = [scale * v for v, off in zip(row[name], row["diverged"], strict=True) if v is not None and not off]
-    if not there:
-        return "-"
-    mean = f"{statistics.fmean(there):.{digits}f}"
-    return mean if len(there) == 1 else f"{mean} ± {statistics.stdev(there):.{digits}f}"
+    values = [None if value is None else scale * value for value in row[name]]
+    return mean_and_deviation(values, row["diverged"], digits)

@@ -8,9 +8,6 @@ same cuts. Every row is compared with back-propagation on one device, the paper'
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +23,13 @@ import fr_jax as fr
 from fr_jax.diagnostics.memory.activations import closed_form, module_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
 from fr_jax.experiments._bench.turns import code_of, take_devices
+from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.settings import SettingsError
 from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.memory.methods import CONTESTANTS
-from fr_jax.plotting.curves import COLOURS, png
 from fr_jax.plotting.memory import memory_figure
+from fr_jax.plotting.style import COLOURS, png
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Batch, Stage
 
@@ -99,13 +97,10 @@ def measure(settings: MemorySettings) -> dict[str, Any]:
         for model in settings.models:
             rows += _measure_model(settings, model, bar)
     return {
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
+        "settings": settings_of(settings),
         "optimizer": "SGD with momentum",
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        **machine(),
         "backend": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
         "rows": rows,
     }
 

@@ -21,12 +21,13 @@ import fr_jax as fr
 from fr_jax import distributed
 from fr_jax.diagnostics.profiling.stage_times import Measured, median
 from fr_jax.diagnostics.simulation.timeline import occupying, resumed, simulate, summarise
-from fr_jax.experiments._bench.turns import code_of, cores_by_process, machine, quietly, take_devices
+from fr_jax.experiments._bench.turns import code_of, cores_by_process, quietly, take_devices
+from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
 from fr_jax.experiments.prediction.methods import ONE, Prediction, choose, prepare, title_of
-from fr_jax.plotting.curves import png
 from fr_jax.plotting.gantt import gantt_figure
+from fr_jax.plotting.style import png
 
 __all__ = ["PredictionSettings", "main", "measure", "table"]
 
@@ -130,7 +131,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
     }
     baseline = statistics.median(rows[ONE]["measured"])
     result = {
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output", "overwrite")},
+        "settings": settings_of(settings),
         "cuts": list(cuts),
         "processes": distributed.group().size,
         "cores_by_process": cores_by_process(),

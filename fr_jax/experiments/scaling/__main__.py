@@ -8,10 +8,7 @@ The unit of time is the forward pass of the whole network, so back-propagation o
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +18,15 @@ import jax
 
 from fr_jax.diagnostics.simulation.timeline import Timeline, simulate
 from fr_jax.experiments._bench.turns import code_of
+from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.settings import SettingsError
 from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.scaling import picture as scaling_picture
 from fr_jax.experiments.scaling.network import METHODS, STEP, Network, described, ideal, schedule, speedups
 from fr_jax.models import MODELS
-from fr_jax.plotting.curves import png
 from fr_jax.plotting.gantt import gantt_figure
+from fr_jax.plotting.style import png
 
 __all__ = ["ScalingSettings", "main", "simulated", "table"]
 
@@ -120,19 +118,12 @@ def simulated(settings: ScalingSettings, network: Network) -> dict[str, Any]:
         found = [speedups(one, settings.ratio_K, ratio, M) for one in (perfect, network)]
         by_ratio.append({"ratio": ratio, "ideal": found[0], "model": found[1]})
     return {
-        "settings": {
-            name: value
-            for name, value in dataclasses.asdict(settings).items()
-            if name not in ("output", "overwrite", "timelines")
-        },
+        "settings": settings_of(settings, "timelines"),
         "layers": len(network.costs),
         "layer_shares": [cost / STEP for cost in network.costs],
         "mean_feature_bytes": network.mean_feature_bytes,
         "weight_bytes_over_mean_feature_bytes": network.weights,
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **machine(),
         "by_K": by_K,
         "by_ratio": by_ratio,
     }

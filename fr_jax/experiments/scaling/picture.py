@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fr_jax.experiments.scaling.network import METHODS
-from fr_jax.plotting.curves import COLOURS
+from fr_jax.plotting.style import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,6 +93,4 @@ def _draw_by_ratio(axes: Axes, rows: list[dict[str, Any]], which: str) -> None:
 def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(True, color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)

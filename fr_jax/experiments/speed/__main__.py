@@ -37,7 +37,6 @@ from fr_jax.experiments._bench.turns import (
     as_rows,
     code_of,
     in_turns,
-    machine,
     placed_on,
     quietly,
     start_pinned,
@@ -45,12 +44,13 @@ from fr_jax.experiments._bench.turns import (
 )
 from fr_jax.experiments._cli.checks import check_cuts, check_parts, choice
 from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.speed.picture import speed_figure
-from fr_jax.plotting.curves import png
+from fr_jax.plotting.style import png
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Stage
 

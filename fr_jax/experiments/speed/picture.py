@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.plotting.curves import COLOURS
+from fr_jax.plotting.style import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,9 +36,7 @@ def speed_figure(result: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, right * 1.04)
     axes.set_xlabel("times as fast as back-propagation on one device (dot: a round; black line: the bound)")
-    axes.grid(True, axis="x", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes, "x")
     axes.set_title(
         f"{result['model']}, mini-batch {result['batch_size']}, K = {result['K']}, {result['placement']}",
         fontsize=12,

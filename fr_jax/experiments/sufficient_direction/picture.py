@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fr_jax._files import write_atomically
-from fr_jax.plotting.curves import COLOURS, png
+from fr_jax.plotting.style import COLOURS, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,9 +141,7 @@ def _finish(panel: Axes, rows: Rows, name: str, label: str, milestones: Sequence
         if milestone < last:
             panel.axvline(milestone, color="0.75", linewidth=1, linestyle=":", zorder=0)
     _mark_what_is_beyond(panel)
-    panel.grid(True, color="0.92", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain_axes(panel)
     panel.margins(x=0.02)
 
 

@@ -13,9 +13,6 @@ which all modules update, and with w^{K-1} instead of w^0.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +24,14 @@ from tqdm import tqdm
 
 from fr_jax.experiments._bench.turns import code_of
 from fr_jax.experiments._cli.checks import LARGEST_SEED
+from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.settings import SettingsError
 from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.theorems.moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems.picture import figure
 from fr_jax.experiments.theorems.problems import LAYERS, PROBLEMS, Problem
-from fr_jax.plotting.curves import png
+from fr_jax.plotting.style import png
 
 __all__ = ["TheoremsSettings", "constants", "main", "sides", "table"]
 
@@ -170,13 +168,9 @@ def measure_all(settings: TheoremsSettings) -> dict[str, Any]:
             known = exact(problem, K, rates, settings.batch_size) if name == "linear" else None
             row = {"problem": name, "K": K, "schedule": kind, "rate": rate}
             rows.append(row | describe(problem, K, rates, halves, known))
-    plain = dataclasses.asdict(settings)
     return {
-        "settings": {key: value for key, value in plain.items() if key not in ("output", "overwrite")},
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        "settings": settings_of(settings),
+        **machine(),
         "rows": rows,
     }
 

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.experiments._bench.contestants import Entry, make_batch, make_entry, method_settings, plain
-from fr_jax.experiments._bench.turns import TakesTurns, as_rows, code_of, in_turns, machine, quietly
+from fr_jax.experiments._bench.turns import TakesTurns, as_rows, code_of, in_turns, quietly
 from fr_jax.experiments._cli.checks import choice
 from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
 from fr_jax.experiments._cli.xla_flags import set_xla_flags
@@ -35,7 +36,7 @@ from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.throughput import pytorch_peer
 from fr_jax.experiments.throughput.picture import throughput_figure
 from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
-from fr_jax.plotting.curves import png
+from fr_jax.plotting.style import png
 from fr_jax.types import Stage
 
 __all__ = ["ThroughputSettings", "main", "run"]

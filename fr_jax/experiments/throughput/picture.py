@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.plotting.curves import COLOURS
+from fr_jax.plotting.style import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,9 +36,7 @@ def throughput_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_yticks(range(len(rows)), [row["contestant"] for row in rows], fontsize=9)
         axes.invert_yaxis()
         axes.set_title(title, fontsize=11, fontweight="bold")
-        axes.grid(True, axis="x", color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes, "x")
         axes.set_xlabel("images a second (dot: a round)", fontsize=9)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
