@@ -1,4 +1,4 @@
-"""Data sets for training: found on this machine, fetched, or made, always with a line that says which data it is."""
+"""Image data sets: found on this machine, downloaded or generated, each with a line that states its source."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fr_jax.data import cifar, mnist, tfds_copies
-from fr_jax.data import download as fetch
+from fr_jax.data import _cifar, _mnist, _tfds_copies, download
+from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import DataError, FetchError
-from fr_jax.data.official import Arrays, OfficialData
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load"]
 
@@ -23,7 +22,7 @@ Log = Callable[[str], Any]
 
 
 class Dataset(NamedTuple):
-    """A data set for image classification, whole in memory.
+    """A data set for image classification, in memory.
 
     Attributes:
       name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"`` or ``"synthetic"``; never ``"auto"``.
@@ -32,11 +31,10 @@ class Dataset(NamedTuple):
       test_images: uint8 ``(M, H, W, C)``.
       test_labels: int32 ``(M,)``.
       num_classes: number of classes.
-      mean: float32 ``(C,)``, of each channel of the training images scaled to [0, 1].
-      std: float32 ``(C,)``, likewise.
-      flip: whether a mirrored image is still a valid example of its class.
-      source: one line for people: which data this is and where it came from.
-      crop: whether training takes random crops unless told otherwise; not for MNIST, as in the papers.
+      mean, std: float32 ``(C,)``, per channel, of the training images scaled to [0, 1].
+      flip: whether a mirrored image is a valid example of its class.
+      source: one line of text: which data these are, and where they came from.
+      crop: whether training uses random crops by default; False for MNIST, as in the papers.
     """
 
     name: str
@@ -57,27 +55,25 @@ def load(
 ) -> Dataset:
     """Loads a data set by name.
 
-    ``cifar10``, ``cifar100`` and ``mnist`` are taken from ``data_dir`` if it is given; otherwise from TFDS's folder
-    (``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``), then from the user's cache folder (``$FR_JAX_CACHE``), and at
-    last from the web. ``auto`` is the ``preferred`` of them where that succeeds; where nothing was found and nothing
-    can be fetched, it says so in one line and is ``digits``. ``digits`` and ``synthetic`` need no file.
+    ``cifar10``, ``cifar100`` and ``mnist`` are read from ``data_dir`` if it is given. Otherwise they are searched for
+    in the folder of TFDS (``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``) and in the user's cache folder
+    (``$FR_JAX_CACHE``), and downloaded if they are in neither. ``auto`` is the ``preferred`` one of them; if that is
+    not found and cannot be downloaded, ``auto`` prints one line that says so and falls back to ``digits``. ``digits``
+    and ``synthetic`` need no files.
 
     Args:
       name: one of ``DATASETS``.
-      data_dir: for CIFAR the folder with the official ``.bin`` files, its parent, the official ``.tar.gz`` or the
-        folder that holds it; for MNIST the folder with the four official idx files, each plain or ``.gz``, or the
-        folder that holds it as ``mnist``, ``MNIST`` or ``MNIST/raw``; for all of them a TFDS folder.
-      preferred: what ``auto`` looks for: ``"cifar10"``, ``"cifar100"`` or ``"mnist"``.
-      log: takes each line meant for a person.
-
-    Returns:
-      The data set.
+      data_dir: a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files, its parent, the official
+        ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files, each plain or ``.gz``, or its
+        parent, if the folder is called ``mnist``, ``MNIST`` or ``MNIST/raw``.
+      preferred: the data set that ``auto`` looks for: ``"cifar10"``, ``"cifar100"`` or ``"mnist"``.
+      log: receives each line of text for the user.
 
     Raises:
-      DataError: an unknown name, data that are missing (with ``data_dir``, under ``auto`` too), or damaged data.
+      DataError: the name is unknown, or the data are damaged or missing (with ``data_dir``, also for ``auto``).
 
     Example:
-      >>> from fr_jax.data import image_sets as data
+      >>> from fr_jax import data
       >>> data.load("digits").train_images.shape
       (1433, 32, 32, 3)
     """
@@ -85,7 +81,7 @@ def load(
     _check_name("auto cannot prefer", preferred, OFFICIAL)
     if name in ("digits", "synthetic"):
         if data_dir is not None:
-            log(f"The data set {name!r} is made without files: the data folder {data_dir} is not used.")
+            log(f"The data set {name!r} needs no files: the data folder {data_dir} is not used.")
         return _digits() if name == "digits" else _synthetic()
     official = _official(preferred if name == "auto" else name)
     if data_dir is not None:
@@ -98,9 +94,9 @@ def load(
         dataset = _digits()
         confusable = "it is not MNIST, and " if preferred == "mnist" else ""
         log(
-            f"!!! NO {official.title}: none on this machine, and {error.__cause__ or error}. Going on with the "
-            f"stand-in {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To be strict, "
-            f"ask for {official.name} by name."
+            f"!!! NO {official.title}: not on this machine, and {error.__cause__ or error}. Training on the "
+            f"substitute {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To get an "
+            f"error instead, ask for {official.name} by name."
         )
         return dataset
 
@@ -113,20 +109,20 @@ def _check_name(problem: str, name: str, valid: tuple[str, ...]) -> None:
 
 
 def _official(name: str) -> OfficialData:
-    return mnist.official() if name == "mnist" else cifar.official(name)
+    return _mnist.official() if name == "mnist" else _cifar.official(name)
 
 
 def _given(official: OfficialData, data_dir: Path) -> Dataset:
     place = official.find(data_dir)
     if place is not None:
         return _labelled(official, official.read(place), f"the official {official.kind_of_files} files in {place}")
-    copy = tfds_copies.find(official.name, data_dir)
+    copy = _tfds_copies.find(official.name, data_dir)
     if copy is not None:
-        return _labelled(official, tfds_copies.read(copy, official), f"TFDS's copy in {copy}")
+        return _labelled(official, _tfds_copies.read(copy, official), f"the TFDS copy in {copy}")
     problem = f"holds no {official.title}" if data_dir.exists() else "does not exist"
     raise DataError(
         f"the data folder {data_dir} {problem}. It must be {official.places}, or a TFDS folder with "
-        f"{official.name}/<version>/dataset_info.json. Correct it, or leave it out to search and fetch"
+        f"{official.name}/<version>/dataset_info.json. Correct it, or omit it to search this machine and download"
     )
 
 
@@ -134,13 +130,15 @@ def _searched(official: OfficialData, log: Log) -> Dataset:
     dataset = _from_tfds(official, log)
     if dataset is not None:
         return dataset
-    paths = [fetch.cached(archive) for archive in official.archives]
+    paths = [download.cached(archive) for archive in official.archives]
     try:
-        if None in paths and tfds_copies.can_prepare():
+        if None in paths and _tfds_copies.can_prepare():
             dataset = _through_tfds(official, log)
             if dataset is not None:
                 return dataset
-        found = [path or fetch.fetch(archive, log=log) for path, archive in zip(paths, official.archives, strict=True)]
+        found = [
+            path or download.fetch(archive, log=log) for path, archive in zip(paths, official.archives, strict=True)
+        ]
     except FetchError as error:
         raise FetchError(f"{official.title} is not on this machine, and {error}. {_what_to_do(official)}") from error
     if len(found) == 1:
@@ -150,25 +148,25 @@ def _searched(official: OfficialData, log: Log) -> Dataset:
 
 
 def _from_tfds(official: OfficialData, log: Log) -> Dataset | None:
-    copy = tfds_copies.find(official.name, tfds_copies.folder())
+    copy = _tfds_copies.find(official.name, _tfds_copies.folder())
     if copy is None:
         return None
     try:
-        return _labelled(official, tfds_copies.read(copy, official), f"TFDS's copy in {copy}")
+        return _labelled(official, _tfds_copies.read(copy, official), f"the TFDS copy in {copy}")
     except DataError as error:
-        log(f"Passing over a copy of {official.name} that cannot be used: {error}.")
+        log(f"Skipping a copy of {official.name} that cannot be used: {error}.")
         return None
 
 
 def _through_tfds(official: OfficialData, log: Log) -> Dataset | None:
-    """Prepares a copy with TFDS; ``None`` where that fails, because the plain download may still succeed."""
+    """Prepares a copy with TFDS; ``None`` if that fails, because the plain download may still succeed."""
     name, archive = official.name, official.archives[0]
-    fetch.check_reachable(archive)
-    log(f"Fetching {name} through TFDS into {tfds_copies.folder()}")
+    download.check_reachable(archive)
+    log(f"Downloading {name} through TFDS into {_tfds_copies.folder()}")
     try:
-        tfds_copies.prepare(name)
+        _tfds_copies.prepare(name)
     except Exception as error:  # whatever goes wrong inside TFDS, TensorFlow or its mirrors
-        log(f"TFDS could not prepare {name} ({type(error).__name__}: {error}); trying {archive.url} itself.")
+        log(f"TFDS could not prepare {name} ({type(error).__name__}: {error}); trying {archive.url} directly.")
         return None
     return _from_tfds(official, log)
 
@@ -177,8 +175,8 @@ def _what_to_do(official: OfficialData) -> str:
     urls = ", ".join(archive.url for archive in official.archives)
     what = "the file or its folder" if len(official.archives) == 1 else "their folder"
     return (
-        f"Do one of these: (1) get {urls} on a machine with a network, and pass {what} with --data-dir; "
-        f"(2) point --data-dir or TFDS_DATA_DIR to a TFDS folder that holds {official.name}, prepared with "
+        f"Do one of these: (1) download {urls} on a machine with a network, and pass {what} with --data-dir; "
+        f"(2) set --data-dir or TFDS_DATA_DIR to a TFDS folder that holds {official.name}, prepared with "
         f"file_format='array_record'; (3) train on data that need no download: --dataset digits, or --dataset "
         f"synthetic for benchmarks"
     )
@@ -197,7 +195,7 @@ def _labelled(official: OfficialData, arrays: Arrays, place: str) -> Dataset:
 
 
 def _digits() -> Dataset:
-    """scikit-learn's digits; of each class every fifth is a test example, so the split depends on nothing."""
+    """scikit-learn's digits; every fifth example of a class is a test example, so the split needs no seed."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -213,7 +211,7 @@ def _digits() -> Dataset:
 
 
 def _synthetic(train_size: int = 10_000, test_size: int = 2_000) -> Dataset:
-    """A coarse random pattern for each of ten classes, half covered by noise: the same bytes everywhere."""
+    """A coarse random pattern per class, half covered by noise; the same bytes on every machine."""
     rng = np.random.Generator(np.random.Philox(0))
     patterns = rng.integers(0, 128, (10, 8, 8, 3), np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     labels = np.arange(train_size + test_size, dtype=np.int32) % 10
@@ -231,7 +229,7 @@ def _dataset(name: str, arrays: Arrays, num_classes: int, *, crop: bool, flip: b
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact, from a histogram of each channel; a constant channel has the std 1 so that one can divide by it."""
+    """Exact, from a histogram per channel. A constant channel gets std 1, so that division by it is possible."""
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for chunk in np.array_split(images, max(1, len(images) // 1000)):

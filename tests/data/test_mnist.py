@@ -1,20 +1,17 @@
 import gzip
 import hashlib
-import http.server
 import struct
-import threading
 
 import numpy as np
 import pytest
 
-from fr_jax.data import download as fetch
-from fr_jax.data import mnist, tfds_copies
+from fr_jax.data import _mnist, _tfds_copies, download
 from fr_jax.data.image_sets import DataError, load
 from fr_jax.data.pipelines import input_pipeline
 
 CLOSED = "http://127.0.0.1:1/"  # refused at once
 TRAIN, TEST = 30, 20
-NAMES = list(mnist.FILES)
+NAMES = list(_mnist.FILES)
 FOLDERS = [".", "mnist", "MNIST", "MNIST/raw"]
 SPELLINGS = {
     "gzipped": lambda name: name + ".gz",
@@ -26,22 +23,17 @@ quiet = {"log": lambda _: None}
 
 
 @pytest.fixture(autouse=True)
-def bare_machine(tmp_path, monkeypatch):
-    """No network, no TensorFlow, empty folders; and files of the official layout with few records."""
-    monkeypatch.setenv("FR_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: False)
-    for name, file in list(mnist.FILES.items()):
+def few_records(bare_machine, monkeypatch):
+    for name, file in list(_mnist.FILES.items()):
         shape = (TRAIN if name.startswith("train") else TEST, *file.shape[1:])
-        archive = file.archive._replace(url=CLOSED + file.archive.file_name, mirrors=())
-        monkeypatch.setitem(mnist.FILES, name, mnist.IdxFile(shape, archive))
+        monkeypatch.setitem(_mnist.FILES, name, file._replace(shape=shape))
 
 
 def make_arrays():
     rng = np.random.default_rng(5)
     return {
         name: rng.integers(0, 256 if "images" in name else 10, file.shape, np.uint8)
-        for name, file in mnist.FILES.items()
+        for name, file in _mnist.FILES.items()
     }
 
 
@@ -81,13 +73,13 @@ def assert_is_ours(dataset):
 
 def test_official_headers_and_sizes(monkeypatch):
     monkeypatch.undo()
-    images, labels, test_images, test_labels = mnist.FILES.values()
+    images, labels, test_images, test_labels = _mnist.FILES.values()
     # What `gzip -dc | xxd` and `wc -c` say of the published files.
     assert images.header.hex() == "000008030000ea600000001c0000001c" and images.size == 47_040_016
     assert labels.header.hex() == "000008010000ea60" and labels.size == 60_008
     assert test_images.header.hex() == "00000803000027100000001c0000001c" and test_images.size == 7_840_016
     assert test_labels.header.hex() == "0000080100002710" and test_labels.size == 10_008
-    for name, file in mnist.FILES.items():
+    for name, file in _mnist.FILES.items():
         urls = [file.archive.url, *file.archive.mirrors]
         assert len(urls) >= 2 and all(url.startswith("https://") and url.endswith(f"/{name}.gz") for url in urls)
 
@@ -150,7 +142,7 @@ def test_missing_file(name, tmp_path):
     contents = make_contents()
     del contents[name]
     message = fail("mnist", write(tmp_path, contents))
-    assert f"is not a whole copy of MNIST: {name} missing" in message and f"Get {CLOSED}{name}.gz" in message
+    assert f"is not a complete copy of MNIST: {name} missing" in message and f"Download {CLOSED}{name}.gz" in message
 
 
 DAMAGE = {
@@ -178,7 +170,7 @@ def test_damaged_content(damage, spelling, tmp_path):
     contents[name] = change(contents[name])
     message = fail("mnist", write(tmp_path, contents, SPELLINGS[spelling]))
     assert str(tmp_path / SPELLINGS[spelling](name)) in message and words in message
-    assert f"get {CLOSED}{name}.gz again" in message
+    assert f"download {CLOSED}{name}.gz again" in message
 
 
 PACKED_DAMAGE = {
@@ -193,7 +185,7 @@ def test_damaged_gzip(damage, tmp_path):
     path = write(tmp_path, make_contents()) / (NAMES[0] + ".gz")
     path.write_bytes(PACKED_DAMAGE[damage](path.read_bytes()))
     message = fail("mnist", tmp_path)
-    assert f"{path} could not be read (" in message and f"get {CLOSED}{NAMES[0]}.gz again" in message
+    assert f"{path} could not be read (" in message and f"download {CLOSED}{NAMES[0]}.gz again" in message
 
 
 @pytest.mark.parametrize("name", ["mnist", "auto"])
@@ -212,116 +204,58 @@ def test_without_network_every_file_is_named():
     assert all(f"{CLOSED}{name}.gz" in message for name in NAMES) and "holds mnist, prepared" in message
 
 
-class Server:
-    """An HTTP server on this machine that sends the beginnings of files it has."""
-
-    def __init__(self, files, cut_after=None):
-        self.asked = []
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.asked.append((self.path[1:], self.headers["Range"]))
-                body = files.get(self.path[1:])
-                start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-                self.send_response(404 if body is None else 206 if start else 200)
-                body = (body or b"")[start:]
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[:cut_after])
-
-            def log_message(self, *_):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 @pytest.fixture
 def packed():
     return {name + ".gz": gzip.compress(content) for name, content in make_contents().items()}
 
 
 @pytest.fixture
-def serve(packed, monkeypatch):
-    """Starts servers; data.load then looks for the files on them, in this order."""
-    servers = []
+def serve(server, packed, monkeypatch):
+    """Starts servers; load then looks for the files on them, in this order."""
 
-    def start(*descriptions):
-        servers[:] = [Server(*description) for description in descriptions]
-        for name, file in list(mnist.FILES.items()):
-            url, *mirrors = (server.url + name + ".gz" for server in servers)
-            archive = fetch.Archive(url, hashlib.md5(packed[name + ".gz"]).hexdigest(), tuple(mirrors))
-            monkeypatch.setitem(mnist.FILES, name, file._replace(archive=archive))
+    def start(*files):
+        servers = [server(each) for each in files]
+        for name, file in list(_mnist.FILES.items()):
+            url, *mirrors = (one.url + name + ".gz" for one in servers)
+            archive = download.Archive(url, hashlib.md5(packed[name + ".gz"]).hexdigest(), tuple(mirrors))
+            monkeypatch.setitem(_mnist.FILES, name, file._replace(archive=archive))
         return servers
 
-    yield start
-    for server in servers:
-        server.close()
+    return start
 
 
-def test_fetch_then_cache(serve, packed):
-    (server,), lines = serve((packed,)), []
+def test_the_files_are_downloaded_once(serve, packed):
+    (one,), lines = serve(packed), []
     dataset = load("auto", preferred="mnist", log=lines.append)
     assert_is_ours(dataset)
-    assert str(fetch.cache_folder()) in dataset.source and len(lines) == 4
+    assert str(download.cache_folder()) in dataset.source and len(lines) == 4
     assert_is_ours(load("mnist", log=lines.append))
-    assert_is_ours(load("mnist", fetch.cache_folder()))
-    assert [name for name, _ in server.asked] == list(packed) and len(lines) == 4
+    assert_is_ours(load("mnist", download.cache_folder()))
+    assert one.sent == list(packed) and len(lines) == 4
 
 
-def test_only_what_the_cache_lacks_is_fetched(serve, packed):
-    (server,) = serve((packed,))
-    write(fetch.cache_folder(), {NAMES[3]: b"damaged"})
+def test_only_what_the_cache_lacks_is_downloaded(serve, packed):
+    (one,) = serve(packed)
+    write(download.cache_folder(), {NAMES[3]: b"damaged"})
     for name in NAMES[:2]:
-        (fetch.cache_folder() / f"{name}.gz").write_bytes(packed[f"{name}.gz"])
+        (download.cache_folder() / f"{name}.gz").write_bytes(packed[f"{name}.gz"])
     assert_is_ours(load("mnist", **quiet))
-    assert server.asked == [(f"{name}.gz", None) for name in NAMES[2:]]
+    assert one.sent == [f"{name}.gz" for name in NAMES[2:]]
 
 
 def test_the_verified_file_is_read_whatever_lies_beside_it(serve, packed):
-    serve((packed,))
-    write(fetch.cache_folder(), {NAMES[0]: b"not verified"}, SPELLINGS["plain"])
+    serve(packed)
+    write(download.cache_folder(), {NAMES[0]: b"not verified"}, SPELLINGS["plain"])
     assert_is_ours(load("mnist", **quiet))
-
-
-@pytest.mark.parametrize("first", ["has nothing", "sends something else"])
-def test_the_next_mirror_is_tried(first, serve, packed):
-    wrong = {} if first == "has nothing" else dict.fromkeys(packed, b"<html>log in</html>")
-    one, two = serve((wrong,), (packed,))
-    assert_is_ours(load("mnist", **quiet))
-    assert one.asked == two.asked == [(name, None) for name in packed]
-
-
-def test_the_next_mirror_continues_what_the_first_began(serve, packed, monkeypatch):
-    monkeypatch.setattr(fetch, "BLOCK", 1000)
-    monkeypatch.setattr(fetch, "ATTEMPTS", 1)
-    images = NAMES[0] + ".gz"
-    _, two = serve(({images: packed[images]}, 3000), (packed,))
-    assert_is_ours(load("mnist", **quiet))
-    assert two.asked[0] == (images, "bytes=3000-")
-
-
-def test_where_every_mirror_fails_each_is_named(serve, packed):
-    one, two = serve(({},), (dict.fromkeys(packed, b"else"),))
-    message = fail("mnist")
-    assert f"{one.url}{NAMES[0]}.gz could not be fetched: 127.0.0.1 answered 404 Not Found" in message
-    assert f"{two.url}{NAMES[0]}.gz arrived damaged: its MD5 checksum is not" in message
-    assert sorted(path.name for path in fetch.cache_folder().glob("*") if path.stat().st_size) == []
 
 
 def test_with_tensorflow_one_reachable_mirror_is_enough(serve, packed, monkeypatch):
     def prepare(name):
         raise RuntimeError(f"no space for {name}")
 
-    serve(({},), (packed,))
-    monkeypatch.setattr(tfds_copies, "can_prepare", lambda: True)
-    monkeypatch.setattr(tfds_copies, "prepare", prepare)
+    serve({}, packed)
+    monkeypatch.setattr(_tfds_copies, "can_prepare", lambda: True)
+    monkeypatch.setattr(_tfds_copies, "prepare", prepare)
     lines = []
     assert_is_ours(load("mnist", log=lines.append))
     assert any("RuntimeError: no space for mnist" in line for line in lines)

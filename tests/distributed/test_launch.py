@@ -112,7 +112,7 @@ def test_signals_reach_all(begin):
 @pytest.mark.parametrize(("limit", "deaf"), [("STOP_SECONDS", "1"), ("SIGNAL_SECONDS", "0, 1")])
 def test_those_that_do_not_stop_are_killed(begin, limit, deaf):
     stops = STOPS_WHEN_TOLD + f"os.environ['FR_JAX_PROCESS_ID'] in '{deaf}' and time.sleep(100); sys.exit(143)"
-    hurried = f"import sys; from fr_jax.distributed import _supervision as supervision, launch; supervision.{limit} = 0.5; "
+    hurried = f"import sys; from fr_jax.distributed import _supervision, launch; _supervision.{limit} = 0.5; "
     words = [sys.executable, "-c", hurried + "sys.exit(launch.main(sys.argv[1:]))"]
     group = begin([*words, "--processes", "2", "--no-pin", "--", "-c", stops], stderr=subprocess.PIPE)
     assert sorted(group.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 from the official binary files, or straight out of their ``.tar.gz``.
+"""CIFAR-10 and CIFAR-100 from the official binary files, or directly from their ``.tar.gz``.
 
-A record is one label byte (CIFAR-100: a coarse, then a fine one) and 3,072 bytes of pixels: the red, the green and
-the blue plane, row by row. Nothing is unpickled and nothing is written to disk.
+A record is one label byte (CIFAR-100: a coarse label, then a fine one) and 3,072 bytes of pixels: the red, green and
+blue planes, row by row. Nothing is unpickled, and nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import Archive, DataError
-from fr_jax.data.official import Arrays, OfficialData
 
 __all__ = ["FORMATS", "IMAGE_SHAPE", "Format", "find", "official", "read"]
 
@@ -27,13 +27,13 @@ TORONTO = "https://www.cs.toronto.edu/~kriz/"
 
 
 class Format(NamedTuple):
-    """How one of the two data sets is laid out.
+    """The file layout of one of the two data sets.
 
     Attributes:
-      title: its name for people.
+      title: the name in messages.
       folder: the folder in the archive.
       train_files, test_files: file name -> number of records.
-      label_bytes: bytes before the pixels of a record; the last of them is the label.
+      label_bytes: number of bytes before the pixels of a record; the last one is the label.
       num_classes: labels are 0 .. num_classes - 1.
       archive: the official download.
     """
@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {
 
 
 def official(name: str) -> OfficialData:
-    """Describes ``name``, one of ``FORMATS``, for :mod:`fr_jax.data.image_sets`."""
+    """The description of ``name``, one of ``FORMATS``."""
     layout = FORMATS[name]
     return OfficialData(
         name=name,
@@ -97,7 +97,7 @@ def official(name: str) -> OfficialData:
 
 
 def find(layout: Format, place: Path) -> Path | None:
-    """The folder of ``.bin`` files or the archive that ``place`` is, or holds; ``None`` if there is neither."""
+    """The folder of ``.bin`` files or the archive at or in ``place``, or ``None``."""
     if place.is_file():
         return place
     for folder in (place, place / layout.folder):
@@ -108,16 +108,16 @@ def find(layout: Format, place: Path) -> Path | None:
 
 
 def read(layout: Format, place: Path) -> Arrays:
-    """Reads a folder of ``.bin`` files, or the archive with them, as found by :func:`find`.
+    """Reads a folder of ``.bin`` files, or their archive, as found by :func:`find`.
 
     Raises:
-      DataError: a file is missing, has another size than it must have, or holds a label that does not exist.
+      DataError: a file is missing, cannot be read, has the wrong size, or holds a label out of range.
     """
     contents = _read_folder(layout, place) if place.is_dir() else _read_archive(layout, place)
     missing = [name for name in layout.files if name not in contents]
     if missing:
         raise DataError(
-            f"{place} is not a whole copy of {layout.title}: {', '.join(missing)} missing. It must hold "
+            f"{place} is not a complete copy of {layout.title}: {', '.join(missing)} missing. It must hold "
             f"{', '.join(layout.files)}. Unpack {layout.archive.url} again, or pass that archive itself"
         )
     train = [_decode(layout, place, name, contents.pop(name)) for name in layout.train_files]
@@ -135,13 +135,13 @@ def _read_folder(layout: Format, folder: Path) -> dict[str, bytes]:
                 contents[name] = path.read_bytes()
             except OSError as error:
                 raise DataError(
-                    f"{path} cannot be read: {error.strerror}. Make it readable, or give another."
+                    f"{path} cannot be read: {error.strerror}. Make it readable, or use another copy"
                 ) from error
     return contents
 
 
 def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
-    """The expected members, by name; every other member is passed over, whatever it is called."""
+    """The contents of the expected members, by name; all other members are skipped."""
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|*") as tar:
@@ -189,4 +189,4 @@ def _check_size(layout: Format, place: Path, name: str, found: int, expected: in
 
 
 def _again(layout: Format) -> str:
-    return f"It is damaged or something else: get {layout.archive.url} again"
+    return f"The file is damaged, or not what it should be: download {layout.archive.url} again"

@@ -1,4 +1,4 @@
-"""What the readers of the official data sets have in common: the arrays they give, and how a data set is described."""
+"""What the readers of official data sets share: the arrays that they return and the description of a data set."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Arrays(NamedTuple):
 
 
 class OfficialData(NamedTuple):
-    """A data set as its authors publish it: what it holds, where it is on the web, how its files are read.
+    """A data set as published by its authors: its contents, its addresses, and how to read its files.
 
     Attributes:
-      name: as TFDS and :func:`fr_jax.data.image_sets.load` call it.
-      title: its name for people.
+      name: the name in TFDS and in :func:`fr_jax.data.load`.
+      title: the name in messages.
       image_shape: ``(H, W, C)``.
       train_size, test_size: number of examples.
       num_classes: labels are 0 .. num_classes - 1.
-      crop, flip: as in :class:`fr_jax.data.image_sets.Dataset`.
-      kind_of_files: for people, such as "binary".
-      places: for people, what a data folder may be.
-      archives: the official downloads; all of them are needed.
-      find: ``place -> Path | None``, what :attr:`read` can read at, or below, a folder or file that a user names.
-      read: ``Path -> Arrays``; raises ``DataError`` for what is missing or damaged. It takes what :attr:`find` gave,
-        the downloaded archive, or, if there are several archives, the folder that holds them.
+      crop, flip: as in :class:`fr_jax.data.Dataset`.
+      kind_of_files: for messages, such as "binary".
+      places: for messages, what a data folder may be.
+      archives: the official downloads, all of them needed.
+      find: ``place -> Path | None``: what :attr:`read` accepts, at or below a folder or file given by a user.
+      read: ``Path -> Arrays``, from what :attr:`find` returned, from the downloaded archive, or from the folder of the
+        downloaded archives if there are several. Raises ``DataError`` if data are missing or damaged.
     """
 
     name: str

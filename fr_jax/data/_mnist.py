@@ -1,7 +1,7 @@
 """MNIST from the four official idx files, gzipped or plain.
 
-An idx file is two zero bytes, the type of its numbers (8: unsigned bytes), the number of its axes, each axis's length
-as a big-endian 32-bit number, and then the numbers themselves, the last axis fastest.
+An idx file consists of two zero bytes, the type of its elements (8: unsigned byte), the number of axes, the length of
+each axis as a big-endian 32-bit integer, and the elements in row-major order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import Archive, DataError
-from fr_jax.data.official import Arrays, OfficialData
 
 __all__ = ["FILES", "IdxFile", "find", "official", "read"]
 
 NUM_CLASSES = 10
-FOLDERS = ("", "mnist", "MNIST", "MNIST/raw")  # below a folder that a user names; the last is torchvision's
+FOLDERS = ("", "mnist", "MNIST", "MNIST/raw")  # below the folder given by a user; the last is torchvision's
 GZIP_MAGIC = b"\x1f\x8b"
-# Where torchvision and TFDS get it; the authors' own site, yann.lecun.com, often refuses.
+# The sources of torchvision and TFDS; the site of the authors, yann.lecun.com, often refuses requests.
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 
 
@@ -31,13 +31,8 @@ class IdxFile(NamedTuple):
     """One of the four files.
 
     Attributes:
-      shape: of the array in it, ``(records, 28, 28)`` or ``(records,)``.
+      shape: of its array, ``(records, 28, 28)`` or ``(records,)``.
       archive: the official download, gzipped.
-
-    Example:
-      >>> from fr_jax.data import mnist
-      >>> mnist.FILES["train-labels-idx1-ubyte"].header.hex(" ", 4)
-      '00000801 0000ea60'
     """
 
     shape: tuple[int, ...]
@@ -45,12 +40,12 @@ class IdxFile(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """What the file begins with, unpacked."""
+        """The first bytes of the unpacked file."""
         return struct.pack(f">HBB{len(self.shape)}I", 0, 8, len(self.shape), *self.shape)
 
     @property
     def size(self) -> int:
-        """Its exact size in bytes, unpacked."""
+        """The exact size of the unpacked file in bytes."""
         return len(self.header) + math.prod(self.shape)
 
 
@@ -72,7 +67,7 @@ FILES: dict[str, IdxFile] = {
 
 
 def official() -> OfficialData:
-    """Describes MNIST for :mod:`fr_jax.data.image_sets`."""
+    """The description of MNIST."""
     (train_size, *image_shape), _, (test_size, *_), _ = (file.shape for file in FILES.values())
     height, width = image_shape
     return OfficialData(
@@ -94,7 +89,7 @@ def official() -> OfficialData:
 
 
 def find(place: Path) -> Path | None:
-    """The folder of idx files that ``place`` is, or holds, or lies in if it is one of them; ``None`` without any."""
+    """The folder of idx files at, in or (if it is one of them) around ``place``, or ``None``."""
     folders = [place.parent] if place.is_file() else [place / below for below in FOLDERS]
     fullest = max(folders, key=lambda folder: len(_paths(folder)))
     return fullest if _paths(fullest) else None
@@ -104,16 +99,15 @@ def read(folder: Path) -> Arrays:
     """Reads a folder with the four files, as found by :func:`find`.
 
     Raises:
-      DataError: a file is missing, cannot be unpacked, is of another kind or size than it must be, or holds a label
-        that does not exist.
+      DataError: a file is missing, cannot be unpacked, has the wrong type or size, or holds a label out of range.
     """
     paths = _paths(folder)
     missing = [name for name in FILES if name not in paths]
     if missing:
         urls = ", ".join(FILES[name].archive.url for name in missing)
         raise DataError(
-            f"{folder} is not a whole copy of MNIST: {', '.join(missing)} missing. It must hold {', '.join(FILES)} "
-            f"(each plain or .gz). Get {urls} and put it beside the others"
+            f"{folder} is not a complete copy of MNIST: {', '.join(missing)} missing. It must hold {', '.join(FILES)} "
+            f"(each plain or .gz). Download {urls} and put it next to the others"
         )
     train_images, train_labels, test_images, test_labels = (_decode(paths[name], FILES[name]) for name in FILES)
     return Arrays(
@@ -122,7 +116,7 @@ def read(folder: Path) -> Arrays:
 
 
 def _paths(folder: Path) -> dict[str, Path]:
-    """File name -> where it is, for those that are there; some copies are spelled train-images.idx3-ubyte."""
+    """File name -> path, for the files present; some copies are spelled train-images.idx3-ubyte."""
     paths = {}
     for name in FILES:
         dotted = name.replace("-idx", ".idx")
@@ -156,7 +150,10 @@ def _decode(path: Path, file: IdxFile) -> np.ndarray:
 
 
 def _unpacked(path: Path, file: IdxFile) -> bytes:
-    """At most one byte more than there must be. Some browsers unpack and keep the name: the first bytes decide."""
+    """The unpacked content, at most one byte more than expected.
+
+    Some browsers unpack a download and keep the name with .gz, so the first bytes decide whether it is packed.
+    """
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == GZIP_MAGIC
@@ -171,4 +168,4 @@ def _product(lengths: tuple[int, ...]) -> str:
 
 
 def _again(file: IdxFile) -> str:
-    return f"It is damaged or something else: get {file.archive.url} again"
+    return f"The file is damaged, or not what it should be: download {file.archive.url} again"

@@ -1,4 +1,4 @@
-"""Copies that TensorFlow Datasets keeps: reading one, without TensorFlow where possible; preparing one."""
+"""Data sets prepared by TensorFlow Datasets (TFDS): finds, reads (without TensorFlow if possible) and prepares them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
+from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import DataError
-from fr_jax.data.official import Arrays, OfficialData
 
 __all__ = ["can_prepare", "find", "folder", "prepare", "read"]
 
 
 def folder() -> Path:
-    """TFDS's own data folder: ``$TFDS_DATA_DIR``, or else ``~/tensorflow_datasets``."""
+    """The data folder of TFDS: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def find(name: str, data_dir: Path) -> Path | None:
-    """The newest prepared copy of ``name`` under the TFDS folder ``data_dir``, such as ``data_dir/cifar10/3.0.2``."""
+    """The newest prepared copy of ``name`` in the TFDS folder ``data_dir``, such as ``data_dir/cifar10/3.0.2``."""
     copies = [info.parent for info in data_dir.glob(f"{name}/[0-9]*/dataset_info.json")]
     return max(copies, key=lambda copy: [int(n) if n.isdigit() else -1 for n in copy.name.split(".")], default=None)
 
 
 def can_prepare() -> bool:
-    """Whether TensorFlow is installed, which TFDS needs in order to prepare a copy."""
+    """Whether TensorFlow is installed, which TFDS needs to prepare a copy."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
@@ -36,7 +36,7 @@ def read(copy: Path, official: OfficialData) -> Arrays:
     """Reads a prepared copy: ``array_record`` files without TensorFlow, ``tfrecord`` files with it.
 
     Raises:
-      DataError: the copy is in a format that needs TensorFlow, which is not installed, or it is damaged.
+      DataError: the format of the copy needs TensorFlow, which is not installed, or the copy is damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -46,7 +46,7 @@ def read(copy: Path, official: OfficialData) -> Arrays:
         test = _stack(_examples(builder, "test"), official.test_size, official)
     except DataError as error:
         raise DataError(f"{copy} {error}") from None
-    except Exception as error:  # TFDS and array_record raise many kinds, RuntimeError and plain Exception among them
+    except Exception as error:  # TFDS and array_record raise RuntimeError, plain Exception and others
         raise DataError(
             f"{copy} could not be read as a TFDS copy ({type(error).__name__}: {error}). Delete it and prepare it again"
         ) from error
@@ -54,7 +54,7 @@ def read(copy: Path, official: OfficialData) -> Arrays:
 
 
 def prepare(name: str) -> None:
-    """Downloads ``name`` and prepares it in TFDS's own folder as ``array_record`` files. Needs TensorFlow."""
+    """Downloads ``name`` and prepares it in the folder of TFDS as ``array_record`` files. Needs TensorFlow."""
     import tensorflow_datasets as tfds
 
     _keep_tensorflow_off_the_accelerator()
@@ -68,7 +68,7 @@ def _examples(builder: Any, split: str) -> Iterable[dict[str, Any]]:
         pass
     if not can_prepare():
         raise DataError(
-            f"is a copy in TFDS's format {builder.info.file_format.value}, which only TensorFlow reads. Install it "
+            f"is a TFDS copy in the format {builder.info.file_format.value}, which only TensorFlow reads. Install it "
             "(pip install 'fr_jax[tfds]'), or prepare the copy with file_format='array_record'"
         )
     import tensorflow_datasets as tfds
