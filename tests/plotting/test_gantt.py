@@ -3,16 +3,15 @@ import io
 import pytest
 from matplotlib.collections import PolyCollection
 
-from fr_jax.diagnostics.simulation.schedules import SCHEDULES, gpipe
+from fr_jax.diagnostics.simulation.schedules import SCHEDULES
 from fr_jax.diagnostics.simulation.timeline import Task, occupying, simulate
-from fr_jax.diagnostics.simulation.times import ModuleTimes, balanced_shares, times_of_costs
+from fr_jax.diagnostics.simulation.times import StageTimes, balanced_shares, times_of_costs
 from fr_jax.plotting.gantt import LOOKS, OTHER, gantt_figure
 
 
 def timelines(K, share=0.0):
     times = times_of_costs([3 * s for s in balanced_shares(K)], transfers=0.02, synthesizers=0.1, update=0.05)
-    made = {name: make(times, 2 * K + 2) for name, make in SCHEDULES.items()}
-    made["gpipe"] = gpipe(times, 3, microbatches=2)
+    made = {name: make(times, 2 * K + 2, 2 if name == "gpipe" else 1) for name, make in SCHEDULES.items()}
     return {name: simulate(occupying(schedule, share)) for name, schedule in made.items()}
 
 
@@ -25,7 +24,7 @@ def drawn(figure):
 def test_a_chart_a_timeline_with_the_bubble_in_its_title():
     figure = gantt_figure(timelines(4), title="four", seconds=6.0, unit="units", reference=3.0)
     assert figure.get_suptitle() == "four"
-    assert len(figure.axes) == len(SCHEDULES) + 1
+    assert len(figure.axes) == len(SCHEDULES)
     for axes in figure.axes:
         assert "bubble" in axes.get_title(loc="left") and "times as fast" in axes.get_title(loc="left")
         assert axes.get_xlim() == (0.0, 6.0)
@@ -51,7 +50,7 @@ def test_transfers_that_occupy_devices_are_bars():
 
 
 def test_every_kind_of_work_has_a_look():
-    assert sorted(kind for look in LOOKS for kind in look.kinds) == sorted((*ModuleTimes._fields, "transfer"))
+    assert sorted(kind for look in LOOKS for kind in look.kinds) == sorted((*StageTimes._fields, "transfer"))
 
 
 def test_kinds_of_ones_own_are_grey():

@@ -25,7 +25,7 @@ from fr_jax.algorithms import backprop
 from fr_jax.algorithms._stages import Setup, check_count, check_setup
 from fr_jax.diagnostics.profiling.stage_calls import Call, calls_of, run_once
 from fr_jax.diagnostics.profiling.stage_times import Measured
-from fr_jax.diagnostics.simulation.times import ModuleTimes, Times
+from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
 from fr_jax.types import Batch, Stage
 
@@ -63,7 +63,7 @@ def data_parallel_timer(
       repeats: timed calls in a measurement, of which the median counts.
 
     Returns:
-      A function that measures: ``times.modules[0].last`` are the seconds of the slowest device's part,
+      A function that measures: ``times.stages[0].last`` are the seconds of the slowest device's part,
       ``times.all_reduce`` those of all all-reduces. In a run of several processes all must call it.
 
     Raises:
@@ -78,7 +78,7 @@ def data_parallel_timer(
       >>> (placement,) = fr.placement(1, data_parallel=2)
       >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
       >>> times, _ = data_parallel_timer(network, loss_fn, optax.sgd(0.1), batch, placement=placement)()
-      >>> times.modules[0].last > 0, times.all_reduce > 0
+      >>> times.stages[0].last > 0, times.all_reduce > 0
       (True, True)
     """
     check_count("repeats", repeats)
@@ -98,7 +98,7 @@ def data_parallel_timer(
             call.seconds()
         group().exchange(None)
         part_seconds = _slowest(max(statistics.median(call.seconds() for _ in range(repeats)) for call in calls))
-        modules = (ModuleTimes(last=part_seconds),)
+        modules = (StageTimes(last=part_seconds),)
         return Measured(Times(modules, (), (), all_reduce=reduce_seconds(part_seconds)), 0.0)
 
     return measure

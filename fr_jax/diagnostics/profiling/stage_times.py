@@ -21,7 +21,7 @@ from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import dni
 from fr_jax.algorithms._stages import Optimizers, check_count, check_setup
 from fr_jax.diagnostics.profiling.stage_calls import Call, Synthesizers, calls_of, run_once
-from fr_jax.diagnostics.simulation.times import ModuleTimes, Times
+from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
 from fr_jax.types import Batch, PyTree, Stage
 
@@ -77,7 +77,7 @@ def stage_timer(
       loss_fn: ``(outputs, targets) -> scalar``.
       optimizer: one optax transformation, or K.
       batch: the mini-batch; for GPipe's times a microbatch.
-      kinds: fields of :class:`fr_jax.diagnostics.simulation.times.ModuleTimes` (:data:`KINDS_OF`).
+      kinds: fields of :class:`fr_jax.diagnostics.simulation.times.StageTimes` (:data:`KINDS_OF`).
       placement: one sharding a module; None puts all on the default device.
       synthesizers: for ``"synthesize"`` and ``"learn"``: one stage for all K-1, or a sequence.
       synthesizer_optimizer: theirs.
@@ -105,7 +105,7 @@ def stage_timer(
       ...     stages, lambda y, z: jnp.mean((y - z) ** 2), optax.sgd(0.1), batch, kinds=KINDS_OF["fr"], repeats=1
       ... )
       >>> times, share = measure()
-      >>> times.modules[0].replay > 0 and times.modules[1].last > 0, times.features, share
+      >>> times.stages[0].replay > 0 and times.stages[1].last > 0, times.features, share
       (True, (0.0,), 0.0)
     """
     setup, wanted = check_setup(stages, optimizer, placement), _check_kinds(kinds)
@@ -131,10 +131,10 @@ def stage_timer(
 
 def _check_kinds(kinds: Iterable[str]) -> set[str]:
     wanted = set(kinds)
-    if not wanted <= {*ModuleTimes._fields}:
+    if not wanted <= {*StageTimes._fields}:
         raise ValueError(
-            f"kinds {sorted(wanted - {*ModuleTimes._fields})} are unknown; they can be "
-            f"{', '.join(ModuleTimes._fields)}."
+            f"kinds {sorted(wanted - {*StageTimes._fields})} are unknown; they can be "
+            f"{', '.join(StageTimes._fields)}."
         )
     return wanted
 
@@ -172,7 +172,7 @@ def exchanged(K: int, mine: Sequence[tuple[int, str, float]], crossing: Sequence
         table[k][kind] = seconds
     seconds = tuple(one for one, _ in crossing)
     shares = [share for one, share in crossing if one > 0]
-    times = Times(tuple(ModuleTimes(**own) for own in table), seconds, seconds)
+    times = Times(tuple(StageTimes(**own) for own in table), seconds, seconds)
     return Measured(times, statistics.fmean(shares) if shares else 0.0)
 
 
@@ -209,18 +209,18 @@ def median(measured: Sequence[Measured]) -> Measured:
       ValueError: there are none.
 
     Example:
-      >>> one, two = (Measured(Times((ModuleTimes(last=s),), (), ()), 0.0) for s in (1.0, 2.0))
-      >>> median([one, two, two]).times.modules[0].last
+      >>> one, two = (Measured(Times((StageTimes(last=s),), (), ()), 0.0) for s in (1.0, 2.0))
+      >>> median([one, two, two]).times.stages[0].last
       2.0
     """
     if not measured:
         raise ValueError("the median of no measurements was asked for; give at least one.")
     middle = lambda rows: tuple(statistics.median(column) for column in zip(*rows, strict=True))
     all_times = [one.times for one in measured]
-    modules = zip(*(times.modules for times in all_times), strict=True)
+    modules = zip(*(times.stages for times in all_times), strict=True)
     return Measured(
         Times(
-            tuple(ModuleTimes(*middle(rows)) for rows in modules),
+            tuple(StageTimes(*middle(rows)) for rows in modules),
             middle([times.features for times in all_times]),
             middle([times.gradients for times in all_times]),
             statistics.median(times.all_reduce for times in all_times),

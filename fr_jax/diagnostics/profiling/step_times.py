@@ -99,7 +99,7 @@ def step_timer(
       >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
       >>> measure = step_timer("gpipe", stages, loss_fn, optax.sgd(0.1), batch, microbatches=2)
       >>> times, _ = measure()
-      >>> times.modules[0].forward > 0, times.modules[1].gradient > 0
+      >>> times.stages[0].forward > 0, times.stages[1].gradient > 0
       (True, True)
     """
     setup = check_setup(stages, optimizer, placement)

@@ -1,1 +1,1 @@
-"""Schedules as data and the timelines that they give."""
+"""Schedules as data, and the timelines that follow from them."""

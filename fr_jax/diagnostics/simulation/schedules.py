@@ -1,17 +1,20 @@
-"""What the step loop of each method issues, as data: tasks in the order of ``fr_jax.algorithms``.
+"""What the step of each method issues, as a table, and the schedule that follows from it.
 
-Modules count from 0; module k runs on device k, module K-1 computes the loss.
+Stages count from 0: stage k runs on device k, and stage K-1 computes the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from fr_jax.diagnostics.simulation.timeline import Need, Task
 from fr_jax.diagnostics.simulation.times import Times
 
 __all__ = [
     "SCHEDULES",
+    "MethodSchedule",
+    "Row",
     "back_propagation",
     "data_parallel",
     "ddg",
@@ -22,81 +25,32 @@ __all__ = [
 ]
 
 
-class _Queue:
-    """Tasks in the order of issue."""
+class Row(NamedTuple):
+    """Functions that some stages call, stage after stage.
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
-        self.tasks: list[Task] = []
-
-    def issue(self, kind: str, k: int, step: int, minibatch: int, *needs: Need | None) -> int:
-        """The task's position. Needs that are None there are not."""
-        seconds = getattr(self.times.modules[k], kind)
-        self.tasks.append(Task(kind, k, seconds, minibatch, step, tuple(need for need in needs if need is not None)))
-        return len(self.tasks) - 1
-
-    def follow(self, kind: str, k: int, step: int, minibatch: int) -> None:
-        """A task that no other device waits for; left out where it takes no time."""
-        if getattr(self.times.modules[k], kind) != 0:
-            self.issue(kind, k, step, minibatch)
-
-    def down(self, task: int, k: int) -> Need:
-        """The output of module k, at module k+1."""
-        return Need(task, self.times.features[k])
-
-    def up(self, task: int | None, k: int) -> Need | None:
-        """The gradient that module k+1 sends, at module k."""
-        return None if task is None else Need(task, self.times.gradients[k])
-
-
-def _opened(times: Times, steps: int) -> tuple[_Queue, int]:
-    K = len(times.modules)
-    if K < 1 or len(times.features) != K - 1 or len(times.gradients) != K - 1:
-        raise ValueError(
-            f"times of {K} modules came with {len(times.features)} features and {len(times.gradients)} gradients that "
-            "cross a cut; K modules, at least 1, need K-1 of each."
-        )
-    if steps < 1:
-        raise ValueError(f"steps = {steps} was given; a schedule has at least 1.")
-    return _Queue(times), K
-
-
-def back_propagation(times: Times, steps: int) -> tuple[Task, ...]:
-    """Back-propagation over K devices, ``fr_jax.backprop``; with K = 1 the whole network in one function.
-
-    Balanced, without transfers, a step takes forward and backward of the whole network, for every K.
-
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, or ``steps`` is less than 1.
-
-    Example:
-      >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
-      >>> summarise(simulate(back_propagation(times_of_costs([1.0, 2.0]), steps=4))).step_seconds
-      3.0
+    Attributes:
+      kinds: what each of these stages calls, in this order: fields of
+        :class:`fr_jax.diagnostics.simulation.times.StageTimes`.
+      stages: ``"up"`` (0, ..., K-2), ``"last"`` (K-1), ``"down"`` (K-2, ..., 0) or ``"all"`` (K-1, ..., 0).
+      needs: what the first of the kinds waits for: the ``"feature"`` of stage k-1, the ``"delta"`` of stage k+1, or
+        nothing.
+      stale: stage k works on mini-batch t+k-(K-1), not on mini-batch t.
+      once: for the last micro-batch of a step only.
     """
-    queue, K = _opened(times, steps)
-    for t in range(steps):
-        h = None
-        for k in range(K - 1):
-            h = queue.down(queue.issue("forward", k, t, t, h), k)
-        delta = queue.issue("last", K - 1, t, t, h)
-        for k in reversed(range(K - 1)):
-            delta = queue.issue("backward", k, t, t, queue.up(delta, k))
-            queue.follow("update", k, t, t)
-    return tuple(queue.tasks)
+
+    kinds: tuple[str, ...]
+    stages: Literal["up", "last", "down", "all"]
+    needs: Literal["feature", "delta"] | None = None
+    stale: bool = False
+    once: bool = False
 
 
-def features_replay(times: Times, steps: int) -> tuple[Task, ...]:
-    """Features replay as data flow, ``fr_jax.features_replay``.
+class MethodSchedule(NamedTuple):
+    """One step of a method. Called with times, it gives the tasks of several steps, in the order of issue.
 
-    Without transfers, and cut so that 4 forward passes of module k < K take as long as 3 of module K, a step takes
-    12/(3K+1) of the network's forward pass: a speedup of (3K+1)/4 over back-propagation. Transfers of x seconds each
-    make it 2x (K-1)/K longer: the loop from module K's gradient down to module 1's update and, K steps later, back up
-    as its play has no slack.
-
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, or ``steps`` is less than 1.
+    Attributes:
+      phases: the rows of each phase; all micro-batches go through a phase before the next phase starts.
+      barriers: whether all devices wait for each other before each phase, as a step loop that waits for results does.
 
     Example:
       >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
@@ -105,149 +59,143 @@ def features_replay(times: Times, steps: int) -> tuple[Task, ...]:
       >>> round(summarise(simulate(features_replay(times, steps=8))).step_seconds, 6)
       12.0
     """
-    queue, K = _opened(times, steps)
-    sent: dict[int, int] = {}
-    for t in range(steps):
-        h = None
-        for k in range(K - 1):
-            h = queue.down(queue.issue("play", k, t, t, h), k)
-        now = {K - 1: queue.issue("last", K - 1, t, t, h)}
-        for k in reversed(range(max(0, K - 1 - t), K - 1)):
-            now[k] = queue.issue("replay", k, t, t + k + 1 - K, queue.up(sent.get(k + 1), k))
-        sent = now
-    return tuple(queue.tasks)
+
+    phases: tuple[tuple[Row, ...], ...]
+    barriers: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The fields of ``StageTimes`` that are read."""
+        return tuple(dict.fromkeys(kind for phase in self.phases for row in phase for kind in row.kinds))
+
+    def __call__(self, times: Times, steps: int, microbatches: int = 1) -> tuple[Task, ...]:
+        """The tasks.
+
+        Args:
+          times: of one micro-batch; ``update`` of one update.
+          steps: how many.
+          microbatches: M, for :data:`gpipe`.
+
+        Raises:
+          ValueError: the numbers of stages and transfers do not fit, or ``steps`` or ``microbatches`` is less than 1.
+        """
+        K = len(times.stages)
+        if K < 1 or len(times.features) != K - 1 or len(times.gradients) != K - 1:
+            raise ValueError(
+                f"times of {K} stages came with {len(times.features)} features and {len(times.gradients)} gradients "
+                "that cross a cut; K stages, at least 1, need K-1 of each."
+            )
+        if steps < 1 or microbatches < 1:
+            raise ValueError(f"steps = {steps} and microbatches = {microbatches} were given; each must be at least 1.")
+        tasks: list[Task] = []
+        results: dict[tuple[str, int, int], int] = {}  # (feature or delta, stage, mini-batch) -> the task that makes it
+        newest: dict[int, int] = {}  # stage -> its last task that sends something
+        held: dict[int, list[Need]] = {}  # stage -> what a barrier makes its next task wait for
+        for call in self._calls(K, steps, microbatches):
+            if call is None:
+                held = {k: [Need(task) for task in newest.values()] for k in range(K)}
+                continue
+            t, row, k, minibatch = call
+            needs = held.pop(k, [])
+            if row.needs == "feature" and k > 0:
+                needs.append(Need(results["feature", k - 1, minibatch], times.features[k - 1]))
+            elif row.needs == "delta":
+                needs.append(Need(results["delta", k + 1, minibatch], times.gradients[k]))
+            for kind in row.kinds:
+                seconds = getattr(times.stages[k], kind)
+                if kind in _RESULTS:
+                    results[_RESULTS[kind], k, minibatch] = newest[k] = len(tasks)
+                if kind not in _LOCAL or seconds != 0:
+                    tasks.append(Task(kind, k, seconds, minibatch, t, tuple(needs)))
+                    needs = []
+        return tuple(tasks)
+
+    def _calls(self, K: int, steps: int, M: int) -> Iterator[tuple[int, Row, int, int] | None]:
+        """``(t, row, stage, mini-batch)`` in the order of issue; None for a barrier."""
+        for t in range(steps):
+            for phase in self.phases:
+                if self.barriers:
+                    yield None
+                for m in range(t * M, (t + 1) * M):
+                    for row in phase:
+                        if row.once and m + 1 < (t + 1) * M:
+                            continue
+                        for k in _ORDERS[row.stages](K):
+                            minibatch = m + k - (K - 1) if row.stale else m
+                            if minibatch >= 0:  # before that, the stage has nothing to replay
+                                yield t, row, k, minibatch
 
 
-def features_replay_lockstep(times: Times, steps: int) -> tuple[Task, ...]:
-    """Features replay with a barrier before and after the forward phase, as a step loop that waits would run it.
+_ORDERS = {
+    "up": lambda K: range(K - 1),
+    "last": lambda K: range(K - 1, K),
+    "down": lambda K: reversed(range(K - 1)),
+    "all": lambda K: reversed(range(K)),
+}
+_RESULTS = {
+    "play": "feature",
+    "forward": "feature",
+    "last": "delta",
+    "gradient": "delta",
+    "replay": "delta",
+    "backward": "delta",
+}
+"""What a kind sends to another stage."""
+_LOCAL = ("synthesize", "accumulate", "update")
+"""Kinds that wait for no other device, and that no other device waits for: left out if they take no time."""
 
-    All K modules play, one after the other; then all replay, at once, module K with its backward pass only. Equally
-    cut, without transfers, the speedup over back-propagation is 3/(1+3/K). The library has no such loop.
+_PLAY = Row(("play",), "up", "feature")
+_REPLAY = Row(("replay",), "down", "delta", stale=True)
+_FORWARD = Row(("forward",), "up", "feature")
+_LAST = Row(("last",), "last", "feature")
 
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, or ``steps`` is less than 1.
+# The speedups below are over back-propagation on one device, for equal stages and transfers that take no time.
+back_propagation = MethodSchedule(((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta")),))
+"""``fr_jax.backprop`` over K devices; with K = 1 the whole network in one function. Speedup 1, for every K."""
 
-    Example:
-      >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
-      >>> summarise(simulate(features_replay_lockstep(times_of_costs([1.5, 1.5]), steps=8))).step_seconds
-      2.5
-    """
-    queue, K = _opened(times, steps)
-    sent: dict[int, int] = {}
-    for t in range(steps):
-        barrier = [Need(task) for task in sent.values()]
-        h = None
-        for k in range(K - 1):
-            h = queue.down(queue.issue("play", k, t, t, h, *barrier), k)
-            barrier = []
-        played = Need(queue.issue("forward", K - 1, t, t, h, *barrier))
-        now = {K - 1: queue.issue("backward", K - 1, t, t)}
-        queue.follow("update", K - 1, t, t)
-        for k in reversed(range(max(0, K - 1 - t), K - 1)):
-            now[k] = queue.issue("replay", k, t, t + k + 1 - K, played, queue.up(sent.get(k + 1), k))
-        sent = now
-    return tuple(queue.tasks)
+features_replay = MethodSchedule(((_PLAY, _LAST, _REPLAY),))
+"""``fr_jax.features_replay``. Speedup (3K+1)/4, if 4 forward passes of a stage k < K take as long as 3 of stage K.
 
+Transfers of x seconds each make a step longer by 2x (K-1)/K: there is no slack in the loop from stage K's gradient
+down to stage 1's update and, K steps later, back up as its play."""
 
-def ddg(times: Times, steps: int) -> tuple[Task, ...]:
-    """Decoupled parallel back-propagation, ``fr_jax.ddg``: equally cut, without transfers, K times back-propagation.
+features_replay_lockstep = MethodSchedule(
+    ((_PLAY, _LAST._replace(kinds=("forward",))), (Row(("backward", "update"), "last"), _REPLAY)), barriers=True
+)
+"""Features replay with a barrier before and after its forward phase. Speedup 3/(1+3/K): all stages play one after the
+other, then all go backward at once. The library has no such loop but in ``diagnostics.profiling.lockstep``."""
 
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, or ``steps`` is less than 1.
+ddg = MethodSchedule(((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta", stale=True)),))
+"""``fr_jax.ddg``. Speedup K; transfers as for :data:`features_replay`."""
 
-    Example:
-      >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
-      >>> summarise(simulate(ddg(times_of_costs([1.5, 1.5]), steps=8))).step_seconds
-      1.5
-    """
-    queue, K = _opened(times, steps)
-    sent: dict[int, int] = {}
-    for t in range(steps):
-        h = None
-        for k in range(K - 1):
-            h = queue.down(queue.issue("forward", k, t, t, h), k)
-        now = {K - 1: queue.issue("last", K - 1, t, t, h)}
-        for k in reversed(range(max(0, K - 1 - t), K - 1)):
-            now[k] = queue.issue("backward", k, t, t + k + 1 - K, queue.up(sent.get(k + 1), k))
-            queue.follow("update", k, t, t + k + 1 - K)
-        sent = now
-    return tuple(queue.tasks)
+dni = MethodSchedule(
+    ((Row(("forward", "synthesize", "backward", "update"), "up", "feature"), _LAST, Row(("learn",), "up", "delta")),)
+)
+"""``fr_jax.dni``; synthesizers learn last, from what stage k+1 sent in this step. Speedup 3K/4, with synthesizers that
+take no time: stage k waits for the forward pass of stage k+1 before its synthesizer learns."""
 
+gpipe = MethodSchedule(
+    (
+        (_FORWARD, _LAST._replace(kinds=("gradient", "accumulate"))),
+        (Row(("backward", "accumulate"), "down", "delta"), Row(("update",), "all", once=True)),
+    )
+)
+"""``fr_jax.gpipe`` with M micro-batches. Speedup KM/(M+K-1)."""
 
-def dni(times: Times, steps: int) -> tuple[Task, ...]:
-    """Decoupled neural interfaces, ``fr_jax.dni``: synthesizers learn last, from what module k+1 sent in this step.
-
-    Equally cut, without transfers and with synthesizers that take no time, the speedup over back-propagation is 3K/4:
-    module k waits for the forward pass of module k+1 before its synthesizer learns.
-
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, or ``steps`` is less than 1.
-
-    Example:
-      >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
-      >>> summarise(simulate(dni(times_of_costs([1.5, 1.5]), steps=8))).step_seconds
-      2.0
-    """
-    queue, K = _opened(times, steps)
-    for t in range(steps):
-        h, sent = None, []
-        for k in range(K - 1):
-            h = queue.down(queue.issue("forward", k, t, t, h), k)
-            queue.follow("synthesize", k, t, t)
-            sent.append(queue.issue("backward", k, t, t))
-            queue.follow("update", k, t, t)
-        sent.append(queue.issue("last", K - 1, t, t, h))
-        for k in range(K - 1):
-            queue.issue("learn", k, t, t, queue.up(sent[k + 1], k))
-    return tuple(queue.tasks)
-
-
-def gpipe(times: Times, steps: int, microbatches: int) -> tuple[Task, ...]:
-    """GPipe, ``fr_jax.gpipe``: equally cut, without transfers, KM/(M+K-1) times back-propagation.
-
-    Args:
-      times: for one microbatch; ``update`` for one update.
-      steps: how many.
-      microbatches: M.
-
-    Raises:
-      ValueError: the numbers of modules and transfers do not fit, ``steps`` or ``microbatches`` is less than 1.
-
-    Example:
-      >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-      >>> from fr_jax.diagnostics.simulation.times import times_of_costs
-      >>> times = times_of_costs([0.75, 0.75])
-      >>> summarise(simulate(gpipe(times, steps=4, microbatches=2))).step_seconds
-      2.25
-    """
-    queue, K = _opened(times, steps)
-    M = microbatches
-    if M < 1:
-        raise ValueError(f"microbatches = {M} was given; it must be at least 1.")
-    for t in range(steps):
-        deltas: list[int] = []
-        for m in range(t * M, (t + 1) * M):
-            h = None
-            for k in range(K - 1):
-                h = queue.down(queue.issue("forward", k, t, m, h), k)
-            deltas.append(queue.issue("gradient", K - 1, t, m, h))
-            queue.follow("accumulate", K - 1, t, m)
-        for m, delta in enumerate(deltas, start=t * M):
-            for k in reversed(range(K - 1)):
-                delta = queue.issue("backward", k, t, m, queue.up(delta, k))
-                queue.follow("accumulate", k, t, m)
-        for k in reversed(range(K)):
-            queue.follow("update", k, t, (t + 1) * M - 1)
-    return tuple(queue.tasks)
+SCHEDULES: Mapping[str, MethodSchedule] = {
+    "bp": back_propagation,
+    "fr": features_replay,
+    "fr-lockstep": features_replay_lockstep,
+    "ddg": ddg,
+    "dni": dni,
+    "gpipe": gpipe,
+}
 
 
 def data_parallel(seconds: float, devices: int, steps: int, all_reduce: float = 0.0) -> tuple[Task, ...]:
     """Data-parallel back-propagation, ``fr_jax.backprop`` on ``fr_jax.placement(1, data_parallel=D)``.
 
-    All devices wait for the sum of their gradients, and nothing runs beside it.
+    All devices wait for the sum of their gradients, and nothing runs at the same time.
 
     Args:
       seconds: of one device for its part of the mini-batch, update included.
@@ -272,13 +220,3 @@ def data_parallel(seconds: float, devices: int, steps: int, all_reduce: float = 
         if all_reduce:
             tasks += [Task("transfer", d, all_reduce, t, t, needs) for d in range(devices)]
     return tuple(tasks)
-
-
-SCHEDULES: Mapping[str, Callable[[Times, int], tuple[Task, ...]]] = {
-    "bp": back_propagation,
-    "fr": features_replay,
-    "fr-lockstep": features_replay_lockstep,
-    "ddg": ddg,
-    "dni": dni,
-}
-"""``(times, steps) -> schedule`` by name; :func:`gpipe` and :func:`data_parallel` need more than that."""

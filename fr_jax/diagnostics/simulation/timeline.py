@@ -1,12 +1,12 @@
-"""Schedules as data, and the times at which their tasks run.
+"""The times at which the tasks of a schedule run.
 
-A schedule is everything that a method's step loop issues, in the order in which it issues it. Every device works
-through its own tasks in that order; a task starts when its device is free and what it needs has arrived:
+A schedule lists everything that a method's step loop issues, in order. Each device works through its own tasks in that
+order; a task starts when its device is free and what it needs has arrived:
 
     start_i = max(end of the device's task before i,  max over needs (j, s) of end_j + s)
     end_i   = start_i + seconds_i
 
-A link from one device to another carries one message at a time. The host is taken to be far ahead of the devices.
+A link from one device to another carries one message at a time. The host is assumed to be far ahead of the devices.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Need(NamedTuple):
 
     Attributes:
       task: the position in the schedule of the task that makes it.
-      seconds: how long it is on its way after that.
+      seconds: the time that the result then takes to arrive.
     """
 
     task: int
@@ -48,12 +48,12 @@ class Task(NamedTuple):
     """One call that a device works on.
 
     Attributes:
-      kind: what is done, a name from ``fr_jax.diagnostics.simulation.schedules.ModuleTimes``, or ``"transfer"``.
+      kind: a field of :class:`fr_jax.diagnostics.simulation.times.StageTimes`, or ``"transfer"``.
       device: counted from 0.
-      seconds: of the device.
-      minibatch: which one is worked on; for GPipe the microbatch, counted through.
+      seconds: how long the device works on it.
+      minibatch: the number of its mini-batch, or of its micro-batch, counted over all steps.
       step: the iteration t that issues it.
-      needs: what must have arrived, beside everything that the same device did before.
+      needs: what must have arrived before it starts.
     """
 
     kind: str
@@ -81,8 +81,8 @@ class Timeline(NamedTuple):
 
     Attributes:
       schedule: n tasks.
-      start, end: ``(n,)`` seconds since the first task may start.
-      transfers: what was on a link for longer than nothing.
+      start, end: ``(n,)`` seconds.
+      transfers: the messages that took time.
     """
 
     schedule: tuple[Task, ...]
@@ -96,9 +96,9 @@ class Summary(NamedTuple):
 
     Attributes:
       step_seconds: from one step to the next.
-      bubble: the share of all devices' time, 0 to 1, in which they do not compute. A second forward pass is work, a
-        transfer that occupies a device is not.
-      bubbles: the same, one a device.
+      bubble: the share of the time of all devices, 0 to 1, in which they do not compute. A second forward pass counts
+        as work, a transfer that occupies a device does not.
+      bubbles: the same for each device.
     """
 
     step_seconds: float
@@ -107,16 +107,10 @@ class Summary(NamedTuple):
 
 
 def simulate(schedule: Schedule) -> Timeline:
-    """When every task starts and ends.
-
-    Args:
-      schedule: tasks in the order of issue.
-
-    Returns:
-      The timeline, in time linear in the number of tasks and needs.
+    """Computes when every task starts and ends, in time linear in the number of tasks and needs.
 
     Raises:
-      ValueError: a task takes a time that is negative or not finite, or needs one that is issued after it.
+      ValueError: a task takes a time that is negative or not finite, or needs a task that is issued after it.
 
     Example:
       >>> first = Task("forward", device=0, seconds=1.0, minibatch=0, step=0)
@@ -147,31 +141,31 @@ def _check(i: int, task: Task, schedule: Schedule) -> None:
     if not 0 <= task.seconds < math.inf:
         raise ValueError(
             f"task {i}, {task.kind} of mini-batch {task.minibatch} on device {task.device}, takes {task.seconds} s; it "
-            "must be a finite time, at least 0. NaN stands for what was not measured: measure this kind too."
+            "must be a finite time, at least 0. NaN means not measured: measure this kind too."
         )
     for j, seconds in task.needs:
         if not 0 <= j < i:
             raise ValueError(
-                f"task {i}, {task.kind} on device {task.device}, needs task {j}; it can need one of the tasks before "
-                "it. Issue it later."
+                f"task {i}, {task.kind} on device {task.device}, needs task {j}; it can only need tasks that are "
+                "issued before it. Issue it later."
             )
         if not -schedule[j].seconds <= seconds < math.inf:
             raise ValueError(
-                f"task {i}, {task.kind} on device {task.device}, waits {seconds} s for what task {j} makes; a transfer "
-                "takes a finite time, at least 0."
+                f"task {i}, {task.kind} on device {task.device}, waits {seconds} s for the result of task {j}; a "
+                "transfer takes a finite time, at least 0."
             )
 
 
 def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
-    """The same schedule where transfers occupy the devices, as those over sockets do, which the processor copies.
+    """The schedule with transfers that occupy the devices, as those over sockets do: the processor copies them.
 
-    A message of s seconds then keeps its sender busy for ``share * s`` right after the task that made it, and its
-    receiver for as long right before the task that needs it. It takes s from the start of the one to the end of the
-    other, and longer where the receiver is busy.
+    A message of s seconds keeps its sender busy for ``share * s`` right after the task that made it, and its receiver
+    for as long right before the task that needs it. From the start of the first to the end of the second it takes s,
+    or more if the receiver is busy.
 
     Args:
       schedule: tasks whose needs take time.
-      share: 0 (transfers run beside the work) to 1 (both devices do nothing else meanwhile).
+      share: 0 (transfers do not disturb the work) to 1 (both devices do nothing else during a transfer).
 
     Raises:
       ValueError: the share is not between 0 and 1.
@@ -202,6 +196,7 @@ def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
             if (j, i) not in sends:
                 needs.append(Need(place[j], seconds))
                 continue
+            # Above a share of 1/2 sending and receiving overlap: the receiver may start before the sender is done.
             on_the_way = Need(sends[j, i], (1 - 2 * share) * seconds)
             made.append(Task("transfer", task.device, share * seconds, schedule[j].minibatch, task.step, (on_the_way,)))
             needs.append(Need(len(made) - 1))
@@ -214,11 +209,7 @@ def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
 
 
 def resumed(schedule: Schedule, step: int) -> tuple[Task, ...]:
-    """The schedule from a step on, where all that was issued before has been done and has arrived.
-
-    Args:
-      schedule: from step 0 on.
-      step: the first that is left.
+    """The tasks from iteration ``step`` on, with everything before it done and arrived.
 
     Example:
       >>> steps = [Task("last", device=0, seconds=2.0, minibatch=t, step=t) for t in range(4)]
@@ -234,13 +225,13 @@ def resumed(schedule: Schedule, step: int) -> tuple[Task, ...]:
 
 
 def summarise(timeline: Timeline, skip: int | None = None) -> Summary:
-    """Seconds a step, and bubbles, in steady state.
+    """Seconds per step, and bubbles, in steady state.
 
-    Of every device the time from the end of its last task of step ``skip - 1`` to that of the last step counts.
+    For each device, the time from the end of its last task of step ``skip - 1`` to the end of its last task counts.
 
     Args:
       timeline: of at least two steps.
-      skip: steps in which the devices fill; by default the first half.
+      skip: the number of first steps, in which the pipeline fills, to leave out; by default half of them.
 
     Raises:
       ValueError: ``skip`` leaves no step, or is less than 1.

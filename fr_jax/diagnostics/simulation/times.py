@@ -1,4 +1,4 @@
-"""How long the functions of a module take, and what crosses between modules: what schedules are made from."""
+"""How long the functions of a stage take, and what crosses the cuts: the numbers that schedules are made from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = [
-    "ModuleTimes",
+    "StageTimes",
     "Times",
     "balanced_shares",
     "ring_all_reduce_seconds",
@@ -16,8 +16,8 @@ __all__ = [
 ]
 
 
-class ModuleTimes(NamedTuple):
-    """Seconds that the functions of one module take for one mini-batch; NaN for what was not measured.
+class StageTimes(NamedTuple):
+    """Seconds that the functions of one stage take for one mini-batch; NaN for what was not measured.
 
     Attributes:
       play: the forward pass that keeps nothing (features replay).
@@ -27,8 +27,8 @@ class ModuleTimes(NamedTuple):
       update: the optimizer.
       last: forward, loss, backward and update, one function.
       gradient: the same without the update (GPipe).
-      accumulate: adding up a microbatch's gradients (GPipe).
-      synthesize: the forward pass of the module's synthesizer (DNI).
+      accumulate: adding up the gradients of a micro-batch (GPipe).
+      synthesize: the forward pass of the stage's synthesizer (DNI).
       learn: the synthesizer's gradient and update (DNI).
     """
 
@@ -45,16 +45,16 @@ class ModuleTimes(NamedTuple):
 
 
 class Times(NamedTuple):
-    """What a method's schedule is made from.
+    """The seconds that a method's schedule is made from.
 
     Attributes:
-      modules: K entries.
-      features: K-1 entries, the seconds in which h_k gets from module k to k+1.
-      gradients: K-1 entries, the seconds in which delta_k gets back.
+      stages: K entries.
+      features: K-1 entries, the seconds that h_k takes from stage k to stage k+1.
+      gradients: K-1 entries, the seconds that delta_k takes back.
       all_reduce: of all sums over devices in a step of data parallelism (gradients, batch statistics).
     """
 
-    modules: tuple[ModuleTimes, ...]
+    stages: tuple[StageTimes, ...]
     features: tuple[float, ...]
     gradients: tuple[float, ...]
     all_reduce: float = 0.0
@@ -70,27 +70,28 @@ def times_of_costs(
     """Times by the rule that a backward pass takes twice as long as a forward pass.
 
     Args:
-      costs: one a module, the seconds of its forward and backward pass together; any other unit does as well.
+      costs: K entries, the seconds of each stage's forward and backward pass together, or in any other unit.
       transfers: seconds for a feature to cross a cut, and for its gradient to come back: one for all, or K-1.
-      synthesizers: seconds of forward and backward pass of each module's synthesizer: one for all, or K-1.
-      update: seconds of each module's update; in ``replay`` and ``last`` it is included.
+      synthesizers: seconds of forward and backward pass of each stage's synthesizer: one for all, or K-1.
+      update: seconds of each stage's update; ``replay`` and ``last`` include it.
 
     Returns:
-      The times; what GPipe adds up costs nothing.
+      The times. Adding up gradients (GPipe) costs nothing.
 
     Raises:
       ValueError: the numbers of costs, transfers and synthesizers do not fit.
 
     Example:
       >>> times = times_of_costs([3.0, 6.0], transfers=0.5)
-      >>> times.modules[0].play, times.modules[0].replay, times.modules[1].last, times.features
+      >>> times.stages[0].play, times.stages[0].replay, times.stages[1].last, times.features
       (1.0, 3.0, 6.0, (0.5,))
     """
     K = len(costs)
+    if K < 1:
+        raise ValueError("no costs were given; there is one for each of K stages, at least 1.")
     crossing = _for_each_cut("transfers", transfers, K)
-    own = (*_for_each_cut("synthesizers", synthesizers, K), 0.0)
-    modules = tuple(
-        ModuleTimes(
+    stages = tuple(
+        StageTimes(
             play=cost / 3,
             replay=cost + update,
             forward=cost / 3,
@@ -102,29 +103,27 @@ def times_of_costs(
             synthesize=synthesizer / 3,
             learn=2 * synthesizer / 3,
         )
-        for cost, synthesizer in zip(costs, own, strict=True)
+        for cost, synthesizer in zip(costs, (*_for_each_cut("synthesizers", synthesizers, K), 0.0), strict=True)
     )
-    return Times(modules, crossing, crossing)
+    return Times(stages, crossing, crossing)
 
 
 def _for_each_cut(name: str, given: Sequence[float] | float, K: int) -> tuple[float, ...]:
-    if K < 1:
-        raise ValueError("no costs were given; there is one for each of K modules, at least 1.")
     values = tuple(given) if isinstance(given, Sequence) else (given,) * (K - 1)
     if len(values) != K - 1:
         raise ValueError(
-            f"{len(values)} {name} were given for {K} modules; there is one for each of the K-1 = {K - 1} cuts. "
+            f"{len(values)} {name} were given for {K} stages; there is one for each of the K-1 = {K - 1} cuts. "
             "Pass that many, or one number for all."
         )
     return values
 
 
 def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, ...]:
-    """The shares of a network, adding up to 1, that an ideal cut gives its K modules.
+    """The shares of a network, adding up to 1, that an ideal cut gives its K stages.
 
     Args:
-      K: number of modules.
-      last_stage_weight: what a unit of cost counts in the last module (:func:`fr_jax.balance`): 3/4 for features
+      K: number of stages.
+      last_stage_weight: what a unit of cost counts in the last stage (:func:`fr_jax.balance`): 3/4 for features
         replay.
 
     Raises:
@@ -148,7 +147,7 @@ def transfer_seconds(size: float, bandwidth: float, latency: float = 0.0) -> flo
 
     Args:
       size: bytes.
-      bandwidth: bytes a second.
+      bandwidth: bytes per second.
       latency: seconds.
 
     Raises:
@@ -167,14 +166,14 @@ def transfer_seconds(size: float, bandwidth: float, latency: float = 0.0) -> flo
 
 
 def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float, latency: float = 0.0) -> float:
-    """Seconds in which D devices in a ring add up what each holds: 2 (D-1) messages of a D-th of it, one by one.
+    """Seconds of an all-reduce over D devices in a ring: 2 (D-1) messages of size/D, one after the other.
 
-    That is 2 (D-1)/D size / bandwidth without latency (Patarasuk, Yuan 2009).
+    Without latency that is 2 (D-1)/D size / bandwidth (Patarasuk and Yuan 2009).
 
     Args:
       size: bytes that each device holds.
       devices: D.
-      bandwidth: bytes a second of each link.
+      bandwidth: bytes per second of each link.
       latency: seconds of each message.
 
     Raises:

@@ -20,7 +20,7 @@ import optax
 from tqdm import tqdm
 
 import fr_jax as fr
-from fr_jax.diagnostics.memory.activations import closed_form, module_activations
+from fr_jax.diagnostics.memory.activations import closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
 from fr_jax.experiments._bench.turns import code_of, take_devices
 from fr_jax.experiments._cli.machine import machine, settings_of
@@ -127,7 +127,7 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
     for K in settings.K:
         cuts = fr.balance(costs, K)
         stages = fr.partition(layers, cuts)
-        modules = module_activations(stages, images)
+        modules = stage_activations(stages, images)
         for method in settings.methods:
             if K == 1 and CONTESTANTS[method].backprop_at_one:
                 found, seconds = plain, plain_seconds

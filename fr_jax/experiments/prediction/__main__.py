@@ -163,7 +163,7 @@ def _summary(row: dict[str, list[float]], steady: Any) -> dict[str, Any]:
 
 
 def _as_json(measured: Measured) -> dict[str, Any]:
-    modules = [{k: v for k, v in one._asdict().items() if v == v} for one in measured.times.modules]  # without NaN
+    modules = [{k: v for k, v in one._asdict().items() if v == v} for one in measured.times.stages]  # without NaN
     features = list(measured.times.features)
     found = {"modules": modules, "transfer_seconds": features, "transfer_share": measured.transfer_share}
     return found | ({"all_reduce_seconds": all_reduce} if (all_reduce := measured.times.all_reduce) else {})

@@ -97,7 +97,7 @@ def _schedule_of(name: str, K: int, microbatches: int) -> Callable[[Measured, in
         return lambda measured, steps: gpipe(measured.times, steps, microbatches)
     if name == DATA_PARALLEL:
         return lambda measured, steps: data_parallel(
-            measured.times.modules[0].last, K, steps, all_reduce=measured.times.all_reduce
+            measured.times.stages[0].last, K, steps, all_reduce=measured.times.all_reduce
         )
     return lambda measured, steps: SCHEDULES[name](measured.times, steps)
 

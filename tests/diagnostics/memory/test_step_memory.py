@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.diagnostics.memory.activations import ModuleActivations, closed_form, module_activations
+from fr_jax.diagnostics.memory.activations import StageActivations, closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_calls import step_calls
 from fr_jax.diagnostics.memory.step_memory import KINDS, device_peaks, step_memory
 from fr_jax.plotting.memory import memory_figure
@@ -150,7 +150,7 @@ def test_device_peaks():
 
 
 def test_closed_forms():
-    modules = [ModuleActivations(inputs, residuals) for inputs, residuals in ((1, 40), (2, 50), (3, 60), (4, 70))]
+    modules = [StageActivations(inputs, residuals) for inputs, residuals in ((1, 40), (2, 50), (3, 60), (4, 70))]
     assert closed_form("bp", modules) == 220
     assert closed_form("ddg", modules) == 4 * 40 + 3 * 50 + 2 * 60 + 70
     assert closed_form("fr", modules) == 220 + 4 * 1 + 3 * 2 + 2 * 3
@@ -162,7 +162,7 @@ def test_closed_forms():
 
 def test_activations_of_modules_are_shapes_alone():
     stages = fr.partition(fr.models.mlp(num_classes=WIDTH, depth=K, width=WIDTH), range(1, K))
-    modules = module_activations(stages, jax.ShapeDtypeStruct((10**6, WIDTH), jnp.float32))
+    modules = stage_activations(stages, jax.ShapeDtypeStruct((10**6, WIDTH), jnp.float32))
     assert [module.inputs for module in modules] == [10**6 * WIDTH * FLOAT] * K
     assert all(module.residuals >= module.inputs for module in modules)
 

@@ -66,7 +66,7 @@ def test_measures_each_devices_part(monkeypatch):
 
     monkeypatch.setattr(Call, "seconds", record)
     measured = timer(fr.models.mlp(depth=2, width=8), np.ones((6, 20), np.float32))()
-    assert set(shapes) == {(3,)} and measured.times.modules[0].last == 0.05
+    assert set(shapes) == {(3,)} and measured.times.stages[0].last == 0.05
     assert 0 < measured.times.all_reduce < 10 and measured.times.features == ()
 
 

@@ -17,7 +17,7 @@ from fr_jax.diagnostics.profiling.stage_times import KINDS_OF, Measured, median,
 from fr_jax.diagnostics.profiling.step_times import step_timer
 from fr_jax.diagnostics.simulation import schedules
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-from fr_jax.diagnostics.simulation.times import ModuleTimes, Times
+from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.training.classification import cross_entropy
 
 LAST_ONLY, BELOW_ONLY = {"last", "gradient"}, {"play", "replay", "forward", "backward", "synthesize", "learn"}
@@ -36,7 +36,7 @@ def test_measures_what_each_method_needs():
     for times, share in (first, second):
         assert 0 <= share <= 1
         assert all(0 < seconds < 10 for seconds in (*times.features, *times.gradients))
-        for k, module in enumerate(times.modules):
+        for k, module in enumerate(times.stages):
             absent = BELOW_ONLY if k == 2 else LAST_ONLY
             for kind, seconds in module._asdict().items():
                 assert math.isnan(seconds) if kind in absent else 0 < seconds < 10, (k, kind)
@@ -71,9 +71,9 @@ def test_one_module_is_the_whole_network():
     measured = stage_timer(
         [fr.chain(*stages)], loss_fn, optimizer, batch, kinds=KINDS_OF["bp"], placement=fr.placement(1), repeats=1
     )()
-    assert measured.times.features == () and measured.times.modules[0].last > 0 and measured.transfer_share == 0
+    assert measured.times.features == () and measured.times.stages[0].last > 0 and measured.transfer_share == 0
     assert summarise(simulate(schedules.back_propagation(measured.times, 4))).step_seconds == pytest.approx(
-        measured.times.modules[0].last
+        measured.times.stages[0].last
     )
 
 
@@ -101,10 +101,10 @@ def test_errors_say_what_was_given(options, message):
 
 
 def test_median():
-    measured = [Measured(Times((ModuleTimes(play=x), ModuleTimes(last=x)), (x,), (2 * x,)), x) for x in (0.1, 0.5, 0.9)]
+    measured = [Measured(Times((StageTimes(play=x), StageTimes(last=x)), (x,), (2 * x,)), x) for x in (0.1, 0.5, 0.9)]
     middle = median(measured)
-    assert middle.times.modules[0].play == middle.times.features[0] == middle.transfer_share == 0.5
-    assert middle.times.gradients == (1.0,) and math.isnan(middle.times.modules[0].last)
+    assert middle.times.stages[0].play == middle.times.features[0] == middle.transfer_share == 0.5
+    assert middle.times.gradients == (1.0,) and math.isnan(middle.times.stages[0].last)
     with pytest.raises(ValueError, match="no measurements"):
         median([])
 
@@ -123,7 +123,7 @@ measure()
 found = measure()
 stage_timer(stages, cross_entropy, optax.sgd(0.1), batch, kinds=["update"], placement=fr.placement(2), together=False)()
 with open(sys.argv[1] + str(jax.process_index()), "w") as file:
-    json.dump([found.times.modules[0].replay, found.times.modules[1].last, found.times.features, found[1]], file)
+    json.dump([found.times.stages[0].replay, found.times.stages[1].last, found.times.features, found[1]], file)
 """
 
 
@@ -156,7 +156,7 @@ def test_the_parts_of_a_step_are_those_of_the_schedule(method, below, top):
     )
     times, share = measure()
     assert 0 <= share <= 1 and len(times.features) == K - 1 and all(0 < one < 10 for one in times.features)
-    for k, module in enumerate(times.modules):
+    for k, module in enumerate(times.stages):
         found = {kind for kind, seconds in module._asdict().items() if 0 < seconds < 10}
         assert found == (top if k == K - 1 else below)
     schedule = schedules.gpipe(times, 4, 2) if method == "gpipe" else schedules.SCHEDULES[method](times, 4)

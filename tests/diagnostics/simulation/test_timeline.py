@@ -19,7 +19,7 @@ from fr_jax.diagnostics.simulation.timeline import (
     summarise,
 )
 from fr_jax.diagnostics.simulation.times import (
-    ModuleTimes,
+    StageTimes,
     Times,
     balanced_shares,
     ring_all_reduce_seconds,
@@ -41,18 +41,17 @@ def step_of(schedule):
 
 def uneven(K, seed):
     rng = np.random.default_rng(seed)
-    modules = tuple(ModuleTimes(*rng.uniform(0.1, 2.0, len(ModuleTimes._fields)).tolist()) for _ in range(K))
+    modules = tuple(StageTimes(*rng.uniform(0.1, 2.0, len(StageTimes._fields)).tolist()) for _ in range(K))
     return Times(modules, tuple(rng.uniform(0, 1, K - 1).tolist()), tuple(rng.uniform(0, 1, K - 1).tolist()))
 
 
 def all_schedules(times, steps):
-    yield from (make(times, steps) for make in SCHEDULES.values())
-    yield gpipe(times, steps, microbatches=3)
+    return (make(times, steps, 3 if make is gpipe else 1) for make in SCHEDULES.values())
 
 
 def test_features_replay_by_hand():
-    """Module 1 plays 1 and replays 3, module 2 takes 4, a transfer 1/2. Module 1 replays what is one step old."""
-    times = Times((ModuleTimes(play=1.0, replay=3.0), ModuleTimes(last=4.0)), (0.5,), (0.5,))
+    """Stage 1 plays 1 and replays 3, stage 2 takes 4, a transfer 1/2. Stage 1 replays what is one step old."""
+    times = Times((StageTimes(play=1.0, replay=3.0), StageTimes(last=4.0)), (0.5,), (0.5,))
     timeline = simulate(schedules.features_replay(times, steps=3))
     found = [
         (task.kind, task.device, task.minibatch, start, end)
@@ -97,7 +96,7 @@ def test_transfers_lengthen_the_loops_that_have_no_slack(K):
 
 
 def test_bubbles_of_features_replay():
-    """Balanced: none. Equally cut: module K works 3 of 4, the others all the time."""
+    """Balanced: none. Equally cut: stage K works 3 of 4, the others all the time."""
     assert summarise(simulate(schedules.features_replay(ideal(4, last_stage_weight=3 / 4), 28))).bubble < 1e-9
     found = summarise(simulate(schedules.features_replay(ideal(4), 40)))
     assert found.bubbles == pytest.approx((0, 0, 0, 1 / 4), abs=1e-9)
@@ -129,7 +128,7 @@ def test_nothing_overlaps_and_nothing_comes_too_early(K, share):
             links[one.source, one.target] = one.end
 
 
-def test_every_module_works_on_every_mini_batch_in_order():
+def test_every_stage_works_on_every_mini_batch_in_order():
     K, steps = 4, 10
     tasks = schedules.features_replay(uneven(K, seed=0), steps)
     for k in range(K - 1):
@@ -147,12 +146,12 @@ def test_a_link_carries_one_message_at_a_time():
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_transfers_that_occupy_both_devices(share):
-    """A ring of two: without occupation the step is 2 + 2 x; where only the wire has slack it stays so."""
+    """A ring of two: without occupation the step is 2 + 2 x, and it stays so if only the wire has slack."""
     x = 0.4
-    times = Times((ModuleTimes(forward=1, backward=1, update=0), ModuleTimes(last=2)), (x,), (x,))
+    times = Times((StageTimes(forward=1, backward=1, update=0), StageTimes(last=2)), (x,), (x,))
     plain = schedules.back_propagation(times, 6)
     assert step_of(occupying(plain, share)) == pytest.approx(step_of(plain))
-    busy = schedules.ddg(Times((ModuleTimes(forward=1, backward=1, update=0), ModuleTimes(last=2)), (x,), (x,)), 40)
+    busy = schedules.ddg(Times((StageTimes(forward=1, backward=1, update=0), StageTimes(last=2)), (x,), (x,)), 40)
     assert step_of(occupying(busy, share)) >= 2 + 2 * share * x - 1e-9
     assert occupying(plain, 0.0) == plain
 
@@ -173,11 +172,11 @@ def test_simulating_64_devices_is_quick():
         (lambda: occupying([], 1.5), "share = 1.5"),
         (lambda: summarise(simulate([Task("last", 0, 1.0, 0, 0)])), "skip = 0 of 1 steps"),
         (lambda: summarise(simulate([Task("last", 0, 1.0, t, t) for t in range(2)]), skip=2), "leave at least one"),
-        (lambda: schedules.ddg(Times((ModuleTimes(),) * 3, (1.0,), (1.0,)), 3), "times of 3 modules came with 1"),
-        (lambda: schedules.dni(ideal(2), 0), "steps = 0"),
+        (lambda: schedules.ddg(Times((StageTimes(),) * 3, (1.0,), (1.0,)), 3), "times of 3 stages came with 1"),
+        (lambda: schedules.dni(ideal(2), 0), "steps = 0 and microbatches = 1"),
         (lambda: gpipe(ideal(2), 1, 0), "microbatches = 0"),
         (lambda: data_parallel(1.0, 0, 3), "devices = 0"),
-        (lambda: times_of_costs([1.0, 2.0], [0.1, 0.1]), "2 transfers were given for 2 modules"),
+        (lambda: times_of_costs([1.0, 2.0], [0.1, 0.1]), "2 transfers were given for 2 stages"),
         (lambda: times_of_costs([]), "no costs"),
         (lambda: balanced_shares(0), "K = 0"),
         (lambda: transfer_seconds(1.0, 0.0), "bandwidth = 0.0"),
@@ -196,7 +195,23 @@ def test_summary_of_what_was_skipped():
 
 def test_a_schedule_that_goes_on():
     """Features replay that starts idle at step 2 with full histories, K = 2: the same as a first step without fill."""
-    times = Times((ModuleTimes(play=1.0, replay=3.0), ModuleTimes(last=4.0)), (0.5,), (0.5,))
+    times = Times((StageTimes(play=1.0, replay=3.0), StageTimes(last=4.0)), (0.5,), (0.5,))
     timeline = simulate(resumed(schedules.features_replay(times, steps=3), 2))
     found = [(task.kind, task.minibatch, end) for task, end in zip(timeline.schedule, timeline.end, strict=True)]
     assert found == [("play", 2, 1.0), ("last", 2, 5.5), ("replay", 1, 4.0)]
+
+
+def test_a_schedule_says_what_it_reads():
+    for name, make in SCHEDULES.items():
+        tasks = make(uneven(3, seed=1), 4, 2 if make is gpipe else 1)
+        assert set(make.kinds) == {task.kind for task in tasks}, name
+
+
+def test_no_device_starts_a_phase_before_all_have_ended_the_one_before():
+    timeline = simulate(schedules.features_replay_lockstep(uneven(4, seed=2), 6))
+    for t in range(6):
+        spans = []
+        for kinds in (("play", "forward"), ("backward", "replay")):
+            phase = [i for i, task in enumerate(timeline.schedule) if task.step == t and task.kind in kinds]
+            spans.append((timeline.start[phase].min(), timeline.end[phase].max()))
+        assert spans[0][1] <= spans[1][0]
