@@ -1,6 +1,6 @@
-"""The processes of a run as a group whose members tell each other small things.
+"""The processes of a run as a group that exchanges small values.
 
-It goes over the key-value store of ``jax.distributed`` and never touches a device.
+It uses the key-value store of ``jax.distributed`` and never touches a device.
 """
 
 from __future__ import annotations
@@ -12,71 +12,71 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["Group", "GroupError", "joined"]
+__all__ = ["Group", "GroupError", "distributed_state"]
 
 T = TypeVar("T")
 
-LOOK_MILLISECONDS = 1000
+POLL_MILLISECONDS = 1000
 
 
 class GroupError(RuntimeError):
-    """The processes cannot work together, or another of them failed.
+    """The processes cannot work together, or another process failed.
 
     Attributes:
-      exit_code: what this process should end with.
-      said: whether the process that failed has said why.
+      exit_code: the code with which this process should end.
+      reported: whether another process prints the reason.
     """
 
-    def __init__(self, message: str, exit_code: int = 1, *, said: bool = False) -> None:
+    def __init__(self, message: str, exit_code: int = 1, *, reported: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-        self.said = said
+        self.reported = reported
 
 
 class Group:
-    """The processes of a run; one of size 1 for an ordinary process.
+    """The processes of a run; an ordinary process is a group of size 1.
 
     Attributes:
-      index: which process this is, from 0.
-      size: how many there are.
+      index: the number of this process, from 0.
+      size: the number of processes.
     """
 
     def __init__(self, index: int = 0, size: int = 1) -> None:
         self.index, self.size = index, size
-        self._meetings = 0
+        self._exchanges = 0
 
     def exchange(self, value: T) -> list[T]:
-        """Every process's ``value`` (JSON), in order of the processes. All must call it, in the same order.
+        """The ``value`` (JSON) of every process, in order. All must call it, in the same order.
 
-        A process of the group waits for the slowest; one that dies ends the others (:func:`initialize`).
+        It waits for the slowest process; a process that dies ends the others (see :func:`initialize`).
 
         Raises:
-          GroupError: another process has failed, and said so by :meth:`fail`.
+          GroupError: another process called :meth:`fail`.
         """
         if self.size == 1:
             return [value]
-        meeting, self._meetings = self._meetings, self._meetings + 1
+        number, self._exchanges = self._exchanges, self._exchanges + 1
         text = json.dumps(value)
         try:
-            _client().key_value_set(f"fr_jax/{meeting}/{self.index}", text)
+            _client().key_value_set(f"fr_jax/{number}/{self.index}", text)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(error) from error
-        texts = [text if index == self.index else self._get(f"fr_jax/{meeting}/{index}") for index in range(self.size)]
-        if meeting:  # all are here, so all have left the meeting before
+        texts = [text if index == self.index else self._get(f"fr_jax/{number}/{index}") for index in range(self.size)]
+        if number:  # all processes have begun this exchange, so all have read the one before
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_delete(f"fr_jax/{meeting - 1}/{self.index}")
+                _client().key_value_delete(f"fr_jax/{number - 1}/{self.index}")
         return [json.loads(text) for text in texts]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in process 0 (JSON), in every process; the others do not call it.
+        """The result of ``make`` in process 0 (JSON), in every process; the others do not call it.
 
-        Where ``make`` asks JAX for something, let all processes call ``jax.devices()`` before: their backends wait for
-        each other when they start.
+        If ``make`` uses JAX, let all processes call ``jax.devices()`` before: their backends wait for each other when
+        they start.
         """
         return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
     def first_goes_first(self, make: Callable[[], T]) -> T:
-        """``make`` in every process, in process 0 before the others: they find what it has fetched or cached."""
+        """Calls ``make`` in process 0, then in the others, which find what it has downloaded or cached."""
         made = make() if self.index == 0 else None
         self.exchange(None)
         return made if self.index == 0 else make()  # type: ignore[return-value]
@@ -85,7 +85,7 @@ class Group:
         """Compares ``value`` (JSON) with that of process 0.
 
         Raises:
-          GroupError: in every process, where one differs.
+          GroupError: in every process, if one differs.
         """
         values = self.exchange(value)
         for index, other in enumerate(values):
@@ -94,14 +94,14 @@ class Group:
                     f"process {index} has another {what} than process 0: {_difference(other, values[0])}. "
                     "Start all processes with the same command and the same data.",
                     2,
-                    said=self.index != 0,
+                    reported=self.index != 0,
                 )
 
     def fail(self, exit_code: int) -> bool:
-        """Tells the others that this process gives up, so that they do too.
+        """Tells the others that this process gives up, so that they stop too.
 
         Returns:
-          False where another process has told so before: what all of them would say is said once.
+          False if another process has done so before, which then prints the reason.
         """
         if self.size > 1:
             try:
@@ -111,23 +111,23 @@ class Group:
         return True
 
     def _get(self, key: str) -> str:
-        """Waits for ``key`` in slices, to see in between whether somebody gave up."""
+        """Waits for ``key``, and checks in between whether a process gave up."""
         while True:
             try:
-                return _client().blocking_key_value_get(key, LOOK_MILLISECONDS)
+                return _client().blocking_key_value_get(key, POLL_MILLISECONDS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise _unreachable(error) from error
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 index, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
-                raise GroupError(f"process {index} failed; see what it said.", exit_code, said=True)
+                raise GroupError(f"process {index} failed; see its output.", exit_code, reported=True)
 
 
-def joined() -> Any:
+def distributed_state() -> Any:
     """The state of ``jax.distributed``.
 
-    Its key-value store has no public name (jax 0.11; orbax goes the same way), and ``jax.process_count()`` would
-    start the backend, after which nobody can ask for CPU devices any more.
+    Its key-value store has no public name (jax 0.11; orbax uses it in the same way), and ``jax.process_count()`` would
+    start the backend, after which the number of CPU devices can no longer be set.
     """
     from jax._src import distributed
 
@@ -135,7 +135,7 @@ def joined() -> Any:
 
 
 def _client() -> Any:
-    return joined().client
+    return distributed_state().client
 
 
 def _unreachable(error: Exception) -> GroupError:

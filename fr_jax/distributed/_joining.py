@@ -1,7 +1,7 @@
-"""A run of several processes: how they find each other, and how they tell each other small things.
+"""How the processes of a run find each other.
 
-Every process runs the same program; what JAX calls an array may live on a device of another process, and
-``jax.device_put`` moves it there. The hosts agree on settings, on metrics and on when to stop through :func:`group`.
+Every process runs the same program. A JAX array may live on a device of another process, and ``jax.device_put`` moves
+it there. The processes agree on settings, on metrics and on when to stop through :func:`group`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 
-from fr_jax.distributed._coordination import Group, GroupError, joined
+from fr_jax.distributed._coordination import Group, GroupError, distributed_state
 from fr_jax.distributed._rendezvous import meet
 
-__all__ = ["Group", "GroupError", "free_port", "group", "initialize", "is_first"]
+__all__ = ["COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "free_port", "group", "initialize", "is_first"]
 
 HEARTBEAT_SECONDS = 60
-"""After so long without a sign of life of one process, the others end."""
 JOIN_SECONDS = 300
 LEAVE_SECONDS = 20
 """How long a process that ends waits for the others to end too."""
@@ -36,28 +35,28 @@ def initialize(
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     join_seconds: int = JOIN_SECONDS,
 ) -> bool:
-    """Makes this process one of a group; call it before anything else is asked of JAX.
+    """Makes this process a member of a group; call it before any other use of JAX.
 
-    What is not given is taken from the environment that ``python -m fr_jax.launch`` makes. GPUs then send features
-    over NCCL, CPUs over a socket of their own for each process. Calling it again in a process of the group does
+    Arguments that are not given are read from the environment made by ``python -m fr_jax.launch``. Between processes,
+    GPUs exchange arrays over NCCL, and CPUs over one socket per process. A second call in a process of the group does
     nothing.
 
     Args:
-      coordinator: ``HOST:PORT`` where process 0 listens, as every process reaches it.
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
+      coordinator: ``HOST:PORT`` at which all processes can reach process 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
-      heartbeat_seconds: after so long without a sign of life of one process, the others end with a message
+      heartbeat_seconds: after so long without a sign of life from one process, the others end with a message
         (JAX aborts them: exit code 134).
-      join_seconds: how long to wait at the start for all processes. Where JAX waits for them (with ``detect``, or
-        for one that is lost just after all have come), it aborts then: exit code 134.
+      join_seconds: how long to wait for all processes at the start. With ``detect``, or for a process that is lost
+        just after all have come, JAX does the waiting and aborts (exit code 134).
 
     Returns:
-      Whether this process is now one of several; False where nothing asked for it.
+      Whether this process is now one of several; False if nothing asks for a group.
 
     Raises:
-      GroupError: some of the three are given and others are missing or out of range, no cluster was found, JAX is in
-        use already, the coordinator's port is taken or out of reach, or the others did not come in time.
+      GroupError: some of the three are missing or out of range, no cluster was found, JAX is in use already, the port
+        of the coordinator is taken or cannot be reached, or a process is missing after ``join_seconds``.
 
     Example:
       >>> from fr_jax import distributed
@@ -69,15 +68,16 @@ def initialize(
     known = _from_environment(coordinator, num_processes, process_id)
     if not detect and known == (None, None, None):
         return False
-    if not detect:
-        _check(*known)
-    host = (known[0] or os.environ.get("JAX_COORDINATOR_ADDRESS") or "").rpartition(":")[0]
     try:
-        mine = _own_address(host or _cluster_host(join_seconds))
-        if not detect:
-            _meet(*known, join_seconds)  # type: ignore[arg-type]
+        if detect:
+            address = known[0] or os.environ.get("JAX_COORDINATOR_ADDRESS") or _cluster_address(join_seconds)
+            mine = _own_address(address)
+        else:
+            _check(*known)
+            mine = _own_address(known[0])  # type: ignore[arg-type]
+            meet(*known, join_seconds)  # type: ignore[arg-type]
         _prepare_cpu_transfers(mine)
-        # It would take SIGTERM away from Python, and only make a note of it for those who ask.
+        # JAX's preemption service would take SIGTERM away from Python and only record it.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             *known,
@@ -94,17 +94,22 @@ def initialize(
     return group().size > 1
 
 
-def _keep_clients() -> None:
-    """Keeps JAX's clients from being destroyed at exit.
+_groups: dict[tuple[int, int], Group] = {}
 
-    The destructor of the CPU's transfer server waits for all connections to end, which sometimes never happens
-    (jax 0.10.2): the process would hang after its work is done.
+
+def group() -> Group:
+    """The group of this process, of size 1 for an ordinary process.
+
+    Example:
+      >>> from fr_jax import distributed
+      >>> group = distributed.group()
+      >>> group.index, group.size, group.exchange("seen by all")
+      (0, 1, ['seen by all'])
     """
-    from jax._src import xla_bridge
-
-    if xla_bridge.backends_are_initialized():
-        for device in jax.local_devices():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(device.client))
+    where = (0, 1)
+    if jax.distributed.is_initialized():
+        where = (distributed_state().process_id, distributed_state().num_processes)
+    return _groups.setdefault(where, Group(*where))
 
 
 def is_first() -> bool:
@@ -117,6 +122,19 @@ def is_first() -> bool:
       step 1: loss 2.30
     """
     return group().index == 0
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine that is free at the moment.
+
+    Example:
+      >>> from fr_jax import distributed
+      >>> 1 <= distributed.free_port() <= 65535
+      True
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 def _from_environment(*given: Any) -> tuple[str | None, int | None, int | None]:
@@ -152,13 +170,6 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         )
 
 
-def _meet(coordinator: str, num_processes: int, process_id: int, seconds: int) -> None:
-    try:
-        meet(coordinator, num_processes, process_id, seconds)
-    except OSError as error:
-        raise GroupError(str(error), 2) from error
-
-
 def _why_not_joined(known: tuple, error: Exception) -> str:
     coordinator, num_processes, process_id = known
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -171,19 +182,26 @@ def _why_not_joined(known: tuple, error: Exception) -> str:
     )
 
 
-def _cluster_host(join_seconds: int) -> str:
-    """The coordinator's host where a cluster knows it."""
-    from jax._src.clusters import ClusterEnv  # no public way asks before jax.distributed.initialize
+def _cluster_address(join_seconds: int) -> str:
+    """The address of the coordinator as the cluster's scheduler states it."""
+    from jax._src.clusters import ClusterEnv  # nothing public tells it before jax.distributed.initialize (jax 0.10.2)
 
     address, *_ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, join_seconds)
     if address is None:
         raise ValueError("no SLURM, Open MPI or Kubernetes was found around this process")
-    return address.rpartition(":")[0]
+    return address
 
 
-def _own_address(host: str) -> str:
-    """The address at which the others of the group reach this machine."""
-    mine = address_towards(host.strip("[]"))
+def _own_address(coordinator: str) -> str:
+    """The address of this machine for the others of the group, on the way to the coordinator; nothing is sent."""
+    host = coordinator.rpartition(":")[0]
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            mine = probe.getsockname()[0]
+    except OSError as error:
+        raise OSError(f"there is no way to the coordinator's host {host!r}: {error}") from error
     if mine.startswith("127.") and host != "localhost" and not host.startswith("127."):
         raise OSError(
             f"{host} is {mine} on this machine, which others cannot reach: give its IP address, or 127.0.0.1 if all "
@@ -193,52 +211,20 @@ def _own_address(host: str) -> str:
 
 
 def _prepare_cpu_transfers(mine: str) -> None:
-    """Sockets for what CPU devices send each other; an explicit port each, because port 0 hangs (jax 0.10.2)."""
+    """Gives CPU devices sockets for what they send each other, at an explicit port: port 0 hangs (jax 0.10.2)."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cross_host_transfer_socket_address", f"{mine}:{free_port(mine)}")
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{mine}:0"] * 4))
 
 
-def address_towards(host: str) -> str:
-    """The address of this machine on the way to ``host``; nothing is sent.
+def _keep_clients() -> None:
+    """Keeps JAX's clients from being destroyed at exit.
 
-    Raises OSError where the host is unknown, or there is no way to it.
+    The destructor of the CPU's transfer server waits for all connections to end, which sometimes never happens
+    (jax 0.10.2): the process would hang after its work is done.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            return probe.getsockname()[0]
-    except OSError as error:
-        raise OSError(f"there is no way to the coordinator's host {host!r}: {error}") from error
+    from jax._src import xla_bridge
 
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine that was free a moment ago.
-
-    Example:
-      >>> from fr_jax.distributed._joining import free_port
-      >>> 1 <= free_port() <= 65535
-      True
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-_groups: dict[tuple[int, int], Group] = {}
-
-
-def group() -> Group:
-    """The group that this process belongs to, of size 1 for an ordinary process.
-
-    Example:
-      >>> from fr_jax import distributed
-      >>> group = distributed.group()
-      >>> group.index, group.size, group.exchange("seen by all")
-      (0, 1, ['seen by all'])
-    """
-    where = (0, 1)
-    if jax.distributed.is_initialized():
-        where = (joined().process_id, joined().num_processes)
-    return _groups.setdefault(where, Group(*where))
+    if xla_bridge.backends_are_initialized():
+        for device in jax.local_devices():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(device.client))

@@ -1,6 +1,10 @@
-"""Where the processes of a group wait for each other before JAX does, which would abort without saying who is missing.
+"""The processes of a group wait for each other here before JAX connects them.
 
-Process 0 listens at the coordinator's address. The others knock there, and are let go when all are here.
+JAX alone (0.10.2) would abort every process with exit code 134 and a C++ stack trace that does not name the missing
+one. Of two processes with the same id it drops one, and processes that disagree on their number hang later.
+
+Process 0 listens at the coordinator's address; each other process connects, sends its id and the number of processes,
+and waits for the answer. JAX listens at the same address afterwards.
 """
 
 from __future__ import annotations
@@ -9,154 +13,135 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Container
+
+from fr_jax.distributed._coordination import GroupError
 
 __all__ = ["meet"]
 
 RETRY_SECONDS = 0.1
 GREETING_SECONDS = 2.0
-"""How long process 0 listens to one that knocks, and how long one tries to connect before it tries anew."""
+"""Limit for a connection, and for what a new connection has to send first."""
 GO, NO = "go", "no: "
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, seconds: float) -> None:
     """Returns in every process once all have called it; the coordinator's port is free again then.
 
-    Args:
-      coordinator: ``HOST:PORT`` of process 0.
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
-      seconds: how long to wait for the others.
-
     Raises:
-      OSError: process 0 cannot listen there or is not reached, or another process did not come. The message says
-        what to check.
-
-    Example:
-      >>> from threading import Thread
-      >>> from fr_jax.distributed._joining import free_port
-      >>> from fr_jax.distributed._rendezvous import meet
-      >>> coordinator = f"127.0.0.1:{free_port()}"
-      >>> other = Thread(target=meet, args=(coordinator, 2, 1, 10))
-      >>> other.start()
-      >>> meet(coordinator, 2, 0, seconds=10)
-      >>> other.join()
+      GroupError: process 0 cannot listen there or cannot be reached, or after ``seconds`` a process is missing.
     """
     if process_id == 0:
-        _wait_for_guests(coordinator, num_processes, seconds)
+        _admit_all(coordinator, num_processes, seconds)
     else:
-        _knock(coordinator, num_processes, process_id, seconds)
+        _ask_to_join(coordinator, num_processes, process_id, seconds)
 
 
-def _wait_for_guests(coordinator: str, num_processes: int, seconds: float) -> None:
+def _admit_all(coordinator: str, num_processes: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    guests: dict[int, socket.socket] = {}
+    present: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as opened:
-        with _listen(coordinator) as door:
-            while len(guests) < num_processes - 1:
-                door.settimeout(max(deadline - time.monotonic(), 0.001))
+        with _listen(coordinator) as server:
+            while len(present) < num_processes - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
-                    guest = opened.enter_context(door.accept()[0])
+                    peer = opened.enter_context(server.accept()[0])
                 except TimeoutError:
-                    text = _who_is_missing(coordinator, num_processes, _still_here(guests), seconds)
-                    _answer(NO + text, *guests.values())
-                    raise TimeoutError(text) from None
-                guests = _still_here(guests)
-                index, size = _greeting(guest)
-                if size != num_processes:  # 0 for somebody who only looks for open ports
-                    _answer(f"{NO}process 0 has --num-processes {num_processes}. Give all processes the same.", guest)
-                elif index in guests:
-                    _answer(f"{NO}another one has --process-id {index} too. Give each process its own.", guest)
+                    present = _connected(present)
+                    missing = ", ".join(str(index) for index in range(1, num_processes) if index not in present)
+                    text = (
+                        f"process {missing} of {num_processes} did not come to {coordinator} within {seconds:g} s. "
+                        "Check that each is started, with the same --coordinator and a --process-id of its own, and "
+                        "that this port is open to it."
+                    )
+                    _answer(NO + text, *present.values())
+                    raise GroupError(text, 2) from None
+                present = _connected(present)
+                index, size = _greeting(peer)
+                if size != num_processes:  # 0 for a stranger, such as a port scanner
+                    _answer(f"{NO}process 0 has --num-processes {num_processes}. Give all processes the same.", peer)
+                elif index in present:
+                    _answer(f"{NO}another process has --process-id {index} too. Give each process its own.", peer)
                 else:
-                    guests[index] = guest
-        _answer(GO, *guests.values())
+                    present[index] = peer
+        _answer(GO, *present.values())
 
 
-def _knock(coordinator: str, num_processes: int, process_id: int, seconds: float) -> None:
+def _ask_to_join(coordinator: str, num_processes: int, process_id: int, seconds: float) -> None:
     host, _, port = coordinator.rpartition(":")
+    me = f"process {process_id} of {num_processes}"
     deadline = time.monotonic() + seconds
     reason = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         answer = ""
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), min(left, GREETING_SECONDS)) as door:
-                if door.getsockname() != door.getpeername():  # TCP may find itself where nobody listens
-                    door.sendall(f"{process_id} {num_processes}".encode())
-                    door.settimeout(left)
-                    with door.makefile(errors="replace") as answers:
+            with socket.create_connection((host.strip("[]"), int(port)), min(left, GREETING_SECONDS)) as connection:
+                # Linux can connect a socket to itself if nothing listens at a port of the ephemeral range.
+                if connection.getsockname() != connection.getpeername():
+                    connection.sendall(f"{process_id} {num_processes}".encode())
+                    connection.settimeout(left)
+                    with connection.makefile(errors="replace") as answers:
                         answer = answers.read(4096)
                     reason = "another program listens there"
         except OSError as error:
             reason = error.strerror or str(error)
         if answer == GO:
-            time.sleep(RETRY_SECONDS)  # JAX tries again only after a second where its service does not listen yet
+            time.sleep(RETRY_SECONDS)  # JAX waits a second before it retries if its service does not listen yet
             return
         if answer.startswith(NO):
-            raise ConnectionError(
-                f"process {process_id} of {num_processes} cannot join the group at {coordinator}: "
-                f"{answer.removeprefix(NO)}"
-            )
+            raise GroupError(f"{me} cannot join the group at {coordinator}: {answer.removeprefix(NO)}", 2)
         time.sleep(min(RETRY_SECONDS, left))
-    raise TimeoutError(
-        f"process {process_id} of {num_processes} could not join the group: nobody let it in at {coordinator} within "
-        f"{seconds:g} s ({reason}). Check that process 0 is started, with the same --coordinator and on that host, and "
-        "that this port is open to the other processes."
+    raise GroupError(
+        f"{me} could not join the group: no process 0 admitted it at {coordinator} within {seconds:g} s ({reason}). "
+        "Check that process 0 is started, with the same --coordinator and on that host, and that this port is open to "
+        "the other processes.",
+        2,
     )
 
 
 def _listen(coordinator: str) -> socket.socket:
-    """Listens where JAX's service will."""
-    at = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{coordinator.rpartition(':')[2]}")
-    host, _, port = at.rpartition(":")
-    host = host.strip("[]")
+    """Listens at the port of JAX's service, on all interfaces."""
+    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator).rpartition(":")[2]
     try:
-        if host != "::":
-            return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", int(port)))
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
-        raise OSError(
-            f"process 0 cannot listen at {coordinator} ({reason}). Give all processes a --coordinator "
-            f"with another port, or end the program that uses port {port}, such as an earlier run."
+        raise GroupError(
+            f"process 0 cannot listen at {coordinator} ({reason}). Give all processes a --coordinator with another "
+            f"port, or end the program that uses port {port}, such as an earlier run.",
+            2,
         ) from error
 
 
-def _greeting(guest: socket.socket) -> tuple[int, int]:
-    """What a guest says of itself: its process and how many it believes there are; zeros where it says nothing."""
-    guest.settimeout(GREETING_SECONDS)
+def _greeting(peer: socket.socket) -> tuple[int, int]:
+    """The id of a new process and its number of processes; zeros if it sends anything else."""
+    peer.settimeout(GREETING_SECONDS)
     try:
-        index, size = map(int, guest.recv(64).split())
+        index, size = map(int, peer.recv(64).split())
         return index, size
     except (OSError, ValueError):
         return 0, 0
 
 
-def _still_here(guests: dict[int, socket.socket]) -> dict[int, socket.socket]:
-    def has_left(guest: socket.socket) -> bool:
-        guest.setblocking(False)
+def _connected(present: dict[int, socket.socket]) -> dict[int, socket.socket]:
+    """Those that still wait: a process that was stopped in the meantime is missing, and may come again."""
+
+    def waits(peer: socket.socket) -> bool:
+        peer.setblocking(False)
         try:
-            return not guest.recv(1)
+            return bool(peer.recv(1))  # empty once it has closed the connection
         except BlockingIOError:
-            return False
-        except OSError:
             return True
+        except OSError:
+            return False
 
-    return {index: guest for index, guest in guests.items() if not has_left(guest)}
-
-
-def _answer(text: str, *guests: socket.socket) -> None:
-    for guest in guests:
-        with contextlib.suppress(OSError):  # it has left
-            guest.setblocking(True)
-            guest.sendall(text.encode())
-            guest.shutdown(socket.SHUT_WR)
+    return {index: peer for index, peer in present.items() if waits(peer)}
 
 
-def _who_is_missing(coordinator: str, num_processes: int, here: Container[int], seconds: float) -> str:
-    missing = ", ".join(str(index) for index in range(1, num_processes) if index not in here)
-    return (
-        f"process {missing} of {num_processes} did not come to {coordinator} within {seconds:g} s. Check that each is "
-        "started, with the same --coordinator and a --process-id of its own, and that this port is open to it."
-    )
+def _answer(text: str, *peers: socket.socket) -> None:
+    for peer in peers:
+        with contextlib.suppress(OSError):  # it has closed the connection
+            peer.setblocking(True)
+            peer.sendall(text.encode())
+            peer.shutdown(socket.SHUT_WR)

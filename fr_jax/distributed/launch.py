@@ -1,7 +1,7 @@
 """Starts a program as a group of processes on this machine: ``python -m fr_jax.launch --processes 2 -- -m module ..``.
 
-Each process gets cores of its own (and GPUs of its own, where there are enough), and every line of its output is
-marked with its number. When one fails, the others are ended (:mod:`fr_jax.distributed._supervision`).
+Each process gets an equal share of the cores and GPUs, and each line of its output begins with its number. If one
+fails, the others are stopped (:mod:`fr_jax.distributed._supervision`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import sys
 from collections.abc import Sequence
 
 from fr_jax.distributed._joining import COORDINATOR, NUM_PROCESSES, PROCESS_ID, free_port
-from fr_jax.distributed._supervision import mark_of, say, wait
+from fr_jax.distributed._supervision import prefix_of, report, wait
 
 __all__ = ["LAUNCHED_BY", "LaunchError", "main", "start", "wait"]
 
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
-"""Environment variable of the processes: the command that starts the group."""
+"""Environment variable of the processes that holds the command which started the group."""
 
 TWO_THREADS = {"NPROC": "2"}
-"""Environment of processes with a single core, unless this one has the variable. XLA's CPU client has as many threads
-as cores, and a single one, which computes what has been issued, would send nothing elsewhere before all is done."""
+"""Environment of a process with a single core. XLA's CPU client has one thread per core; a single thread would send
+nothing to other processes before it has computed all that was issued."""
 
-# What a process does before it becomes the program; a preexec_fn would fork this one, which JAX does not bear.
+# Run by each process before it becomes the program. A preexec_fn would do it too, but needs a fork of this process,
+# which may deadlock once JAX has started threads in it.
 _PREPARE = """
 import ctypes, os, signal, sys
 cores, *program = sys.argv[1:]
@@ -39,14 +40,11 @@ os.execv(sys.executable, [sys.executable, *program])
 
 
 class LaunchError(ValueError):
-    """The group cannot be started as asked; the message says what is possible."""
+    """The group cannot be started with these settings; the message says which are possible."""
 
 
 def cores_of(process_id: int, processes: int, available: Sequence[int]) -> list[int]:
-    """The cores of one process: an equal, contiguous share.
-
-    Raises:
-      LaunchError: there are fewer cores than processes.
+    """The cores of one process: an equal, contiguous share; a LaunchError if there are too few.
 
     Example:
       >>> from fr_jax.distributed.launch import cores_of
@@ -56,14 +54,14 @@ def cores_of(process_id: int, processes: int, available: Sequence[int]) -> list[
     share = len(available) // processes
     if share < 1:
         raise LaunchError(
-            f"--processes {processes} need a core each, and there are {len(available)}. Use at most "
-            f"{len(available)}, or --no-pin to let them share."
+            f"--processes {processes} needs one core per process, and there are {len(available)}. Use at most "
+            f"{len(available)}, or --no-pin to share the cores."
         )
     return list(available[process_id * share : (process_id + 1) * share])
 
 
 def gpus_of(process_id: int, processes: int, available: int) -> str | None:
-    """The GPUs of one process, for ``JAX_LOCAL_DEVICE_IDS``; None where there are fewer GPUs than processes.
+    """The GPUs of one process, for ``JAX_LOCAL_DEVICE_IDS``; None if there are fewer GPUs than processes.
 
     Example:
       >>> from fr_jax.distributed.launch import gpus_of
@@ -75,7 +73,7 @@ def gpus_of(process_id: int, processes: int, available: int) -> str | None:
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that a process started here would use."""
+    """The number of NVIDIA GPUs that JAX would use in a process started here; JAX itself must not start here."""
     if os.environ.get("JAX_PLATFORMS", "cuda").startswith("cpu"):
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -91,21 +89,22 @@ def count_gpus() -> int:
 def start(
     arguments: Sequence[str], processes: int, *, pin: bool = True, coordinator: str | None = None, mark: bool = True
 ) -> list[subprocess.Popen]:
-    """Starts ``python ARGUMENTS`` once a process, with what :func:`fr_jax.distributed.initialize` needs to know.
+    """Starts ``python ARGUMENTS`` once per process, with the environment for :func:`fr_jax.distributed.initialize`.
 
     Args:
       arguments: of the Python interpreter, such as ``["-m", "fr_jax.experiments.cifar", "--K", "4"]``.
-      processes: how many.
-      pin: give each process an equal share of this one's cores, and no others (Linux only).
+      processes: number of processes.
+      pin: restrict each process to an equal share of the cores (Linux only).
       coordinator: ``HOST:PORT`` of process 0; a free port of 127.0.0.1 by default.
-      mark: mark every line of output with the process's number; otherwise they write where this process does.
+      mark: prefix each line of output with the number of its process; otherwise the output goes where that of this
+        process goes.
 
     Returns:
-      The processes, to be given to :func:`wait`. They get SIGTERM when this process dies (Linux only), and no signals
-      from the terminal.
+      The processes, for :func:`wait`. They receive SIGTERM if this process dies (Linux only), and no signals from the
+      terminal.
 
     Raises:
-      LaunchError: ``processes`` is below 1, or there are not enough GPUs, or cores to pin that many.
+      LaunchError: ``processes`` is below 1, or there are not enough GPUs or cores.
 
     Example:
       >>> from fr_jax.distributed import launch
@@ -121,7 +120,7 @@ def start(
     gpus = count_gpus()
     if 0 < gpus < processes and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         raise LaunchError(
-            f"--processes {processes} need a GPU each, and there are {gpus}. Use at most {gpus}, or set "
+            f"--processes {processes} needs one GPU per process, and there are {gpus}. Use at most {gpus}, or set "
             "JAX_PLATFORMS=cpu."
         )
     output = subprocess.PIPE if mark else None
@@ -132,7 +131,7 @@ def start(
         tuned = TWO_THREADS if cores is not None and len(cores) == 1 else {}
         environment = {"PYTHONUNBUFFERED": "1", **tuned, **os.environ, **own}
         if mark and sys.stdout.isatty():
-            environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(mark_of(i))))
+            environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(prefix_of(i))))
         if (devices := gpus_of(i, processes, gpus)) is not None:
             environment.setdefault("JAX_LOCAL_DEVICE_IDS", devices)
         group.append(
@@ -149,7 +148,7 @@ def start(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: that of :func:`wait`, or 2 for bad arguments.
+    """The program; returns the exit code of :func:`wait`, or 2 for bad arguments.
 
     Example:
       >>> from fr_jax.distributed import launch
@@ -159,23 +158,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m fr_jax.launch",
-        description="Start a program as a group of processes on this machine, stages spread over all of them.",
+        description="Start a program as a group of processes on this machine. Its stages are spread over all of them.",
         epilog="Example: python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.cifar --K 4",
     )
-    parser.add_argument("--processes", type=int, required=True, help="how many processes")
+    parser.add_argument("--processes", type=int, required=True, help="number of processes")
     parser.add_argument(
-        "--pin", action=argparse.BooleanOptionalAction, default=True, help="give each process cores of its own"
+        "--pin",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="restrict each process to its share of the cores",
     )
-    parser.add_argument("program", nargs=argparse.REMAINDER, help="-- and what comes after `python`")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="-- and the arguments of `python`")
     words = list(sys.argv[1:] if arguments is None else arguments)
     settings = parser.parse_args(words)
     program = settings.program[1:] if settings.program[:1] == ["--"] else settings.program
     if not program:
-        parser.error("what to start is missing; give it after --, such as -- -m fr_jax.experiments.cifar --K 4")
+        parser.error("the program is missing; give it after --, such as -- -m fr_jax.experiments.cifar --K 4")
     try:
         return wait(start(program, settings.processes, pin=settings.pin))
     except LaunchError as error:
-        say(str(error))
+        report(str(error))
         return 2
 
 

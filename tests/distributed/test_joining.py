@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from fr_jax import distributed
-from fr_jax.distributed._joining import Group, GroupError
-from fr_jax.distributed.launch import start, wait
+from fr_jax.distributed import Group, GroupError
+from fr_jax.distributed.launch import start
 
 
 def test_an_ordinary_process_is_a_group_of_one():
@@ -49,14 +49,14 @@ def test_a_port_in_use_is_said():
 @pytest.mark.parametrize(
     ("process_id", "message"),
     [
-        (0, r"^process 1 of 2 did not come to 127.0.0.1:\d+ within 1 s\. Check"),
-        (1, r"^process 1 of 2 could not join .* 127.0.0.1:\d+ within 1 s \(.*refused\)\. Check that process 0"),
+        (0, r"^process 1 of 2 did not come to 127.0.0.1:\d+ within 0.5 s\. Check"),
+        (1, r"^process 1 of 2 could not join .* 127.0.0.1:\d+ within 0.5 s \(.*refused\)\. Check that process 0"),
     ],
 )
 def test_one_that_stays_alone_says_so(process_id, message):
     """JAX would abort it."""
     with pytest.raises(GroupError, match=message) as caught:
-        distributed.initialize(f"127.0.0.1:{distributed.free_port()}", 2, process_id, join_seconds=1)
+        distributed.initialize(f"127.0.0.1:{distributed.free_port()}", 2, process_id, join_seconds=0.5)
     assert caught.value.exit_code == 2
 
 
@@ -78,52 +78,43 @@ def test_values_that_differ_are_named():
     group.exchange = lambda value: [{"K": 2, "seed": 0}, {"K": 3, "seed": 0}]
     with pytest.raises(GroupError, match="process 1 has another setting than process 0: K is 3, not 2") as caught:
         group.check_same("setting", {})
-    assert not caught.value.said
+    assert not caught.value.reported
 
 
 SCRIPT = """
-import json, sys, time
+import json, time
 from fr_jax import distributed
 distributed.initialize(heartbeat_seconds=10)
 group = distributed.group()
 report = [group.exchange({"index": group.index}), group.from_first(lambda: [group.index]), distributed.is_first()]
+if group.index == 1:
+    report.append(group.fail(7))
+else:
+    try:
+        group.exchange(None)
+    except distributed.GroupError as error:
+        report += [str(error), error.exit_code, error.reported, group.fail(7)]
 print(json.dumps(report), flush=True)
-if sys.argv[1] == "fail" and group.index == 1:
-    group.fail(7)
-    sys.exit(7)
-try:
-    group.exchange(None)
-except distributed.GroupError as error:
-    print(json.dumps([str(error), error.said]))
-    sys.exit(error.exit_code)
+time.sleep(100)
 """
 
 
-@pytest.fixture
-def run_two(tmp_path, program_env, monkeypatch, capfd):
-    """``word -> (exit code, [lines of process 0, lines of process 1])``"""
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
+def test_two_processes(tmp_path, program_env, monkeypatch):
+    """They exchange values, one that gives up stops the other, and SIGTERM ends both: JAX would only record it."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     monkeypatch.setenv("PYTHONPATH", program_env["PYTHONPATH"])
-
-    def run(word: str) -> tuple[int, list[list]]:
-        code = wait(start([str(script), word], 2, pin=False))
-        lines = capfd.readouterr().out.splitlines()
-        return code, [[json.loads(line[4:]) for line in lines if line.startswith(f"[{i}] ")] for i in range(2)]
-
-    return run
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
-def test_two_processes_tell_each_other(run_two):
-    code, said = run_two("go")
-    assert code == 0
-    told = [{"index": 0}, {"index": 1}]
-    assert said == [[[told, [0], True]], [[told, [0], False]]]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
-def test_one_that_gives_up_takes_the_other_with_it(run_two):
-    code, said = run_two("fail")
-    assert code == 7
-    assert said[0][1] == ["process 1 failed; see what it said.", True]
+    group = start([str(script)], 2, pin=False)
+    try:
+        first, second = (json.loads(process.stdout.readline()) for process in group)
+        indices = [{"index": 0}, {"index": 1}]
+        assert first == [indices, [0], True, "process 1 failed; see its output.", 7, True, False]
+        assert second == [indices, [0], False, True]
+        for process in group:
+            process.terminate()
+        assert [process.wait(60) for process in group] == [-15, -15]
+    finally:
+        for process in group:
+            process.kill()
+            process.communicate()

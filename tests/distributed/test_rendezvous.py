@@ -30,15 +30,14 @@ def test_all_are_told_who_is_missing(each):
 
 
 def test_numbers_that_do_not_fit_are_named(each):
-    first, *others = (str(error) for error in each((2, 0, 1), (3, 2, 20)))
-    assert "process 1 of 2 did not come" in first
-    assert "process 0 has --num-processes 2" in others[0]
-    _, *others = (str(error) for error in each((3, 0, 1), (3, 1, 20), (3, 1, 20)))
-    assert sum("another one has --process-id 1 too" in other for other in others) == 1
+    first, larger, *others = (str(error) for error in each((3, 0, 1), (4, 3, 20), (3, 1, 20), (3, 1, 20)))
+    assert "process 2 of 3 did not come" in first
+    assert "process 0 has --num-processes 3" in larger
+    assert sum("another process has --process-id 1 too" in other for other in others) == 1
 
 
 def test_one_that_has_left_is_not_counted(each):
-    first, *_ = (str(error) for error in each((3, 0, 1), (3, 1, 0.3)))
+    first, *_ = (str(error) for error in each((3, 0, 0.6), (3, 1, 0.2)))
     assert "process 1, 2 of 3 did not come" in first
 
 

@@ -1,5 +1,7 @@
 import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -12,20 +14,28 @@ LATE = "import os, time; os.environ['FR_JAX_PROCESS_ID'] == '0' and time.sleep({
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 def test_one_that_ends_early_is_named_and_the_others_end(monkeypatch, capfd):
-    monkeypatch.setattr(supervision, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(supervision, "EARLY_SECONDS", 0.7)
+    monkeypatch.setattr(supervision, "EARLY_SECONDS", 0.3)
     assert wait(start(["-c", LATE.format(100)], 2, pin=False)) == 1
-    remark, verdict = capfd.readouterr().err.splitlines()
-    assert remark == "fr_jax: process 1 ended with code 0 before process 0, which must end within 0.7 s of it."
-    assert verdict.startswith(
-        "fr_jax: process 0 did not end within 0.7 s of process 1, which ended with code 0, and is"
-    )
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("fr_jax: process 0 did not end within 0.3 s of process 1, which ended with code 0, and is")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 def test_one_that_needs_longer_may(capfd):
     assert wait(start(["-c", LATE.format(0.5)], 2, pin=False)) == 0
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
+@pytest.mark.parametrize(("limit", "deaf"), [("STOP_SECONDS", "1"), ("SIGNAL_SECONDS", "0, 1")])
+def test_those_that_do_not_stop_after_a_signal_are_killed(monkeypatch, capfd, limit, deaf):
+    monkeypatch.setattr(supervision, limit, 0.5)
+    stops = f"import os, sys, time; os.environ['FR_JAX_PROCESS_ID'] in '{deaf}' and time.sleep(100); sys.exit(143)"
+    group = start(["-c", stops], 2, pin=False)
+    assert supervision._wait_for_all(group, [(signal.SIGTERM, time.monotonic())]) == (143, None)
+    assert capfd.readouterr().err == f"fr_jax: process {deaf} did not end by itself, and is killed.\n"
+    for process in group:
+        process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -51,5 +61,5 @@ def test_lines_of_a_progress_bar_are_marked_too(capsys):
     os.write(write, b"one\n\r 10%\r 20%\nlast")
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        supervision._relay(pipe, sys.stdout, "[3] ")
+        supervision._copy_lines(pipe, sys.stdout, "[3] ")
     assert capsys.readouterr().out == "[3] one\n[3] \r[3]  10%\r[3]  20%\n[3] last\n"

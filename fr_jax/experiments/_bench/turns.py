@@ -161,8 +161,8 @@ def code_of(work: Callable[[], int]) -> int:
         return work()
     except (SettingsError, GroupError) as error:
         code = error.exit_code if isinstance(error, GroupError) else 2
-        said = isinstance(error, GroupError) and error.said
-        if not said and group().fail(code):
+        reported = isinstance(error, GroupError) and error.reported
+        if not reported and group().fail(code):
             print(f"fr_jax: {error}", file=sys.stderr)
         return code
     except OSError as error:

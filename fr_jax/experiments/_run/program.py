@@ -50,7 +50,7 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except GroupError as error:
-        return error.exit_code if error.said else _fail(error, error.exit_code)
+        return error.exit_code if error.reported else _fail(error, error.exit_code)
     except (SettingsError, data.DataError, WorkdirError) as error:
         return _fail(error, BAD_ARGUMENTS)
     except BrokenPipeError:
