@@ -19,20 +19,9 @@ from fr_jax.models.resnet import (
 from fr_jax.models.synthesizer import synthesizer
 from fr_jax.types import Stage
 
-MODELS: dict[str, Callable[..., list[Stage]]] = {
-    "mlp": mlp,
-    "resnet8": resnet8,
-    "resnet18": resnet18,
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet50": resnet50,
-    "resnet56": resnet56,
-    "resnet101": resnet101,
-    "resnet110": resnet110,
-    "resnet152": resnet152,
-    "resnet164": resnet164,
-    "wrn28_10": wrn28_10,
-}
-"""Name -> ``factory(num_classes=10, dtype=jnp.float32, ...) -> list[Stage]``, one stage a layer."""
+_RESNETS = (resnet8, resnet18, resnet20, resnet32, resnet50, resnet56, resnet101, resnet110, resnet152, resnet164)
+
+MODELS: dict[str, Callable[..., list[Stage]]] = {model.__name__: model for model in (mlp, *_RESNETS, wrn28_10)}
+"""Name -> ``factory(num_classes=10, dtype=jnp.float32, ...) -> list[Stage]``, one stage per layer."""
 
 __all__ = ["MODELS", "synthesizer", *MODELS]

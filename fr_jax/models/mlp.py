@@ -1,4 +1,4 @@
-"""Multilayer perceptron."""
+"""The multilayer perceptron, as a list of dense layers."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def mlp(
 
     Args:
       num_classes: size of the output.
-      dtype: of the computation; weights have ``param_dtype``.
-      depth: number of dense layers, the output layer included.
+      dtype: of the computation.
+      depth: number of dense layers, including the output layer.
       width: units of each hidden layer.
-      hidden: the hidden widths one by one, instead of ``depth`` and ``width``.
+      hidden: the width of each hidden layer, instead of ``depth`` and ``width``.
       dropout_rate: of every hidden layer, in [0, 1).
       param_dtype: of the weights.
 
     Returns:
-      One stage a layer; the outputs are logits ``(B, num_classes)``.
+      One stage per layer; the outputs are logits ``(B, num_classes)``.
 
     Raises:
       ValueError: ``depth``, a width or ``num_classes`` is less than 1, or ``dropout_rate`` is outside [0, 1).

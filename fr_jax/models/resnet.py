@@ -1,9 +1,9 @@
 """Residual networks for 32x32 images as lists of layers: a stem, the blocks, a head.
 
-The networks of He et al. 2016 and of the features replay paper, whose "ResNet164" is the 6n+2 network
-with n = 27 *basic* blocks (not the pre-activation network of that name), and the wide network of
-Zagoruyko and Komodakis 2016. Initialisation as in the paper's released code: convolutions
-N(0, sqrt(2 / (k k out))), batch-norm scale 1 and shift 0, Kaiming normal for the last layer.
+The networks of He et al. 2016 and of the features replay paper, whose "ResNet164" is the 6n+2 network with n = 27
+*basic* blocks (not the pre-activation network of that name), and the wide network of Zagoruyko and Komodakis 2016.
+Initialisation as in the code of the features replay paper: convolutions N(0, sqrt(2 / (k k out))), batch-norm scale 1
+and shift 0, Kaiming normal for the last layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fr_jax.models.drawing import dropout, variance_scaling
+from fr_jax.models.initializers import variance_scaling
 from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Layer(nn.Module):
-    """What the layers have in common. Images are ``(B, height, width, channels)``."""
+    """The parts that all layers use. Images are ``(B, height, width, channels)``."""
 
     features: int
     strides: int = 1
@@ -43,15 +43,8 @@ class Layer(nn.Module):
     def conv(self, x: Array, features: int, kernel: int, strides: int = 1) -> Array:
         """Convolution without bias, zero-padded to ``kernel // 2`` on each side."""
         init = variance_scaling(2.0, "fan_out", "normal")
-        return nn.Conv(
-            features,
-            (kernel, kernel),
-            (strides, strides),
-            padding=kernel // 2,
-            use_bias=False,
-            kernel_init=init,
-            dtype=self.dtype,
-        )(x)
+        options = {"padding": kernel // 2, "use_bias": False, "kernel_init": init, "dtype": self.dtype}
+        return nn.Conv(features, (kernel, kernel), (strides, strides), **options)(x)
 
     def norm(self, x: Array, train: bool) -> Array:
         """Batch normalisation; the running statistics move by a tenth each time."""
@@ -59,7 +52,7 @@ class Layer(nn.Module):
 
 
 class Stem(Layer):
-    """3x3 convolution, batch norm, ReLU."""
+    """3x3 convolution; batch norm and ReLU unless ``activate`` is False."""
 
     activate: bool = True
 
@@ -99,6 +92,12 @@ class BottleneckBlock(Layer):
         if x.shape != y.shape:
             x = self.norm(self.conv(x, 4 * self.features, 1, self.strides), train)
         return nn.relu(y + x.astype(y.dtype))
+
+
+def dropout(x: Array, rate: float, train: bool) -> Array:
+    """``flax.linen.Dropout`` in a compact module, bit for bit; without training, or at rate 0, ``x`` itself."""
+    # The mask is drawn flat, for the reason that initializers.py gives.
+    return nn.Dropout(rate, deterministic=not train)(x.reshape(-1)).reshape(x.shape)
 
 
 class WideBlock(Layer):
@@ -165,12 +164,12 @@ def resnet20(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: in
 
     Args:
       num_classes: size of the output.
-      dtype: of the computation; parameters are float32 always, as are the logits.
-      width: channels of the first group; the paper's is 16.
+      dtype: of the computation; parameters and logits are always float32.
+      width: channels of the first group; 16 in the paper.
 
     Returns:
-      One stage a layer: stem, blocks, head. Inputs are ``(B, height, width, channels)``, outputs logits
-      ``(B, num_classes)``. The other networks of this module have the same arguments.
+      One stage per layer: stem, blocks, head. Inputs are ``(B, height, width, channels)``, outputs logits
+      ``(B, num_classes)``. The other networks of this file take the same arguments.
 
     Example:
       >>> from fr_jax.models import resnet20

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fr_jax.models.drawing import variance_scaling
+from fr_jax.models.initializers import variance_scaling
 from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
@@ -24,7 +24,7 @@ class Synthesizer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array | tuple[Array, Array], train: bool = True) -> Array:
-        h, labels = _taken_apart(x, self.num_classes)
+        h, labels = _feature_and_labels(x, self.num_classes)
         y = h
         if labels is not None and self.num_classes is not None:
             classes = jax.nn.one_hot(labels, self.num_classes, dtype=h.dtype)
@@ -36,7 +36,7 @@ class Synthesizer(nn.Module):
             y = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype)(y)
             y = nn.relu(y)
         y = self._layer(h, h.shape[-1], nn.initializers.zeros, use_bias=True)(y)
-        # A gradient of the mean over the batch is one B-th of the gradient of an example's own loss.
+        # The gradient of a mean over the batch is 1/B of the gradient of one example's loss.
         return (y / h.shape[0]).astype(h.dtype)
 
     def _layer(self, h: Array, features: int, kernel_init: nn.initializers.Initializer, use_bias: bool) -> nn.Module:
@@ -46,16 +46,16 @@ class Synthesizer(nn.Module):
         return nn.Dense(features, use_bias=use_bias, **options)
 
 
-def _taken_apart(x: Array | tuple[Array, Array], num_classes: int | None) -> tuple[Array, Array | None]:
-    """``(h, labels)``; labels are None where the synthesizer does not see them."""
+def _feature_and_labels(x: Array | tuple[Array, Array], num_classes: int | None) -> tuple[Array, Array | None]:
+    """``(h, labels)``; labels are None if the synthesizer does not see them."""
     if isinstance(x, tuple) and len(x) == 2 and num_classes is not None:
         return x
     if isinstance(x, jax.Array | np.ndarray) and num_classes is None:
         return jnp.asarray(x), None
     given = "(h, labels)" if isinstance(x, tuple) else "h alone" if isinstance(x, jax.Array | np.ndarray) else f"{x!r}"
     raise ValueError(
-        f"a synthesizer with num_classes = {num_classes} was given {given}. With label_conditioning=True make it by "
-        "synthesizer(num_classes), without by synthesizer(); a feature must be one array."
+        f"a synthesizer with num_classes = {num_classes} was given {given}. Make it with synthesizer(num_classes) for "
+        "label_conditioning=True, and with synthesizer() otherwise; a feature must be one array."
     )
 
 
@@ -70,12 +70,12 @@ def synthesizer(
 
     For images ``(B, H, W, C)``: two hidden 5×5 convolutions with padding 2, batch normalisation and ReLU, and a 5×5
     output convolution with padding 2. For vectors ``(B, C)`` and sequences ``(B, T, C)``: the same with dense layers.
-    The output layer is zero at first. Its output is divided by B: the prediction is in the units of a gradient of the
-    batch mean, while the layers work in those of one example's loss, so nothing depends on the batch size.
+    The output layer starts at zero. Its output is divided by B: the layers predict the gradient of one example's
+    loss, whatever the batch size, and the result is the gradient of the batch mean.
 
     Args:
       num_classes: for a synthesizer conditioned on the labels (cDNI), whose input is ``(h, labels)`` with integer
-        labels ``(B,)``: they enter as further channels, one for each class. ``None``: the input is ``h``.
+        labels ``(B,)``: one further channel per class. ``None``: the input is ``h``.
       dtype: of the computation.
       hidden: channels of the hidden layers; ``None``: as many as ``h`` has.
       param_dtype: of the weights.
@@ -84,18 +84,18 @@ def synthesizer(
       A stage whose output has the shape and dtype of ``h``.
 
     Raises:
-      ValueError: ``hidden`` or ``num_classes`` is less than 1; from the stage, labels where there is no
-        ``num_classes`` or the other way round, or a feature that is not one array.
+      ValueError: ``hidden`` or ``num_classes`` is less than 1; from the stage, labels without ``num_classes``,
+        ``num_classes`` without labels, or a feature that is not one array.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from fr_jax.models import synthesizer
-      >>> h = jnp.ones((8, 16, 16, 4))
+      >>> h = jnp.ones((8, 4))
       >>> M = synthesizer()
       >>> params, state = M.init(jax.random.key(0), h)
       >>> delta, _ = M.apply(params, state, h)
       >>> delta.shape, float(abs(delta).max())
-      ((8, 16, 16, 4), 0.0)
+      ((8, 4), 0.0)
     """
     for name, value in (("hidden", hidden), ("num_classes", num_classes)):
         if value is not None and value < 1:

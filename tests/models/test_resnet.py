@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 import fr_jax as fr
 from fr_jax.models import resnet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
@@ -16,16 +19,21 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@functools.cache
+def layer_shapes(layer, shape, dtype):
+    """Parameters, state and output of a layer; of equal blocks only the first is traced."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    params, state = jax.eval_shape(layer.init, KEY, x)
+    return params, state, jax.eval_shape(lambda p, s, x: layer.apply(p, s, x, train=False)[0], params, state, x)
+
+
 def shapes(layers, x=IMAGES):
     """Parameters, state and the output of every layer, without computing anything."""
-    params, state, outputs = [], [], []
+    found = []
     for layer in layers:
-        p, s = jax.eval_shape(layer.init, KEY, x)
-        x = jax.eval_shape(lambda p, s, x, layer=layer: layer.apply(p, s, x, train=False)[0], p, s, x)
-        params.append(p)
-        state.append(s)
-        outputs.append(x)
-    return params, state, outputs
+        found.append(layer_shapes(layer, x.shape, x.dtype))
+        x = found[-1][-1]
+    return zip(*found, strict=True)
 
 
 def conv(k, n_in, n_out):

@@ -6,6 +6,8 @@ import pytest
 from fr_jax.models import synthesizer
 from fr_jax.types import Stage
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def jitted(*args, **kwargs):
     """Each of its functions compiled whole, not operation by operation."""
@@ -65,7 +67,7 @@ def test_it_works_in_units_of_one_examples_loss():
     ("num_classes", "feature", "given"),
     [
         (None, (jnp.ones((2, 3)), jnp.zeros(2, jnp.int32)), r"num_classes = None was given \(h, labels\)"),
-        (10, jnp.ones((2, 3)), "num_classes = 10 was given h alone. With label_conditioning=True"),
+        (10, jnp.ones((2, 3)), "num_classes = 10 was given h alone. Make it with .* for label_conditioning=True"),
         (None, {"a": jnp.ones((2, 3))}, "num_classes = None was given .*; a feature must be one array|one array"),
     ],
 )

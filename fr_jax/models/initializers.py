@@ -1,7 +1,7 @@
-"""Random numbers drawn in flat shapes: the same bits, in a fraction of the time that XLA takes to compile.
+"""Weights drawn in flat shapes: the bits of ``flax.linen.initializers``, in a fraction of XLA's compilation time.
 
-On the CPU ``jax.random.normal(key, (3, 3, 16, 16))`` takes 1 to 2.5 s to compile and the same numbers in two dimensions
-0.4 s (jax 0.10 and 0.11): the index of each element, by which it is drawn, is put together from four coordinates.
+On a CPU ``jax.random.normal(key, (3, 3, 16, 16))`` takes 1 to 2.5 s to compile, and the same numbers in two dimensions
+0.4 s (jax 0.10 and 0.11): the index of each element, from which it is drawn, is assembled from four coordinates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from fr_jax.types import Array
 
-__all__ = ["dropout", "variance_scaling"]
+__all__ = ["variance_scaling"]
 
 
 def variance_scaling(
@@ -23,12 +23,7 @@ def variance_scaling(
     mode: Literal["fan_in", "fan_out"],
     distribution: Literal["truncated_normal", "normal", "uniform"],
 ) -> nn.initializers.Initializer:
-    """``flax.linen.initializers.variance_scaling``, bit for bit.
-
-    Args:
-      scale: the variance is ``scale / fan``.
-      mode: ``"fan_in"`` or ``"fan_out"``.
-      distribution: ``"truncated_normal"``, ``"normal"`` or ``"uniform"``.
+    """``flax.linen.initializers.variance_scaling``, bit for bit: a variance of ``scale / fan``.
 
     Raises:
       ValueError: another mode; from the initializer, another distribution.
@@ -48,8 +43,3 @@ def variance_scaling(
         return draw(key, (math.prod(shape) // columns, columns), dtype).reshape(shape)
 
     return init
-
-
-def dropout(x: Array, rate: float, train: bool) -> Array:
-    """``flax.linen.Dropout`` in a compact module, bit for bit; not in training, or at rate 0, ``x`` itself."""
-    return nn.Dropout(rate, deterministic=not train)(x.reshape(-1)).reshape(x.shape)

@@ -8,29 +8,29 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fr_jax.models.drawing import dropout, variance_scaling
+from fr_jax.models.initializers import variance_scaling
+from fr_jax.models.resnet import dropout
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
+@pytest.mark.usefixtures("quick_compilation")
+def test_weights_are_those_of_flax():
+    """For kernels of four and of two axes, of each mode and distribution that the models use, in one compilation."""
+    kinds = [
         ((2.0, "fan_out", "normal"), (3, 3, 2, 6)),
         ((2.0, "fan_in", "truncated_normal"), (5, 5, 3, 2)),
         ((2.0, "fan_in", "truncated_normal"), (20, 10)),
         ((1.0, "fan_out", "uniform"), (20, 10)),
-    ],
-)
-def test_weights_are_those_of_flax(kind, shape):
-    draw = lambda initializer: jax.jit(initializer, static_argnums=1)(jax.random.key(3), shape)
-    np.testing.assert_array_equal(draw(variance_scaling(*kind)), draw(nn.initializers.variance_scaling(*kind)))
+    ]
+    makers = (variance_scaling, nn.initializers.variance_scaling)
+    draw = lambda key: [[make(*kind)(key, shape) for kind, shape in kinds] for make in makers]
+    for mine, theirs in zip(*jax.jit(draw)(jax.random.key(3)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_another_dtype(x64):
-    init = variance_scaling(1.0, "fan_in", "normal")
-    assert [init(jax.random.key(0), (2, 3), dtype).dtype for dtype in (jnp.bfloat16, jnp.float64)] == [
-        "bfloat16",
-        "float64",
-    ]
+    init, dtypes = variance_scaling(1.0, "fan_in", "normal"), (jnp.bfloat16, jnp.float64)
+    drawn = [jax.eval_shape(lambda key, d=d: init(key, (2, 3), d), jax.random.key(0)) for d in dtypes]
+    assert [one.dtype for one in drawn] == ["bfloat16", "float64"]
 
 
 @pytest.mark.parametrize("mode", ["fan_avg", "in"])
@@ -50,17 +50,19 @@ class Both(nn.Module):
         return dropout(x, self.rate, train) if self.flat else nn.Dropout(self.rate, deterministic=not train)(x)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("rate", "train"), [(0.3, True), (0.3, False), (0.0, True)])
 def test_masks_are_those_of_flax(rate, train):
     x = jnp.linspace(1.0, 2.0, 6 * 4 * 4 * 5).reshape(6, 4, 4, 5)
-    mine, theirs = (Both(rate, flat).apply({}, x, train, rngs={"dropout": jax.random.key(1)}) for flat in (True, False))
+    run = lambda key: [Both(rate, flat).apply({}, x, train, rngs={"dropout": key}) for flat in (True, False)]
+    mine, theirs = jax.jit(run)(jax.random.key(1))
     np.testing.assert_array_equal(mine, theirs)
     assert (not mine.all()) == (train and rate > 0)
 
 
 @pytest.mark.slow
 def test_a_kernel_compiles_in_half_the_time():
-    """That of Flax takes 1 to 2.5 s, this one 0.4 s (jax 0.10 and 0.11 on the CPU); if not, drawing.py can go."""
+    """That of Flax takes 1 to 2.5 s, this one 0.4 s (jax 0.10 and 0.11 on the CPU); if not, initializers.py can go."""
     seconds = []
     for make in (variance_scaling, nn.initializers.variance_scaling):
         init = make(2.0, "fan_out", "normal")
