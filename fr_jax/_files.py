@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and errors that say when a disk is full."""
+"""Atomic writes, and errors that state when a disk is full."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import shutil
 
 
 def write_atomically(path: str | pathlib.Path, data: bytes) -> None:
-    """Writes ``data`` to a temporary file beside ``path``, then renames it: a reader sees the old file or the new one.
+    """Writes ``data`` to a temporary file next to ``path``, then renames it: readers see the old file or the new one.
 
     Raises:
-      OSError: the file cannot be written (the message says so when the disk is full); ``path`` is as before.
+      OSError: the file cannot be written (with :func:`explained`'s message if the disk is full); ``path`` is unchanged.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,14 +31,14 @@ def write_atomically(path: str | pathlib.Path, data: bytes) -> None:
 
 
 def explained(error: OSError, path: pathlib.Path) -> OSError:
-    """The same error, with a message for people where the disk is full."""
+    """The same error, with a readable message if the disk is full."""
     if not is_disk_full(error):
         return error
-    return OSError(error.errno, f"disk full ({free_space(path.parent)}); {path.name} is as it was. Free some space")
+    return OSError(error.errno, f"disk full ({free_space(path.parent)}); {path.name} is unchanged. Free some space")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether ``error`` or what caused it is a full disk or quota; tensorstore tells it in words only."""
+    """Whether ``error`` or its cause is a full disk or quota; tensorstore states it only in the message."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -49,7 +49,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def free_space(directory: pathlib.Path) -> str:
-    """How much room the disk of ``directory`` has, in words."""
+    """The free space on the disk of ``directory``, in words."""
     try:
         return f"free {shutil.disk_usage(directory).free / 1e6:.1f} MB on the disk of {directory}"
     except OSError as error:
@@ -57,7 +57,7 @@ def free_space(directory: pathlib.Path) -> str:
 
 
 def rename_free(path: pathlib.Path, name: str) -> pathlib.Path:
-    """Renames within the folder to ``name``, or ``name-2``, ``name-3``, ... where that is taken."""
+    """Renames within the folder to ``name``, or to ``name-2``, ``name-3``, ... if that is taken."""
     target, number = path.with_name(name), 1
     while target.exists():
         number += 1

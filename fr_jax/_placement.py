@@ -1,4 +1,4 @@
-"""Where stages live: one device a stage, or a mesh of D devices over which the batch is split."""
+"""The devices of stages: one device per stage, or a mesh of D devices over which the batch is split."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["check_placement", "data_parallel_size", "placement", "replicated"]
 def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
     """Chooses the devices of K stages.
 
-    The devices are taken in groups of ``data_parallel``; stage k gets group k, round robin
-    where there are fewer groups than stages.
+    The devices are taken in groups of ``data_parallel``. Stage k gets group k, round robin if there are fewer groups
+    than stages.
 
     Args:
       K: number of stages.
       devices: the devices to use; all of ``jax.devices()`` by default.
-      data_parallel: D, the devices a stage. With D > 1 the batch (leading axis) is split over
-        them, the weights are copied to each, and XLA adds up the gradients.
+      data_parallel: D, devices per stage. With D > 1 the batch (leading axis) is split over them, the weights are
+        copied to each, and XLA adds up the gradients.
 
     Returns:
-      One sharding a stage, for arrays that have a batch axis: a ``SingleDeviceSharding``, or a
-      ``NamedSharding`` over the axis ``"data"``. :func:`replicated` gives the weights'.
+      One sharding per stage, for arrays with a batch axis: a ``SingleDeviceSharding``, or a ``NamedSharding`` over
+      the axis ``"data"``. :func:`replicated` gives that of the weights.
 
     Raises:
       ValueError: K or D is less than one, or there are fewer than D devices.
@@ -42,8 +42,8 @@ def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel
         raise ValueError("placement() was given no devices; pass at least one, or None for all of jax.devices().")
     if not 1 <= data_parallel <= len(devices):
         raise ValueError(
-            f"data_parallel = {data_parallel} devices a stage were asked for; with {len(devices)} device(s) it can be "
-            f"1 to {len(devices)}. Use fewer, or give JAX more devices (on a CPU: --devices N, or "
+            f"data_parallel = {data_parallel} devices per stage were asked for; with {len(devices)} device(s) it can "
+            f"be 1 to {len(devices)}. Use fewer, or give JAX more devices (on a CPU: --devices N, or "
             'jax.config.update("jax_num_cpu_devices", N) before anything else).'
         )
     groups = [devices[i : i + data_parallel] for i in range(0, len(devices) - data_parallel + 1, data_parallel)]
@@ -71,7 +71,7 @@ def replicated(sharding: Sharding | None) -> Sharding | None:
 
 
 def data_parallel_size(sharding: Sharding | None) -> int:
-    """D: over how many devices the batch is split.
+    """D, the number of devices over which the batch is split.
 
     Example:
       >>> [data_parallel_size(sharding) for sharding in placement(2)]
@@ -81,10 +81,10 @@ def data_parallel_size(sharding: Sharding | None) -> int:
 
 
 def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Sharding, ...]:
-    """One sharding for each of K stages; for None the default device, also for a mini-batch that comes from another.
+    """One sharding per stage; for None the default device, also if the mini-batch is on another one.
 
     Raises:
-      ValueError: the placement has not K entries, or an entry is not a sharding.
+      ValueError: the placement does not have K entries, or an entry is not a sharding.
 
     Example:
       >>> check_placement(None, 2) == placement(2, [jax.local_devices()[0]])
@@ -94,14 +94,14 @@ def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Shard
         return (jnp.zeros(()).sharding,) * K
     if isinstance(shardings, Sharding):
         raise ValueError(
-            f"placement is the single sharding {shardings!r}; it needs a sequence of K = {K}, one a stage. "
+            f"placement is the single sharding {shardings!r}; it needs a sequence of K = {K}, one per stage. "
             f"Use fr_jax.placement({K}, devices) to make one from devices."
         )
     shardings = tuple(shardings)
     if len(shardings) != K:
         raise ValueError(
-            f"placement has {len(shardings)} entries for K = {K} stages; it needs one sharding a stage. "
-            f"Use fr_jax.placement({K}), which goes round robin where devices are few, or placement=None."
+            f"placement has {len(shardings)} entries for K = {K} stages; it needs one sharding per stage. "
+            f"Use fr_jax.placement({K}), which goes round robin if devices are few, or placement=None."
         )
     for k, sharding in enumerate(shardings, start=1):
         if not isinstance(sharding, Sharding):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from fr_jax._arrays import place, put_whole
+from fr_jax._arrays import place
 from fr_jax.data.image_sets import Dataset
 from fr_jax.types import Array, Batch
 
@@ -106,8 +106,8 @@ def _train_batches(
     whole: Sharding,
     rows: Sharding,
 ) -> Callable[[int], Batch]:
-    images = put_whole(dataset.train_images, whole)
-    labels = put_whole(dataset.train_labels, whole)
+    images = place(dataset.train_images, whole, copy=False)
+    labels = place(dataset.train_labels, whole, copy=False)
     key = place(jax.random.key(seed), whole)
 
     @functools.partial(jax.jit, out_shardings=whole)
@@ -116,7 +116,7 @@ def _train_batches(
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Array:
-        return shuffled(key, put_whole(np.uint32(epoch), whole))
+        return shuffled(key, place(np.uint32(epoch), whole))
 
     @functools.partial(jax.jit, out_shardings=rows)
     def gather(images: Array, labels: Array, order: Array, key: Array, where: Array) -> Batch:
@@ -135,7 +135,7 @@ def _train_batches(
 
     def train_batch(step: int) -> Batch:
         epoch, batch = divmod(step, steps_per_epoch)
-        where = put_whole(np.array([epoch, batch], np.uint32), whole)
+        where = place(np.array([epoch, batch], np.uint32), whole)
         return gather(images, labels, order(epoch), key, where)
 
     return train_batch
@@ -146,9 +146,9 @@ def _test_batches(
 ) -> Callable[[], Iterator[tuple[Batch, int]]]:
     count = len(dataset.test_labels)
     fill = -count % batch_size
-    images = put_whole(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole)
-    labels = put_whole(np.pad(dataset.test_labels, (0, fill)), whole)
-    index = put_whole(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole)
+    images = place(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole, copy=False)
+    labels = place(np.pad(dataset.test_labels, (0, fill)), whole, copy=False)
+    index = place(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole, copy=False)
 
     @functools.partial(jax.jit, out_shardings=rows)
     def cut(images: Array, labels: Array, index: Array, start: Array) -> Batch:
@@ -160,7 +160,7 @@ def _test_batches(
 
     def test_batches() -> Iterator[tuple[Batch, int]]:
         for start in range(0, count, batch_size):
-            batch = cut(images, labels, index, put_whole(np.int32(start), whole))
+            batch = cut(images, labels, index, place(np.int32(start), whole))
             yield batch, min(batch_size, count - start)
 
     return test_batches

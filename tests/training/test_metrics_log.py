@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"disk full \(free \d+\.\d MB .*summary\.json is as it was") as error:
+    with pytest.raises(OSError, match=r"disk full \(free \d+\.\d MB .*summary\.json is unchanged") as error:
         write_json(path, {"new": 2})
     assert error.value.errno == errno.ENOSPC
     assert json.loads(path.read_text()) == {"old": 1}
