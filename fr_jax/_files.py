@@ -1,12 +1,16 @@
-"""Atomic writes, and errors that state when a disk is full."""
+"""Atomic writes, JSON among them, and errors that state when a disk is full."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 
 def write_atomically(path: str | pathlib.Path, data: bytes) -> None:
@@ -63,3 +67,32 @@ def rename_free(path: pathlib.Path, name: str) -> pathlib.Path:
         number += 1
         target = path.with_name(f"{name}-{number}")
     return path.rename(target)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Writes indented JSON so that a reader sees the old file or the new one, never half of it.
+
+    Args:
+      path: the file; its folder must exist.
+      value: what JSON can hold, and NumPy or JAX scalars; numbers that are not finite become ``null``.
+
+    Raises:
+      OSError: the file cannot be written (the message says so when the disk is full); the old one is intact.
+    """
+    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def plain(value: Any) -> Any:
+    """The same in terms of JSON: array scalars as numbers, what is not finite as ``None``."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -18,7 +18,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from fr_jax.experiments._cli.xla_flags import set_xla_flags
+from fr_jax.experiments._cli.devices import set_xla_flags
 
 # As the programs do, whose numbers are compared with those of this process.
 set_xla_flags()

@@ -1,161 +1,275 @@
-"""The methods and models of the programs: titles, costs, settings of their own, and how they are made."""
+"""A card per method: all that programs, pictures, tables and tests need to know of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optax
 
 import fr_jax as fr
-from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings
+from fr_jax.diagnostics.memory.activations import FORMS, StageActivations
+from fr_jax.diagnostics.simulation import schedules
+from fr_jax.diagnostics.simulation.schedules import MethodSchedule
+from fr_jax.experiments._fields import Own, SettingsError, own_setting
 from fr_jax.partitioning.costs import StageWork
 from fr_jax.types import Algorithm, Stage
 
-__all__ = ["METHODS", "MODEL_SETTINGS", "Method", "owners"]
+__all__ = ["DATA_PARALLEL", "LOCKSTEP", "METHODS", "REFERENCES", "Compared", "Method", "TrainingSet", "listed"]
+
+Values = Mapping[str, Any]
+"""A method's own settings by name, every one with a value."""
 
 
-class Method(NamedTuple):
-    """What the programs know of a method.
+class TrainingSet(NamedTuple):
+    """What a method may need to know of the training data: how many examples and how many classes there are."""
+
+    examples: int
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What can stand in a table of speeds.
 
     Attributes:
-      title: its name for people.
-      learning_rate: default step size for a residual network where K > 1.
-      own: its own settings, and their defaults.
-      work: ``(settings, k) -> StageWork``, what stage k = 0..K-1 does in a step.
-      make: ``(settings, stages, loss_fn, optimizer, examples, num_classes, **common) -> Algorithm``; ``examples`` is
-        the size of the training set.
-      note: what a reader of its training loss must know; empty for nothing.
+      short, title: its name in a table, and in a legend.
+      bound: ``(K, own) -> speedup`` over back-propagation on one device, K > 1 balanced stages on a device each, if
+        transfers take no time; None where no closed form is known.
+      schedule: what its step loop issues; None if that is not known.
+      work: ``(k, K, own) -> StageWork``, what stage k = 0..K-1 does in one step.
+      decoupled: whether stages work on different mini-batches at the same time.
     """
 
+    short: str
     title: str
-    learning_rate: float
-    own: Mapping[str, Any]
-    work: Callable[[TrainSettings, int], StageWork]
+    bound: Callable[[int, Values], float] | None = None
+    schedule: MethodSchedule | None = None
+    work: Callable[[int, int, Values], StageWork] = lambda k, K, own: StageWork()
+    decoupled: bool = False
+
+    def speedup(self, K: int, own: Values) -> float | None:
+        """The bound; with K = 1 every method is back-propagation."""
+        return 1.0 if K == 1 else None if self.bound is None else self.bound(K, own)
+
+    def last_stage_weight(self, K: int, own: Values) -> float:
+        """The last stage's work for a layer over that of the first, for :func:`fr_jax.balance`; backward counts 2."""
+        first, last = (work.plays + 3 * work.passes for work in (self.work(0, K, own), self.work(K - 1, K, own)))
+        return last / first
+
+    def titled(self, own: Values, where: str = "") -> str:
+        """The title, ``where`` it runs, and the number of micro-batches if there is more than one."""
+        M = own.get("microbatches", 1)
+        return f"{self.title}{where}" + (f", M = {M}" if M > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(Compared):
+    """A method that the programs train with.
+
+    Attributes:
+      make: ``(own, stages, loss_fn, optimizer, data, **common) -> Algorithm``.
+      learning_rate: default step size for a residual network if K > 1.
+      own: its own settings, and their defaults.
+      memory: bytes of activations, by the closed form of the features replay paper's table 1; None where it has none.
+      at_cut: ``own -> Stage``, a network of its own at each cut.
+      check: raises SettingsError for own settings that do not go together.
+      note: what a reader of its training loss must know.
+    """
+
     make: Callable[..., Algorithm]
+    learning_rate: float
+    own: Mapping[Own, Any] = dataclasses.field(default_factory=dict)
+    memory: Callable[[Sequence[StageActivations]], float] | None = None
+    at_cut: Callable[[Values], Stage] | None = None
+    check: Callable[[Values], None] = lambda own: None
     note: str = ""
 
-
-def _fr(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
-    own: dict[str, Any] = {"batch_stats": s.batch_stats, "weight_prediction": s.weight_prediction}
-    return fr.features_replay(stages, loss, _less_stale(s, optimizer), **own, **common)
-
-
-def _ddg(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
-    return fr.ddg(stages, loss, _less_stale(s, optimizer), weight_prediction=s.weight_prediction or 0.0, **common)
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its own settings by name, and their defaults."""
+        return {one.name: default for one, default in self.own.items()}
 
 
-def _less_stale(s: TrainSettings, optimizer: optax.GradientTransformation) -> Sequence[optax.GradientTransformation]:
-    optimizer = fr.staleness.accumulate(optimizer, s.accumulate or 1)
-    return fr.staleness.shrink_gradients(optimizer, s.gradient_shrinking or 1.0, s.K)
+BATCH_STATS = own_setting(
+    "batch_stats",
+    str,
+    "When batch-norm running statistics move: play, replay, or both (as the authors' code).",
+    choices=("play", "replay", "both"),
+)
+GRADIENT_SHRINKING = own_setting(
+    "gradient_shrinking", float, "FDG's factor b: stage k's gradient is shrunk by b^(K-k); 1 is off.", above=0, most=1
+)
+ACCUMULATE = own_setting("accumulate", int, "ADL's m: one update for the mean gradient of m mini-batches.", least=1)
+WEIGHT_PREDICTION = own_setting(
+    "weight_prediction",
+    float,
+    "SpecTrain: how far the forward pass goes towards the weights of the update, 0 to 1.",
+    least=0,
+)
+MICROBATCHES = own_setting(
+    "microbatches", int, "Equal parts M of a mini-batch that go through the pipeline one after another.", least=1
+)
+REMEDIES = {GRADIENT_SHRINKING: 1.0, ACCUMULATE: 1, WEIGHT_PREDICTION: 0.0}
+"""Against staleness."""
 
 
-def _bp(s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any) -> Algorithm:
-    return fr.backprop(stages, loss, fr.staleness.accumulate(optimizer, s.accumulate or 1), **common)
+def _remedied(
+    own: Values, optimizer: optax.GradientTransformation, K: int
+) -> tuple[dict[str, Any], Sequence[optax.GradientTransformation]]:
+    """The settings that are left, and the optimizer wrapped as the others say."""
+    left = dict(own)
+    optimizer = fr.staleness.accumulate(optimizer, left.pop("accumulate"))
+    return left, fr.staleness.shrink_gradients(optimizer, left.pop("gradient_shrinking", 1.0), K)
+
+
+def _bp(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    own, optimizer = _remedied(own, optimizer, len(stages))
+    return fr.backprop(stages, loss_fn, optimizer, **own, **common)
+
+
+def _fr(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    own, optimizer = _remedied(own, optimizer, len(stages))
+    return fr.features_replay(stages, loss_fn, optimizer, **own, **common)
+
+
+def _ddg(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    own, optimizer = _remedied(own, optimizer, len(stages))
+    return fr.ddg(stages, loss_fn, optimizer, **own, **common)
 
 
 def _dni(
-    s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, examples: int, num_classes: int, **common: Any
+    own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
 ) -> Algorithm:
-    synthesizer = fr.models.synthesizer(num_classes if s.label_conditioning else None, hidden=s.synthesizer_hidden)
-    learner = optax.adam(s.synthesizer_learning_rate or 0.0)
-    own = {"label_conditioning": s.label_conditioning}
-    return fr.dni(stages, loss, optimizer, synthesizer, learner, **own, **common)
+    conditioned = own["label_conditioning"]
+    synthesizer = fr.models.synthesizer(data.classes if conditioned else None, hidden=own["synthesizer_hidden"])
+    learner = optax.adam(own["synthesizer_learning_rate"])
+    return fr.dni(stages, loss_fn, optimizer, synthesizer, learner, label_conditioning=conditioned, **common)
 
 
 def _blockprop(
-    s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, examples: int, *data: int, **common: Any
+    own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
 ) -> Algorithm:
-    own = {name: getattr(s, name) for name in ("penalty", "h_steps", "h_learning_rate", "h_every")}
-    return fr.blockprop(stages, loss, optimizer, cache_size=examples if s.cache else None, **own, **common)
+    left = dict(own)
+    cache_size = data.examples if left.pop("cache") else None
+    return fr.blockprop(stages, loss_fn, optimizer, cache_size=cache_size, **left, **common)
 
 
-def _gpipe(
-    s: TrainSettings, stages: Sequence[Stage], loss: Any, optimizer: Any, *data: int, **common: Any
-) -> Algorithm:
-    return fr.gpipe(stages, loss, optimizer, microbatches=s.microbatches or 1, **common)
+def _check_blockprop(own: Values) -> None:
+    if own["h_every"] > 1 and not own["cache"]:
+        raise SettingsError(
+            f"--h-every {own['h_every']} needs the gluing variables of earlier visits. Add --cache, or drop the flag."
+        )
 
 
-def _one_pass(s: TrainSettings, k: int) -> StageWork:
-    """Forward and backward, once."""
-    return StageWork()
+def _gpipe(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    return fr.gpipe(stages, loss_fn, optimizer, **own, **common)
 
-
-def _play_and_replay(s: TrainSettings, k: int) -> StageWork:
-    """A forward pass, and a replay; the last stage's play is its replay."""
-    return StageWork(plays=float(k < s.K - 1))
-
-
-def _blockprop_work(s: TrainSettings, k: int) -> StageWork:
-    """Stages but the last run forward; those but the first take h-steps; each does its W-step."""
-    return StageWork(plays=float(k < s.K - 1), input_passes=float(s.h_steps or 0) if k > 0 else 0.0)
-
-
-AGAINST_STALENESS = {"accumulate": 1, "gradient_shrinking": 1.0, "weight_prediction": 0.0}
 
 METHODS: dict[str, Method] = {
     "fr": Method(
+        short="FR",
         title="features replay",
-        learning_rate=0.05,
-        own={"batch_stats": "play", **AGAINST_STALENESS},
-        work=_play_and_replay,
         make=_fr,
+        learning_rate=0.05,
+        own={BATCH_STATS: "play", **REMEDIES},
+        work=lambda k, K, own: StageWork(plays=float(k < K - 1)),  # the last stage's play is its replay
+        bound=lambda K, own: (3 * K + 1) / 4,
+        schedule=schedules.features_replay,
+        memory=FORMS["fr"],
+        decoupled=True,
     ),
     "bp": Method(
+        short="BP",
         title="back-propagation",
-        learning_rate=0.1,
-        own={"accumulate": 1},
-        work=_one_pass,
         make=_bp,
+        learning_rate=0.1,
+        own={ACCUMULATE: 1},
+        bound=lambda K, own: 1.0,
+        schedule=schedules.back_propagation,
+        memory=FORMS["bp"],
     ),
     "ddg": Method(
+        short="DDG",
         title="DDG",
-        learning_rate=0.05,
-        own=AGAINST_STALENESS,
-        work=_one_pass,
         make=_ddg,
+        learning_rate=0.05,
+        own=REMEDIES,
+        bound=lambda K, own: float(K),
+        schedule=schedules.ddg,
+        memory=FORMS["ddg"],
+        decoupled=True,
     ),
     "dni": Method(
+        short="DNI",
         title="DNI",
-        learning_rate=0.015,
-        own={"synthesizer_hidden": None, "synthesizer_learning_rate": 1e-3, "label_conditioning": False},
-        work=_one_pass,
         make=_dni,
+        learning_rate=0.015,
+        own={
+            own_setting(
+                "synthesizer_hidden",
+                int,
+                "Channels of the synthesizers' hidden layers. Default: as many as the feature has.",
+                least=1,
+            ): None,
+            own_setting("synthesizer_learning_rate", float, "Step size of the synthesizers' Adam.", least=0): 1e-3,
+            own_setting("label_conditioning", bool, "Show the labels to the synthesizers (cDNI)."): False,
+        },
+        # Synthesizer k learns from the gradient of stage k+1 in the same iteration (Jaderberg et al. 2017), which comes
+        # 4/3 of a stage's step after that stage's input: K is not reached even by synthesizers that cost nothing.
+        bound=lambda K, own: 3 * K / 4,
+        schedule=schedules.dni,
+        at_cut=lambda own: fr.models.synthesizer(hidden=own["synthesizer_hidden"]),
+        decoupled=True,
     ),
     "blockprop": Method(
+        short="BlockProp",
         title="BlockProp",
-        learning_rate=0.05,
-        own={"penalty": 1.0, "h_steps": 1, "h_learning_rate": 0.01, "cache": False, "h_every": 1},
-        work=_blockprop_work,
         make=_blockprop,
+        learning_rate=0.05,
+        own={
+            own_setting("penalty", float, "Weight lambda of the gluing losses.", least=0): 1.0,
+            own_setting("h_steps", int, "Gradient steps N_h on each gluing variable.", least=0): 1,
+            own_setting("h_learning_rate", float, "Their step size.", least=0): 0.01,
+            own_setting(
+                "cache", bool, "Keep the gluing variables of all examples on their devices (Algorithm 2)."
+            ): False,
+            own_setting(
+                "h_every", int, "With --cache: take the h-steps at every E-th visit of an example only.", least=1
+            ): 1,
+        },
+        check=_check_blockprop,
+        # Stages but the last run forward, those but the first take h-steps, each does its W-step.
+        work=lambda k, K, own: StageWork(plays=float(k < K - 1), input_passes=float(own["h_steps"]) if k else 0.0),
         note="BlockProp's training loss is taken at its gluing variables, where it is lower than the network's own.",
     ),
     "gpipe": Method(
+        short="GPipe",
         title="GPipe",
-        learning_rate=0.1,
-        own={"microbatches": 4},
-        work=_one_pass,
         make=_gpipe,
+        learning_rate=0.1,
+        own={MICROBATCHES: 4},
+        bound=lambda K, own: K * own["microbatches"] / (own["microbatches"] + K - 1),
+        schedule=schedules.gpipe,
     ),
 }
 
-MODEL_SETTINGS: dict[str, dict[str, Any]] = {"mlp": {"depth": 6, "width": 256, "dropout_rate": 0.0}}
-"""Model -> its own settings, and their defaults."""
+DATA_PARALLEL, LOCKSTEP = "dp", "fr-lockstep"
+REFERENCES: dict[str, Compared] = {
+    LOCKSTEP: Compared(
+        short="FR lock",
+        title="features replay with barriers",
+        bound=lambda K, own: 3 / (1 + 3 / K),
+        schedule=schedules.features_replay_lockstep,
+        decoupled=True,
+    ),
+    DATA_PARALLEL: Compared(short="data p.", title="data parallelism", bound=lambda K, own: float(K)),
+}
+"""What stands beside the methods in tables of speeds and is not one of them."""
 
 
-def owners(name: str) -> list[str]:
-    """The methods, or the models, that a setting belongs to; none where it belongs to all."""
-    methods = [method for method, entry in METHODS.items() if name in entry.own]
-    return methods or [model for model, own in MODEL_SETTINGS.items() if name in own]
-
-
-def own_defaults(method: str, model: str) -> dict[str, Any]:
-    """The defaults of the settings that belong to the method or to the model."""
-    return {**METHODS[method].own, **MODEL_SETTINGS.get(model, {})}
-
-
-def own_settings(settings: SharedSettings, method: str) -> dict[str, Any]:
-    """The settings that belong to the method or to the model, as given or by default."""
-    own = own_defaults(method, settings.model)
-    chosen = {name: getattr(settings, name) for name in own}
-    return {name: own[name] if value is None else value for name, value in chosen.items()}
+def listed() -> str:
+    """The methods for a help text, such as ``fr (features replay), ddg or gpipe``."""
+    *names, last = [name if name == card.title.lower() else f"{name} ({card.title})" for name, card in METHODS.items()]
+    return f"{', '.join(names)} or {last}" if names else last

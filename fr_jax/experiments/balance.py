@@ -20,23 +20,18 @@ import jax.numpy as jnp
 import fr_jax as fr
 from fr_jax.distributed import is_first
 from fr_jax.experiments._bench.contestants import make_entry, method_settings, shared_costs
-from fr_jax.experiments._bench.turns import (
-    as_rows,
-    code_of,
-    in_turns,
-    placed_on,
-    quietly,
-    start_pinned,
-    take_devices,
-)
-from fr_jax.experiments._cli.checks import check_parts, choice
-from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._bench.pinned import placed_on, start_pinned
+from fr_jax.experiments._bench.turns import as_rows, in_turns, quietly
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.devices import take_devices
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
-from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
-from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
+from fr_jax.experiments._methods import METHODS, listed
 from fr_jax.experiments._run.cuts import choose_cuts, stage_costs
-from fr_jax.experiments._run.processes import one_process
 from fr_jax.plotting.style import COLOURS, plain_axes, png
 
 if TYPE_CHECKING:
@@ -48,23 +43,23 @@ MEASURES = ("time", "flops", "uniform")
 MOST_CHOICES = 200
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class BalanceSettings:
     """Time one training step for every choice of cuts, and compare those that --balance chooses with the best."""
 
-    K: int = 2
+    K: int = setting(2, least=2)
     """Stages."""
-    method: str = "fr"
-    """fr, bp, ddg, dni, blockprop or gpipe."""
-    model: str = "resnet20"
+    method: str = setting("fr", choices=tuple(METHODS), help=f"{listed()}.")
+    model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
-    batch_size: int = 128
+    batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    rounds: int = 5
+    rounds: int = setting(5, least=1)
     """How many times each choice has its turn."""
-    steps: int = 4
+    steps: int = setting(4, least=1)
     """Steps of a turn."""
-    first: int = 1
+    first: int = setting(1, least=1)
     """No cut before this layer (to leave out what is hopeless, or to divide a long measurement)."""
     last: int | None = None
     """No cut after this layer. Default: the network's last."""
@@ -78,14 +73,8 @@ class BalanceSettings:
 
 def check(settings: BalanceSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
-    choice("model", settings.model, fr.models.MODELS)
-    choice("method", settings.method, METHODS)
-    for name in ("batch_size", "rounds", "steps", "first"):
-        if (value := getattr(settings, name)) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
-    if settings.K < 2:
-        raise SettingsError(f"--K {settings.K} leaves nothing to cut; it must be at least 2.")
-    check_parts(settings.batch_size, METHODS[settings.method].own.get("microbatches", 1), settings.method)
+    check_fields(settings)
+    check_parts(settings.batch_size, METHODS[settings.method].defaults.get("microbatches", 1), settings.method)
     if not settings.pinned:
         one_process("balance without --pinned measures in one process.")
     check_file(settings.output, overwrite=settings.overwrite)
@@ -222,21 +211,13 @@ def run(settings: BalanceSettings) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
-    import tyro
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    settings = tyro.cli(BalanceSettings, args=arguments, prog=call("balance"))
-
-    def work() -> int:
+    def work(settings: BalanceSettings) -> Any:
         check(settings)
-        if settings.pinned:
-            code = start_pinned("fr_jax.experiments.balance", arguments, settings.K)
-            if code is not None:
-                return code
-        run(settings)
-        return 0
+        code = start_pinned("balance", BalanceSettings(), settings)
+        return run(settings) if code is None else code
 
-    return code_of(work)
+    return harness.main("balance", BalanceSettings(), work, arguments)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fr_jax.experiments._bench.turns import code_of
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments._fields import check_fields, setting
 from fr_jax.plotting.style import COLOURS, plain_axes, png
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
@@ -46,36 +46,24 @@ STYLES = {
 class ChainRuleSettings:
     """Count and time the naive chain rule and back-propagation over growing networks."""
 
-    chain: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    chain: tuple[int, ...] = setting((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), least=1, series="increasing")
     """Numbers of weights T of the lecture's chain a w_T ... w_1 x: one node a layer, no ReLU."""
-    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    depths: tuple[int, ...] = setting((1, 2, 4, 8, 16, 32, 64, 128), least=1, series="increasing")
     """Numbers of weight matrices of the ReLU network that grows in depth."""
-    width: int = 8
+    width: int = setting(8, least=1)
     """Nodes a layer of the network that grows in depth."""
-    widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    widths: tuple[int, ...] = setting((2, 4, 8, 16, 32, 64, 128), least=1, series="increasing")
     """Nodes a layer of the ReLU network that grows in width."""
-    depth: int = 4
+    depth: int = setting(4, least=1)
     """Weight matrices of the network that grows in width."""
-    repeats: int = 3
+    repeats: int = setting(3, least=1)
     """How often each computation is timed, in seconds of this process on the CPU; the fastest counts."""
-    seed: int = 0
+    seed: int = setting(0, least=0)
     """Seed of weights and inputs."""
     output: Path | None = None
     """A folder for counts.json and counts.png; without it only the table is printed."""
     overwrite: bool = False
     """Replace these files where they exist."""
-
-
-def refusal(settings: ChainRuleSettings) -> str | None:
-    """What is wrong with the settings, or None."""
-    for name in ("chain", "depths", "widths"):
-        sizes = getattr(settings, name)
-        if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-            return f"--{name} {' '.join(map(str, sizes))}: give one or more increasing whole numbers, each 1 or more."
-    for name in ("width", "depth", "repeats"):
-        if getattr(settings, name) < 1:
-            return f"--{name} {getattr(settings, name)}: give 1 or more."
-    return None if settings.seed >= 0 else f"--seed {settings.seed}: give 0 or more."
 
 
 def measure(settings: ChainRuleSettings) -> dict[str, Any]:
@@ -225,10 +213,7 @@ def _draw(panel: Axes, entry: dict[str, Any], quantity: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
-    import tyro
-
-    settings = tyro.cli(ChainRuleSettings, args=arguments, prog="python -m fr_jax.experiments.chain_rule")
-    return code_of(lambda: run(settings))
+    return harness.main("chain_rule", ChainRuleSettings(), run, arguments)
 
 
 def run(settings: ChainRuleSettings) -> int:
@@ -237,8 +222,7 @@ def run(settings: ChainRuleSettings) -> int:
     Raises:
       SettingsError: a setting cannot be used.
     """
-    if problem := refusal(settings):
-        raise SettingsError(problem)
+    check_fields(settings)
     one_process("chain_rule counts in one process.")
     check_folder(settings.output, FILES, overwrite=settings.overwrite)
     result = measure(settings)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from fr_jax._files import explained, write_atomically
+from fr_jax._files import explained, plain, write_atomically
 
 
 class MetricsLog:
@@ -83,8 +82,8 @@ class MetricsLog:
             raise explained(error, self._path) from error
         if self._events is not None:
             for name, value in row.items():
-                if name not in ("step", "epoch") and isinstance(_plain(value), int | float):
-                    self._events.add_scalar(_tag(name), _plain(value), row["step"])
+                if name not in ("step", "epoch") and isinstance(plain(value), int | float):
+                    self._events.add_scalar(_tag(name), plain(value), row["step"])
 
     def close(self) -> None:
         """Closes the file and the TensorBoard events."""
@@ -118,20 +117,6 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_json(path: str | pathlib.Path, value: Any) -> None:
-    """Writes indented JSON so that a reader sees the old file or the new one, never half of it.
-
-    Args:
-      path: the file; its folder must exist.
-      value: what JSON can hold, and NumPy or JAX scalars; numbers that are not finite become ``null``.
-
-    Raises:
-      OSError: the file cannot be written (the message says so when the disk is full); the old one is intact.
-    """
-    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
-
-
 def tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None = None) -> Any:
     """A ``tensorboardX.SummaryWriter``; events of steps after ``resume_step`` are hidden.
 
@@ -157,19 +142,4 @@ def _tag(name: str) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(row), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """The same in terms of JSON: array scalars as numbers, what is not finite as ``None``."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.dumps(plain(row), allow_nan=False, ensure_ascii=False).encode() + b"\n"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fr_jax.training.metrics_log import read_rows, write_json
+from fr_jax._files import write_json
+from fr_jax.training.metrics_log import read_rows
 
 __all__ = ["RunFolder", "WorkdirError"]
 

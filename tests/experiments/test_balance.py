@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fr_jax.experiments import balance
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 
 
 def check(result, cuts):

@@ -13,7 +13,8 @@ import fr_jax as fr
 from fr_jax.data import image_sets as data
 from fr_jax.data.pipelines import input_pipeline
 from fr_jax.distributed import NUM_PROCESSES
-from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments._cli.settings import TrainSettings
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.blockprop import __main__ as blockprop
 from fr_jax.experiments.blockprop.picture import figure
 from fr_jax.experiments.blockprop.result import Line, summarise, table

@@ -55,11 +55,11 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chain", "4", "2"], "--chain 4 2: give one or more increasing whole numbers"),
-        (["--widths", "0"], "--widths 0: give one or more increasing whole numbers, each 1 or more"),
-        (["--depth", "0"], "--depth 0: give 1 or more"),
-        (["--repeats", "-1"], "--repeats -1: give 1 or more"),
-        (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--chain", "4", "2"], "--chain 4 2: give one or more increasing values, each at least 1"),
+        (["--widths", "0"], "--widths 0 is out of range; each must be at least 1"),
+        (["--depth", "0"], "--depth 0 is out of range; it must be at least 1"),
+        (["--repeats", "-1"], "--repeats -1 is out of range"),
+        (["--seed", "-1"], "--seed -1 is out of range"),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run import program
 from fr_jax.experiments.compare import __main__ as compare
 from fr_jax.experiments.compare.__main__ import CompareSettings, plan
@@ -80,21 +80,21 @@ def test_plan_takes_learning_rates_by_method():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"methods": ("bp", "adam")}, "--method adam is unknown; it can be fr, bp, ddg"),
-        ({"methods": ()}, "--methods is empty; give one or more"),
-        ({"K": (2, 2)}, "--K 2 2 names one twice"),
+        ({"methods": ("bp", "adam")}, "--methods adam is unknown; it can be fr, bp, ddg"),
+        ({"methods": ()}, "--methods none: give one or more distinct values"),
+        ({"K": (2, 2)}, "--K 2 2: give one or more distinct values, each at least 1"),
         ({"K": (0,)}, "--K 0 is out of range"),
-        ({"seeds": (-1,)}, "--seed -1 is out of range"),
+        ({"seeds": (-1,)}, "--seeds -1 is out of range"),
         ({"h_steps": 3}, "--h-steps 3 is a setting of --method blockprop, not of bp, fr, ddg, dni. Drop"),
         ({"vary": ("h-steps", "1")}, "--vary h-steps is a setting of blockprop, not compared here. Drop it"),
         ({"vary": ("momentum",)}, "--vary momentum needs a setting and its values, such as --vary h-steps 1 2 4"),
-        ({"vary": ("workdir", "a")}, "--vary workdir a needs a setting .* It can be depth, width"),
+        ({"vary": ("workdir", "a")}, "--vary workdir a needs a setting .* It can be epochs, steps"),
         ({"vary": ()}, "--vary  needs a setting and its values"),
         ({"vary": ("momentum", "0.9", "0.90")}, "--vary momentum 0.9 0.90 names a value twice"),
         ({"vary": ("learning-rate", "1"), "learning_rates": ("fr=0.1",)}, "--learning-rate and --vary learning-rate"),
         ({"learning_rates": ("fr=0.1", "fr=0.2")}, "--learning-rates names fr twice"),
         ({"preset": "blockprop", "h_steps": 4}, "--preset blockprop sets --h-steps, a setting of --method blockprop"),
-        ({"milestones": (float("inf"),)}, "--milestones inf holds what is no epoch"),
+        ({"milestones": (float("inf"),)}, "--milestones inf is out of range; each must be at least 0, and finite"),
         ({"vary": ("momentum", "0.5"), "momentum": 0.1}, "--momentum and --vary momentum were both given"),
         ({"learning_rates": ("fr",)}, "--learning-rates fr is malformed; write METHOD=RATE"),
         ({"learning_rates": ("gpipe=0.1",)}, "--learning-rates gpipe=0.1 names a method that is not compared"),

@@ -48,7 +48,7 @@ def program(capsys):
 def test_defaults():
     settings = parse("mnist", mnist.MNIST.defaults, [])
     check(settings)
-    resolved = resolve(settings, "mnist", 128, 468)
+    resolved = resolve(settings, "mnist", 60_000)
     assert (resolved.model, resolved.K, resolved.depth, resolved.width) == ("mlp", 3, 6, 256)
     assert (resolved.steps, resolved.learning_rate) == (5 * 468, 0.01)
 

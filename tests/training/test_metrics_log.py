@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fr_jax import _files as files
-from fr_jax.training.metrics_log import MetricsLog, read_rows, tensorboard_writer, write_json
+from fr_jax._files import write_json
+from fr_jax.training.metrics_log import MetricsLog, read_rows, tensorboard_writer
 
 ROWS = [
     {"step": 10, "epoch": 0.5, "train_loss": 2.25, "train_accuracy": 0.125, "images_per_s": 512.0, "seconds": 1.5},

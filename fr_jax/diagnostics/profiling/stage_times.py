@@ -133,8 +133,7 @@ def _check_kinds(kinds: Iterable[str]) -> set[str]:
     wanted = set(kinds)
     if not wanted <= {*StageTimes._fields}:
         raise ValueError(
-            f"kinds {sorted(wanted - {*StageTimes._fields})} are unknown; they can be "
-            f"{', '.join(StageTimes._fields)}."
+            f"kinds {sorted(wanted - {*StageTimes._fields})} are unknown; they can be {', '.join(StageTimes._fields)}."
         )
     return wanted
 

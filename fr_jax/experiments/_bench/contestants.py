@@ -15,8 +15,8 @@ from jax.sharding import Sharding
 import fr_jax as fr
 from fr_jax.distributed import group
 from fr_jax.experiments._bench.turns import Contestant
-from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings
-from fr_jax.experiments._methods import METHODS, own_settings
+from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings, own_of_method
+from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, REFERENCES, TrainingSet
 from fr_jax.experiments._run.cuts import NetworkCosts, choose_cuts, network_costs
 from fr_jax.partitioning.costs import LayerCost
 from fr_jax.training.classification import cross_entropy
@@ -24,9 +24,7 @@ from fr_jax.types import Algorithm, Array, Batch, Stage
 
 __all__ = [
     "BASELINE",
-    "DATA_PARALLEL",
     "Entry",
-    "bound",
     "host_batch",
     "make_batch",
     "make_entry",
@@ -35,7 +33,6 @@ __all__ = [
 ]
 
 BASELINE = "back-propagation, 1 device"
-DATA_PARALLEL = "dp"
 CLASSES = 10
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
@@ -47,31 +44,13 @@ class Entry(NamedTuple):
       contestant: what is timed.
       method: ``plain``, ``dp``, or a method's name.
       cuts: of its network.
-      bound: how many times as fast as back-propagation on one device it can be; None where no closed form is known.
+      bound: how many times as fast as back-propagation on one device it can be; None if no closed form is known.
     """
 
     contestant: Contestant
     method: str
     cuts: tuple[int, ...]
     bound: float | None
-
-
-def bound(method: str, K: int, microbatches: int) -> float | None:
-    """How many times as fast as back-propagation on one device a method on K devices can be, stages balanced.
-
-    Example:
-      >>> from fr_jax.experiments._bench.contestants import bound
-      >>> [bound(method, 2, 4) for method in ("bp", "fr", "ddg", "gpipe", "dp", "dni")]
-      [1.0, 1.75, 2.0, 1.6, 2.0, None]
-    """
-    bounds = {
-        "bp": 1.0,
-        "fr": (3 * K + 1) / 4,
-        "ddg": float(K),
-        "gpipe": K * microbatches / (microbatches + K - 1),
-        DATA_PARALLEL: float(K),
-    }
-    return bounds.get(method)
 
 
 def host_batch(size: int) -> Batch:
@@ -97,11 +76,20 @@ def shared_costs(settings: TrainSettings, layers: Sequence[Stage], example: jax.
     return NetworkCosts(tuple(LayerCost(*one) for one in costs), tuple(at_cuts))
 
 
+def shared_settings(settings: Any, **others: Any) -> SharedSettings:
+    """What a measuring program's settings and those of a run have in common, and other values."""
+    names = {field.name for field in dataclasses.fields(SharedSettings)} - {"steps"}  # of a turn
+    common = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name in names
+    }
+    return SharedSettings(**common | others)
+
+
 def method_settings(shared: SharedSettings, method: str, K: int, cuts: tuple[int, ...] | None) -> TrainSettings:
     """The settings of a run with the method; those of other methods are dropped, its own filled in."""
     common = {field.name: getattr(shared, field.name) for field in dataclasses.fields(SharedSettings)}
-    settings = TrainSettings(**common, method=method, K=K, cuts=cuts if K > 1 else ())
-    return dataclasses.replace(settings, **own_settings(settings, method))
+    common |= {"method": method, "K": K, "cuts": cuts if K > 1 else ()}
+    return TrainSettings(**common | own_of_method(shared, method))
 
 
 def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
@@ -160,15 +148,10 @@ def make_entry(
             costs = shared_costs(settings, layers, example)
         settings = dataclasses.replace(settings, cuts=choose_cuts(settings, layers, example, costs))
     chosen = tuple(settings.cuts or ())
+    own, data = own_of_method(settings, settings.method), TrainingSet(size, CLASSES)
+    stages = fr.partition(layers, chosen)
     algorithm: Algorithm = METHODS[settings.method].make(
-        settings,
-        fr.partition(layers, chosen),
-        cross_entropy,
-        OPTIMIZER,
-        size,
-        CLASSES,
-        placement=places,
-        donate=True,
+        own, stages, cross_entropy, OPTIMIZER, data, placement=places, donate=True
     )
     batch = make_batch(size, places[0])
 
@@ -177,16 +160,8 @@ def make_entry(
         return state, info.loss
 
     own_device_each = len(set(places)) == stages_K
-    title = name or _title(method, K, settings) + ("" if own_device_each else ", devices shared")
+    card = REFERENCES[method] if method in REFERENCES else METHODS[method]
+    where = f", {K} device{'s' * (K > 1)}" if method in ("bp", DATA_PARALLEL) else f", K = {K}"
+    title = name or card.titled(own, where) + ("" if own_device_each else ", devices shared")
     contestant = Contestant(title, run, algorithm.init(jax.random.key(0), batch))
-    best = 1.0 if K == 1 else bound(method, K, settings.microbatches or 1) if own_device_each else None
-    return Entry(contestant, method, chosen, best)
-
-
-def _title(method: str, K: int, settings: TrainSettings) -> str:
-    if method == DATA_PARALLEL:
-        return f"data parallelism, {K} devices"
-    title = METHODS[method].title
-    if method == "bp":
-        return f"{title}, {K} device{'s' * (K > 1)}"
-    return f"{title}, K = {K}" + (f", M = {settings.microbatches}" if method == "gpipe" else "")
+    return Entry(contestant, method, chosen, card.speedup(K, own) if own_device_each or K == 1 else None)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
-from fr_jax.distributed import NUM_PROCESSES, GroupError, group, initialize, launch
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.experiments._cli.xla_flags import set_xla_flags
-from fr_jax.experiments._run.session import request_devices
+from fr_jax.distributed import group
 from fr_jax.types import Array
 
-__all__ = [
-    "Contestant",
-    "TakesTurns",
-    "Turn",
-    "as_rows",
-    "code_of",
-    "cores_by_process",
-    "in_turns",
-    "placed_on",
-    "quietly",
-    "spread",
-    "start_pinned",
-    "take_devices",
-]
+__all__ = ["Contestant", "TakesTurns", "Turn", "as_rows", "in_turns", "quietly", "spread"]
 
 ISSUED_FROM_REST = 2
 """Steps at the start of a turn whose issue is timed: nothing is in flight yet that could hold the host up."""
@@ -125,114 +106,6 @@ def spread(values: Sequence[float], name: str = "seconds") -> dict[str, float]:
       {'seconds_median': 2.0, 'seconds_min': 1.0, 'seconds_max': 3.0}
     """
     return {f"{name}_{of.__name__}": of(values) for of in (statistics.median, min, max)}
-
-
-def take_devices(K: int, *, each: bool = False, instead: str = "") -> None:
-    """Starts JAX with K devices, or with those of a group's processes; these meet here and must all call it.
-
-    Args:
-      K: how many at least, where JAX makes them: on the CPU.
-      each: K stages must have a device each; otherwise they may share what there is.
-      instead: what to do besides where there are fewer, as it stands in a list.
-
-    Raises:
-      SettingsError: there are fewer, and ``each`` stage must have one.
-    """
-    set_xla_flags()
-    if group().size == 1:
-        request_devices(K)
-    there = len(jax.devices())
-    if each and there < K:
-        kind = jax.devices()[0].platform
-        more = "call it before anything else is asked of JAX, which then makes as many"
-        if kind != "cpu":
-            more = "set JAX_PLATFORMS=cpu, where the program makes as many as it needs"
-        if group().size > 1:
-            more = f"start {K} processes"
-        raise SettingsError(
-            f"--K {K} stages need a device each, and JAX sees {there} ({kind}). Use at most --K {there}, "
-            f"{instead}or {more}."
-        )
-
-
-def code_of(work: Callable[[], int]) -> int:
-    """Does the work; what its user can mend is one message, an exit code, and the end of the other processes."""
-    try:
-        return work()
-    except (SettingsError, GroupError) as error:
-        code = error.exit_code if isinstance(error, GroupError) else 2
-        reported = isinstance(error, GroupError) and error.reported
-        if not reported and group().fail(code):
-            print(f"fr_jax: {error}", file=sys.stderr)
-        return code
-    except OSError as error:
-        group().fail(1)
-        print(f"fr_jax: {error}", file=sys.stderr)
-        return 1
-
-
-def start_pinned(module: str, arguments: Sequence[str], K: int) -> int | None:
-    """Starts ``python -m MODULE ARGUMENTS`` once a stage, each on a single core of its own.
-
-    Returns:
-      The exit code; None in one of these processes, which has joined the others and goes on.
-
-    Raises:
-      SettingsError: there are not as many cores, or processes cannot be pinned here.
-    """
-    if NUM_PROCESSES in os.environ:
-        initialize()
-        return None
-    if not hasattr(os, "sched_setaffinity"):
-        raise SettingsError(
-            f"--pinned: {platform.system()} does not pin processes to cores; Linux does. Drop --pinned: the stages are "
-            "then devices of one process."
-        )
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < K:
-        raise SettingsError(
-            f"--pinned needs {K} cores for --K {K}; there are {len(cores)}. Use a smaller --K, or drop --pinned."
-        )
-    try:
-        with _confined(cores[:K]):  # of which launch gives each process an equal share
-            processes = launch.start(["-m", module, *arguments], K, mark=False)
-    except launch.LaunchError as error:
-        raise SettingsError(f"--pinned: {error}") from error
-    return launch.wait(processes)
-
-
-@contextlib.contextmanager
-def _confined(cores: Sequence[int]) -> Iterator[None]:
-    """What is started meanwhile has no other cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def cores_by_process() -> list[list[int] | None]:
-    """The cores that each process may use, None where that cannot be known; in a group all processes must call it."""
-    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return group().exchange(own)
-
-
-def placed_on(pinned: bool, K: int) -> dict[str, Any]:
-    """What a result says of where its K stages were; in a group all processes must call it.
-
-    Raises:
-      SettingsError: with ``pinned``, they are not K processes with a core each.
-    """
-    found = cores_by_process()
-    if pinned and not (len(found) == K == len({core for own in found for core in own or ()}) and all(found)):
-        cores = "; ".join("any" if own is None else " ".join(map(str, own)) for own in found)
-        raise SettingsError(
-            f"--pinned needs {K} processes with a core each for --K {K}; these are {len(found)}, on the cores {cores}. "
-            "Start the program without fr_jax.launch: with --pinned it starts the processes itself."
-        )
-    what = "one pinned process a stage" if pinned else "devices of one process"
-    return {"placement": what, "cores_by_process": found}
 
 
 def quietly(text: str) -> None:

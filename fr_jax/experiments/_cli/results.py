@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fr_jax._files import write_atomically
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.training.metrics_log import write_json
+from fr_jax._files import write_atomically, write_json
+from fr_jax.experiments._fields import SettingsError
 
 __all__ = ["check_file", "check_folder", "check_picture", "write_beside", "write_results"]
 

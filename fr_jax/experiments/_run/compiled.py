@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from fr_jax.data.download import cache_folder
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 
 __all__ = ["keep_compiled"]
 

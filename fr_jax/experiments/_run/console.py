@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,19 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from tqdm import tqdm
 
+from fr_jax.experiments._cli.harness import discard_output
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.session import Session, stage_work
 from fr_jax.training.classification import Score
 from fr_jax.training.metrics_log import MetricsLog
 
-__all__ = ["Console", "Silent", "announce", "device_name", "discard_output", "stage_table", "unread"]
-
-
-def discard_output() -> None:
-    """From now on what is printed goes nowhere: who read it (``| head``, a terminal that was closed) is gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+__all__ = ["Console", "Silent", "announce", "device_name", "stage_table", "unread"]
 
 
 @contextlib.contextmanager
@@ -63,7 +56,7 @@ def device_name(sharding: Sharding) -> str:
 def announce(session: Session, state: Any) -> str:
     """The lines before training starts."""
     s, data = session.settings, session.dataset
-    steps, per_epoch = s.steps or 0, session.pipeline.steps_per_epoch
+    steps, per_epoch = s.steps, session.pipeline.steps_per_epoch
     share = max(stage_work(session)) / sum(stage_work(session))
     return "\n".join(
         [

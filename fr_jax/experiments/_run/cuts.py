@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 import fr_jax as fr
-from fr_jax.experiments._cli.settings import TrainSettings
+from fr_jax.experiments._cli.settings import TrainSettings, own_of_method
 from fr_jax.experiments._methods import METHODS
 from fr_jax.partitioning.costs import LayerCost, stage_cost
 from fr_jax.types import Stage
@@ -41,12 +41,12 @@ def network_costs(
         return fr.layer_flops(stages, inputs)
 
     at_cuts = [0.0] * len(layers)
-    if settings.method == "dni":
-        synthesizer = fr.models.synthesizer(hidden=settings.synthesizer_hidden)
+    if (at_cut := METHODS[settings.method].at_cut) is not None:
+        network = at_cut(own_of_method(settings, settings.method))
         known: dict[tuple[int, ...], float] = {}
         for i, h in enumerate(_outputs(layers, example)[:-1]):
             if h.shape not in known:
-                known[h.shape] = costs_of([synthesizer], h)[0].weights_gradient
+                known[h.shape] = costs_of([network], h)[0].weights_gradient
             at_cuts[i] = known[h.shape]
     return NetworkCosts(tuple(costs_of(layers, example)), tuple(at_cuts))
 
@@ -63,7 +63,8 @@ def _outputs(layers: Sequence[Stage], example: jax.ShapeDtypeStruct) -> list[jax
 def cost_of_stage(settings: TrainSettings, costs: NetworkCosts, k: int, start: int, stop: int) -> float:
     """What stage k = 0..K-1 costs in one step of the method if it holds ``layers[start:stop]``."""
     besides = costs.at_cuts[stop - 1] if k < settings.K - 1 else 0.0
-    return stage_cost(costs.layers, METHODS[settings.method].work(settings, k), start, stop) + besides
+    work = METHODS[settings.method].work(k, settings.K, own_of_method(settings, settings.method))
+    return stage_cost(costs.layers, work, start, stop) + besides
 
 
 def stage_costs(settings: TrainSettings, costs: NetworkCosts, cuts: Sequence[int]) -> list[float]:

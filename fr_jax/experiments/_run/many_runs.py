@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fr_jax.data.image_sets import Dataset
-from fr_jax.experiments._cli.checks import check_fit, default_batch_size, differences, resolve
+from fr_jax.experiments._cli.checks import differences, resolve
 from fr_jax.experiments._cli.command_line import Program
+from fr_jax.experiments._cli.devices import request_devices
+from fr_jax.experiments._cli.harness import DIVERGED, FINISHED
 from fr_jax.experiments._cli.settings import TrainSettings, as_json
 from fr_jax.experiments._run import program
-from fr_jax.experiments._run.session import make_layers, request_devices
+from fr_jax.experiments._run.session import make_layers
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 
@@ -49,8 +51,7 @@ def train_all(
     request_devices(max(s.devices or s.K * s.data_parallel for s in runs.values()))
     folders = {name: RunFolder(home / name) for name in runs}
     for name, settings in runs.items():  # errors come before anything is trained
-        check_fit(settings, dataset.name, len(dataset.train_labels))
-        make_layers(settings, dataset.num_classes)
+        make_layers(resolve(settings, dataset.name, len(dataset.train_labels)), dataset.num_classes)
         folders[name].check_free(resume=True, overwrite=True)
     if overwrite:
         for folder in folders.values():
@@ -67,13 +68,13 @@ def train_all(
             placed = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=folder.holds_run())
             code = program.run(this, placed, dataset=dataset, again=again, stop=stop)
             report()
-            if code not in (program.FINISHED, program.DIVERGED):
+            if code not in (FINISHED, DIVERGED):
                 return code
             if stop.signal is not None:
                 print(f"Stopped after {name}; everything is saved. Continue with\n  {again}")
                 return stop.exit_code
             print()
-    return program.FINISHED
+    return FINISHED
 
 
 def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) -> bool:
@@ -85,8 +86,7 @@ def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) ->
     saved = folder.saved_config()
     if saved is None:
         return False
-    batch_size = default_batch_size(settings, dataset.name)
-    resolved = resolve(settings, dataset.name, batch_size, len(dataset.train_labels) // batch_size)
+    resolved = resolve(settings, dataset.name, len(dataset.train_labels))
     expected = as_json(resolved) | {"resolved_cuts": saved.get("resolved_cuts")}
     different = differences(saved, expected)
     if different:
@@ -94,7 +94,7 @@ def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) ->
             f"{folder.path} holds a run with other settings: {'; '.join(different)}. Repeat its settings, use another "
             "--workdir, or start again with --overwrite."
         )
-    summary, steps = folder.saved_summary(), resolved.steps or 0
+    summary, steps = folder.saved_summary(), resolved.steps
     if summary is not None and summary["steps"] > steps:
         raise WorkdirError(
             f"{folder.path} holds a run of {summary['steps']:,} steps, more than the {steps:,} asked for. Ask for as "

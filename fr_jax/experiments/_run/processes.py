@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Mapping
@@ -13,42 +14,10 @@ import numpy as np
 from fr_jax import distributed
 from fr_jax.data import image_sets as data
 from fr_jax.distributed.launch import LAUNCHED_BY
-from fr_jax.experiments._cli.checks import HOW_NOT_WHAT
-from fr_jax.experiments._cli.settings import SettingsError, TrainSettings, as_json
+from fr_jax.experiments._cli.settings import TrainSettings, as_json
+from fr_jax.experiments._fields import SettingsError, guard
 
-OF_ONE_PROCESS = frozenset(
-    {
-        "compilation_cache",
-        "coordinator",
-        "data_dir",
-        "distributed",
-        "heartbeat",
-        "num_processes",
-        "overwrite",
-        "process_id",
-        "profile",
-        "tensorboard",
-        "workdir",
-    }
-)
-"""Settings that may differ between the processes of a run."""
-
-__all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data", "one_process"]
-
-
-def one_process(why: str, instead: str = "Start it without fr_jax.launch.", *, asked: bool = False) -> None:
-    """Refuses to be one of several processes, before anything is done.
-
-    Args:
-      why: the program does not run so, a sentence.
-      instead: what to do, a sentence.
-      asked: whether its own flags ask for several, as the environment that ``fr_jax.launch`` makes does.
-
-    Raises:
-      SettingsError: it is one.
-    """
-    if asked or distributed.NUM_PROCESSES in os.environ:
-        raise SettingsError(f"{why} {instead}")
+__all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data"]
 
 
 def join(settings: TrainSettings) -> None:
@@ -71,8 +40,7 @@ def join(settings: TrainSettings) -> None:
             f"{group.size} processes are too many for --K {settings.K} stages of {settings.data_parallel} device(s); "
             f"each must have a device of some stage. Use at most {needed} processes, or a larger --K."
         )
-    alike = {name: value for name, value in as_json(settings).items() if name not in OF_ONE_PROCESS}
-    group.check_same("setting", alike)
+    check_same_settings(as_json(settings))
     if group.size > 1 and group.index == 0:
         seconds = settings.heartbeat
         print(f"{group.size} processes; one that dies or cannot be reached ends the others within {seconds} s.")
@@ -107,12 +75,12 @@ def load_data(settings: TrainSettings, preferred: str) -> data.Dataset:
 
 
 def check_same_settings(config: Mapping[str, Any]) -> None:
-    """Compares what enters the mathematics, and when they meet.
+    """Compares all settings but those that may differ between the processes of a run.
 
     Raises:
       GroupError: in every process, where two differ.
     """
-    free = HOW_NOT_WHAT - {"checkpoint_every", "devices", "eval_every", "log_every", "steps", "resume"}
+    free = {field.name for field in dataclasses.fields(TrainSettings) if guard(field).free == "process"}
     free |= {"devices_used", "versions", "python", "data_source"}
     distributed.group().check_same("setting", {name: value for name, value in config.items() if name not in free})
 

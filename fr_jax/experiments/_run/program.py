@@ -5,35 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from fr_jax import distributed
+from fr_jax._files import write_json
 from fr_jax.data import image_sets as data
-from fr_jax.distributed import GroupError
-from fr_jax.experiments._cli.checks import check, check_fit, default_workdir, differences
-from fr_jax.experiments._cli.command_line import Program, command, parse
-from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments._cli import command_line, harness
+from fr_jax.experiments._cli.checks import check, differences, resolve
+from fr_jax.experiments._cli.command_line import Program
+from fr_jax.experiments._cli.devices import request_devices
+from fr_jax.experiments._cli.harness import DIVERGED, FINISHED, fail
+from fr_jax.experiments._cli.settings import Resolved, TrainSettings, as_json
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
-from fr_jax.experiments._run.console import Console, Silent, announce, discard_output, unread
+from fr_jax.experiments._run.console import Console, Silent, announce, unread
 from fr_jax.experiments._run.records import make_config, make_summary
-from fr_jax.experiments._run.session import Session, build, initial_state, request_devices
+from fr_jax.experiments._run.session import Session, build, initial_state
 from fr_jax.plotting.curves import plot_curves
-from fr_jax.training.checkpoints import CheckpointError, Checkpoints
+from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Schedule, Totals, train
-from fr_jax.training.metrics_log import MetricsLog, read_rows, write_json
+from fr_jax.training.metrics_log import MetricsLog, read_rows
 from fr_jax.training.metrics_reader import Reporter
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 from fr_jax.types import Algorithm
 
-__all__ = ["exit_code", "main", "run"]
-
-FINISHED, FAILED, BAD_ARGUMENTS, DIVERGED = 0, 1, 2, 3
+__all__ = ["main", "run"]
 
 Watching: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager[Algorithm]]
 """``(session, folder, first step)``: gives the method to train with, one that also looks at what it is given."""
@@ -41,28 +42,13 @@ Watching: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return exit_code(lambda: run(program, parse(program.name, program.defaults, words)))
-
-
-def exit_code(work: Callable[[], int]) -> int:
-    """Does the work; an error that its user can mend is one message and an exit code."""
-    try:
-        return work()
-    except GroupError as error:
-        return error.exit_code if error.reported else _fail(error, error.exit_code)
-    except (SettingsError, data.DataError, WorkdirError) as error:
-        return _fail(error, BAD_ARGUMENTS)
-    except BrokenPipeError:
-        discard_output()
-        return _fail("nobody reads the output any more.", FAILED)
-    except (CheckpointError, OSError) as error:
-        return _fail(error, FAILED)
-    except KeyboardInterrupt:
-        return _fail("stopped at once; what was trained since the last checkpoint is lost.", 130)
-    except BaseException:
-        distributed.group().fail(FAILED)
-        raise
+    return harness.main(
+        program.name,
+        program.defaults,
+        lambda settings: run(program, settings),
+        arguments,
+        read=command_line.parse,
+    )
 
 
 def run(
@@ -99,15 +85,15 @@ def run(
     early = RunFolder(settings.workdir) if settings.workdir is not None else None
     group.from_first(lambda: early and early.check_free(resume=settings.resume, overwrite=settings.overwrite))
     dataset = dataset or processes.load_data(settings, program.dataset)
-    check_fit(settings, dataset.name, len(dataset.train_labels))
-    folder = RunFolder(settings.workdir or default_workdir(settings, dataset.name))
+    resolved = resolve(settings, dataset.name, len(dataset.train_labels))
+    folder = RunFolder(resolved.workdir)
     group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
-    session = _build(settings, dataset, folder)
-    config = make_config(session)
+    session = _build(resolved, dataset, folder)
+    config = as_json(settings) | make_config(session)
     processes.check_same_settings(config)
     if again is None:
         same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
-        again = processes.launched(command(program.name, program.defaults, same))
+        again = processes.launched(harness.command(program.name, program.defaults, same))
     lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
     with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
         # Again: while this run was prepared, another may have been finished here.
@@ -119,7 +105,7 @@ def run(
         return code
 
 
-def _build(settings: TrainSettings, dataset: data.Dataset, folder: RunFolder) -> Session:
+def _build(settings: Resolved, dataset: data.Dataset, folder: RunFolder) -> Session:
     """The session; a run that is resumed keeps its cuts, unless others were given."""
     saved = distributed.group().from_first(lambda: folder.saved_config() if settings.resume else None) or {}
     same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
@@ -201,13 +187,12 @@ def _say_nothing(*text: object, flush: bool = False) -> None:
     pass
 
 
-def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
+def is_over(folder: RunFolder, step: int, settings: Resolved) -> bool:
     """Whether a run that is to be resumed has nothing left to do; says so.
 
     Raises:
       WorkdirError: it is longer already than what is asked for.
     """
-    assert settings.steps is not None and settings.milestones is not None
     if step > settings.steps:
         raise WorkdirError(
             f"the run in {folder.path} has done {step:,} steps, more than the {settings.steps:,} asked for. "
@@ -226,7 +211,6 @@ def is_over(folder: RunFolder, step: int, settings: TrainSettings) -> bool:
 def make_schedule(session: Session, folder: RunFolder) -> Schedule:
     """The loop's intervals."""
     s = session.settings
-    assert s.steps and s.batch_size and s.eval_every and s.checkpoint_every
     return Schedule(
         steps=s.steps,
         batch_size=s.batch_size,
@@ -255,7 +239,7 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
         where = outcome.divergence
         good = checkpoints.steps()
         last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
-        return _fail(
+        return fail(
             f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
             f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
             DIVERGED,
@@ -270,9 +254,3 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
         print("Peak of memory: " + ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in peaks.items()))
     print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
     return FINISHED
-
-
-def _fail(message: object, code: int) -> int:
-    distributed.group().fail(code)
-    print(f"fr_jax: {message}", file=sys.stderr)
-    return code

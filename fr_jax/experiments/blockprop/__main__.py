@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fr_jax.data import image_sets as data
-from fr_jax.experiments._cli.checks import check, check_fit
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check
+from fr_jax.experiments._cli.checks import resolve as resolved_run
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.results import write_results
 from fr_jax.experiments._cli.settings import TrainSettings
-from fr_jax.experiments._run import program
 from fr_jax.experiments._run.compiled import keep_compiled
-from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.blockprop.picture import figure
 from fr_jax.experiments.blockprop.result import Line, summarise, table
 from fr_jax.experiments.blockprop.runs import Run, is_finished, train_run
@@ -134,7 +135,7 @@ def run(settings: BlockPropSettings) -> int:
         {one.name: one for _, _, one in by_seed},
     )
     for name, one in place.runs.items():
-        check_fit(one.settings, dataset.name, len(dataset.train_labels))
+        resolved_run(one.settings, dataset.name, len(dataset.train_labels))
         place.folder(name).check_free(resume=True, overwrite=True)
         if settings.overwrite:
             with place.folder(name).locked():
@@ -142,7 +143,7 @@ def run(settings: BlockPropSettings) -> int:
     stopped = _train_all(place)
     result = summarise(settings, lines, place.home, dataset)
     text = table(result)
-    code = program.FINISHED
+    code = harness.FINISHED
     if result["lines"]:
         name = f"figure-{settings.figure}"
         files = {f"{name}.json": result, f"{name}.png": png(figure(result)), "table.md": f"{text}\n".encode()}
@@ -167,15 +168,12 @@ def _train_all(place: Place) -> int:
                 print(f"It diverged: {outcome.divergence.what} at step {outcome.divergence.step}.")
             if stop.signal is not None:
                 return stop.exit_code
-    return program.FINISHED
+    return harness.FINISHED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 130 or 143 stopped."""
-    import tyro
-
-    settings = tyro.cli(BlockPropSettings, args=arguments, prog="python -m fr_jax.experiments.blockprop")
-    return program.exit_code(lambda: run(settings))
+    return harness.main("blockprop", BlockPropSettings(), run, arguments)
 
 
 if __name__ == "__main__":

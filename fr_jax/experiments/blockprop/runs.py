@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import fr_jax as fr
+from fr_jax._files import write_json
 from fr_jax.data.image_sets import Dataset
-from fr_jax.experiments._cli.checks import default_batch_size, differences, resolve
-from fr_jax.experiments._cli.settings import TrainSettings, as_json
+from fr_jax.experiments._cli.checks import differences, resolve
+from fr_jax.experiments._cli.settings import TrainSettings, as_json, own_of_method
 from fr_jax.experiments._run.console import Console
 from fr_jax.experiments._run.program import make_schedule
 from fr_jax.experiments._run.records import make_config, make_summary
@@ -21,7 +22,7 @@ from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.classification import Score, cross_entropy, training_metrics
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Totals, train
-from fr_jax.training.metrics_log import MetricsLog, write_json
+from fr_jax.training.metrics_log import MetricsLog
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 from fr_jax.types import Algorithm, Info
 
@@ -46,7 +47,8 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of its folder: ``blockprop-penalty10-steps4-rates0.1-0.1-seed0``."""
         s, rates = self.settings, "-".join(f"{rate:g}" for rate in self.rates)
-        own = f"-penalty{s.penalty:g}-steps{s.h_steps}" if s.method == "blockprop" else ""
+        values = own_of_method(s, s.method)
+        own = f"-penalty{values['penalty']:g}-steps{values['h_steps']}" if s.method == "blockprop" else ""
         return f"{s.method}{own}-rates{rates}-seed{s.seed}"
 
     @property
@@ -55,8 +57,8 @@ class Run(NamedTuple):
         s, scale = self.settings, self.rates[0] / self.rates[1]
         if s.method != "blockprop":
             return scale
-        assert s.penalty is not None and s.h_steps is not None and s.h_learning_rate is not None
-        return scale * first_block_factor(s.penalty, s.h_learning_rate, s.h_steps)
+        own = own_of_method(s, s.method)
+        return scale * first_block_factor(own["penalty"], own["h_learning_rate"], own["h_steps"])
 
 
 def first_block_factor(penalty: float, h_learning_rate: float, h_steps: int) -> float:
@@ -133,15 +135,14 @@ def is_finished(folder: RunFolder, run: Run, dataset: Dataset) -> bool:
     saved, summary = folder.saved_config(), folder.saved_summary()
     if saved is None:
         return False
-    batch_size = default_batch_size(run.settings, dataset.name)
-    resolved = resolve(run.settings, dataset.name, batch_size, len(dataset.train_labels) // batch_size)
+    resolved = resolve(run.settings, dataset.name, len(dataset.train_labels))
     expected = as_json(resolved) | _own(run, dataset) | {"resolved_cuts": saved.get("resolved_cuts")}
     if different := _differences(saved, expected):
         raise WorkdirError(
             f"{folder.path} holds a run with other settings: {'; '.join(different)}. Repeat its settings, use another "
             "--workdir, or start again with --overwrite."
         )
-    if summary is not None and not summary["diverged"] and summary["steps"] > (resolved.steps or 0):
+    if summary is not None and not summary["diverged"] and summary["steps"] > resolved.steps:
         raise WorkdirError(
             f"{folder.path} holds a run of {summary['steps']:,} steps, more than the {resolved.steps:,} asked for. Ask "
             "for as many with --steps or --epochs, or use another --workdir."
@@ -170,7 +171,11 @@ def train_run(run: Run, dataset: Dataset, folder: RunFolder, stop: StopRequest) 
       CheckpointError, OSError: the folder cannot be read or written.
     """
     settings = dataclasses.replace(run.settings, dataset=dataset.name, workdir=folder.path)
-    session = build(settings, dataset, (folder.saved_config() or {}).get("resolved_cuts"))
+    session = build(
+        resolve(settings, dataset.name, len(dataset.train_labels)),
+        dataset,
+        (folder.saved_config() or {}).get("resolved_cuts"),
+    )
     session = session._replace(algorithm=make_algorithm(session, run.rates))
     config = make_config(session) | _own(run, dataset)
     with folder.locked(), Checkpoints(folder.checkpoints) as checkpoints:

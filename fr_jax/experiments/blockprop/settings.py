@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 
 __all__ = ["BlockPropSettings", "resolve"]
 

@@ -14,27 +14,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fr_jax.data import image_sets as data
+from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.checks import check, check_shared
-from fr_jax.experiments._cli.command_line import command, parse
-from fr_jax.experiments._cli.settings import PRESETS, SettingsError, SharedSettings, TrainSettings, flag
-from fr_jax.experiments._methods import owners
-from fr_jax.experiments._run import program
+from fr_jax.experiments._cli.command_line import parse
+from fr_jax.experiments._cli.harness import FINISHED, one_process
+from fr_jax.experiments._cli.settings import PRESETS, SharedSettings, TrainSettings, belongs, owners
+from fr_jax.experiments._fields import LARGEST_SEED, SettingsError, documented, flag, guard, setting
+from fr_jax.experiments._methods import METHODS, listed
 from fr_jax.experiments._run.many_runs import train_all
-from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.compare.report import Entry, report
 
 __all__ = ["CompareSettings", "main", "run"]
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """What is compared."""
 
-    methods: tuple[str, ...] = ("bp", "fr", "ddg", "dni")
-    """Any of fr, bp, ddg, dni, blockprop, gpipe. bp does not depend on K: it runs once a seed, on one device."""
-    K: tuple[int, ...] = (4,)
-    """Numbers of modules."""
-    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = setting(
+        ("bp", "fr", "ddg", "dni"),
+        choices=tuple(METHODS),
+        series="distinct",
+        help=f"Any of {listed()}. bp does not depend on K: it runs once per seed, on one device.",
+    )
+    K: tuple[int, ...] = setting((4,), least=1, series="distinct")
+    """Numbers of stages."""
+    seeds: tuple[int, ...] = setting((0,), least=0, most=LARGEST_SEED, series="distinct")
     """The table has the mean over them, and the spread."""
     vary: tuple[str, ...] | None = None
     """One more setting and its values: --vary h-steps 1 2 4. Methods that do not have it run once."""
@@ -70,32 +76,23 @@ def plan(settings: CompareSettings) -> list[Planned]:
       SettingsError: a setting that no chosen method has, or one that is malformed.
     """
     check_shared(settings, settings.methods)
-    for name in ("methods", "K", "seeds"):
-        values = getattr(settings, name)
-        if not values or len(set(values)) < len(values):
-            problem = "is empty" if not values else f"{' '.join(map(str, values))} names one twice"
-            raise SettingsError(f"{flag(name)} {problem}; give one or more different values.")
     rates, variants = _learning_rates(settings), _variants(settings)
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SharedSettings)}
     planned = {}
     for seed in settings.seeds:
         for method in settings.methods:
-            own = {name: value if _has(settings, method, name) else _unset(name) for name, value in shared.items()}
+            own = {n: value if belongs(n, method, settings.model) else _unset(n) for n, value in shared.items()}
             own["learning_rate"] = rates.get(method, settings.learning_rate)
             for K in (1,) if method == "bp" else settings.K:
                 for variant in variants:
-                    changed = {name: value for name, value in variant.items() if _has(settings, method, name)}
-                    text = "".join(f"-{flag(name)[2:]}{value}" for name, value in changed.items())
+                    changed = {n: value for n, value in variant.items() if belongs(n, method, settings.model)}
+                    words = "".join(f"-{flag(name)[2:]}{value}" for name, value in changed.items())
                     chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
                     run = TrainSettings(**chosen)
                     check(run)
-                    name = f"{method}-K{K}{text}-seed{seed}"
+                    name = f"{method}-K{K}{words}-seed{seed}"
                     planned[name] = Planned(name, Entry(method, K, _words(changed), seed), run)
     return list(planned.values())
-
-
-def _has(settings: SharedSettings, method: str, name: str) -> bool:
-    return not owners(name) or bool({method, settings.model} & {*owners(name)})
 
 
 def _unset(name: str) -> Any:
@@ -128,13 +125,14 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
         return [{}]
     name, *values = settings.vary or ("",)
     name = name.replace("-", "_")
-    known = [field.name for field in dataclasses.fields(SharedSettings) if field.name not in NOT_TO_VARY]
+    fields = [field for field in dataclasses.fields(SharedSettings) if not isinstance(field.default, bool)]
+    known = [field.name for field in fields if guard(field).vary]
     if name not in known or not values:
         raise SettingsError(
             f"--vary {' '.join(settings.vary)} needs a setting and its values, such as --vary h-steps 1 2 4. It can be "
             f"{', '.join(flag(name)[2:] for name in known)}."
         )
-    if owners(name) and not any(_has(settings, method, name) for method in settings.methods):
+    if owners(name) and not any(belongs(name, method, settings.model) for method in settings.methods):
         raise SettingsError(
             f"--vary {settings.vary[0]} is a setting of {' and '.join(owners(name))}, not compared here. Drop it."
         )
@@ -145,13 +143,6 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
     if len(set(parsed)) < len(parsed):
         raise SettingsError(f"--vary {' '.join(settings.vary)} names a value twice; give different ones.")
     return [{name: value} for value in parsed]
-
-
-NOT_TO_VARY = {
-    *("dataset", "data_dir", "devices", "preset", "model", "milestones"),
-    *("eval_every", "checkpoint_every", "log_every", "compilation_cache"),
-    *(field.name for field in dataclasses.fields(SharedSettings) if isinstance(field.default, bool)),
-}
 
 
 def run(settings: CompareSettings) -> int:
@@ -173,7 +164,7 @@ def run(settings: CompareSettings) -> int:
     home = settings.workdir or Path("runs") / f"compare-{dataset.name}-{settings.model}"
     entries = {one.name: one.entry for one in planned}
     same = dataclasses.replace(settings, dataset=dataset.name, workdir=home, overwrite=False)
-    again = command("compare", CompareSettings(), same)
+    again = harness.command("compare", CompareSettings(), same)
     write_report = lambda: report(home, entries, dataset, settings.model, again)
     code = train_all(
         {one.name: one.settings for one in planned},
@@ -184,7 +175,7 @@ def run(settings: CompareSettings) -> int:
         overwrite=settings.overwrite,
         report=write_report,
     )
-    if code == program.FINISHED:
+    if code == FINISHED:
         print(write_report())
         print(f"Picture: {home / 'comparison.png'}   table: {home / 'table.md'}   numbers: {home / 'comparison.json'}")
     return code
@@ -192,8 +183,7 @@ def run(settings: CompareSettings) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 130 or 143 stopped."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return program.exit_code(lambda: run(parse("compare", CompareSettings(), words)))
+    return harness.main("compare", CompareSettings(), run, arguments, read=parse)
 
 
 if __name__ == "__main__":

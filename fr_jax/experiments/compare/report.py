@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fr_jax._files import write_atomically
+from fr_jax._files import write_atomically, write_json
 from fr_jax.data.image_sets import Dataset
 from fr_jax.experiments._cli.tables import markdown_table, mean_and_deviation
 from fr_jax.experiments._methods import METHODS
 from fr_jax.plotting.comparison import Line, plot_comparison
 from fr_jax.plotting.style import COLOURS
-from fr_jax.training.metrics_log import read_rows, write_json
+from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 
 __all__ = ["Entry", "report"]

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fr_jax._files import write_atomically
-from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.results import check_picture
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
-from fr_jax.experiments._run import program
 from fr_jax.experiments.curves import reached
 from fr_jax.plotting.comparison import Line, plot_comparison
 from fr_jax.training.metrics_log import read_rows
@@ -35,7 +34,7 @@ class CurvesSettings:
     """Folders of runs, finished or not. Those with the same label are seeds of one line."""
     labels: tuple[str, ...] = ()
     """One a run. Default: the method and K."""
-    step_seconds: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = setting((), least=0)
     """One a run: draw it over steps times this, such as a step measured by fr_jax.experiments.speed on a quiet machine,
     instead of over its own seconds. 0: leave it out of the panel with the time."""
     title: str | None = None
@@ -57,6 +56,7 @@ def run(settings: CurvesSettings) -> int:
       WorkdirError: the files of a run cannot be read.
       OSError: the figure cannot be written.
     """
+    check_fields(settings)
     if not settings.runs:
         raise SettingsError("--runs is missing; give the folders of one or more runs.")
     if settings.labels and len(settings.labels) != len(settings.runs):
@@ -68,8 +68,6 @@ def run(settings: CurvesSettings) -> int:
             f"{len(settings.step_seconds)} --step-seconds were given for {len(settings.runs)} --runs; give one a run, "
             "or none."
         )
-    if any(not 0 <= seconds < math.inf for seconds in settings.step_seconds):
-        raise SettingsError(f"--step-seconds {' '.join(map(str, settings.step_seconds))}: give 0 or more.")
     if any(not math.isfinite(loss) for loss in settings.losses):
         raise SettingsError(f"--losses {' '.join(map(str, settings.losses))}: give finite numbers.")
     also = [".csv"] if settings.losses else []
@@ -94,7 +92,7 @@ def run(settings: CurvesSettings) -> int:
         table, losses_file = reached.table(lines, settings.losses), settings.output.with_suffix(".csv")
         write_atomically(losses_file, reached.as_csv(table))
         print(f"{reached.as_text(table)}\nTable: {losses_file}")
-    return program.FINISHED
+    return harness.FINISHED
 
 
 def _look(label: str, methods: dict[str, str]) -> tuple[int, int]:
@@ -131,10 +129,7 @@ def _label(config: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the figure cannot be written, 2 for runs that cannot be drawn."""
-    import tyro
-
-    settings = tyro.cli(CurvesSettings, args=arguments, prog=call("curves"))
-    return program.exit_code(lambda: run(settings))
+    return harness.main("curves", CurvesSettings(), run, arguments)
 
 
 if __name__ == "__main__":

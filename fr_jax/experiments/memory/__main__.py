@@ -22,11 +22,12 @@ from tqdm import tqdm
 import fr_jax as fr
 from fr_jax.diagnostics.memory.activations import closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
-from fr_jax.experiments._bench.turns import code_of, take_devices
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.devices import take_devices
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.memory.methods import CONTESTANTS
 from fr_jax.plotting.memory import memory_figure
 from fr_jax.plotting.style import COLOURS, png
@@ -193,10 +194,7 @@ def figure(result: dict[str, Any]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
-    import tyro
-
-    settings = tyro.cli(MemorySettings, args=arguments, prog="python -m fr_jax.experiments.memory")
-    return code_of(lambda: run(settings))
+    return harness.main("memory", MemorySettings(), run, arguments)
 
 
 def run(settings: MemorySettings) -> int:

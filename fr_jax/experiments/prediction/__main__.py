@@ -21,10 +21,14 @@ import fr_jax as fr
 from fr_jax import distributed
 from fr_jax.diagnostics.profiling.stage_times import Measured, median
 from fr_jax.diagnostics.simulation.timeline import occupying, resumed, simulate, summarise
-from fr_jax.experiments._bench.turns import code_of, cores_by_process, quietly, take_devices
+from fr_jax.experiments._bench.contestants import shared_settings
+from fr_jax.experiments._bench.pinned import cores_by_process
+from fr_jax.experiments._bench.turns import quietly
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
-from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.prediction.methods import ONE, Prediction, choose, prepare, title_of
 from fr_jax.plotting.gantt import gantt_figure
 from fr_jax.plotting.style import png
@@ -100,9 +104,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
       What goes into prediction.json, and a PNG file with the timelines of the median times.
     """
     K, steps = settings.K, settings.steps
-    shared = SharedSettings(
-        model=settings.model, batch_size=settings.batch_size, balance="time", microbatches=settings.microbatches
-    )
+    shared = shared_settings(settings, balance="time")
     layers, cuts = fr.models.MODELS[settings.model](), settings.cuts or ()
     if settings.cuts is None and K > 1:
         cuts = choose(shared, layers, K)
@@ -193,10 +195,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
-    import tyro
-
-    settings = tyro.cli(PredictionSettings, args=arguments, prog="python -m fr_jax.experiments.prediction")
-    return code_of(lambda: run(settings))
+    return harness.main("prediction", PredictionSettings(), run, arguments)
 
 
 def run(settings: PredictionSettings) -> int:

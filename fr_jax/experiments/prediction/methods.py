@@ -18,7 +18,6 @@ from fr_jax.diagnostics.profiling.step_times import step_timer
 from fr_jax.diagnostics.simulation.schedules import SCHEDULES, data_parallel, gpipe
 from fr_jax.diagnostics.simulation.timeline import Task
 from fr_jax.experiments._bench.contestants import (
-    DATA_PARALLEL,
     OPTIMIZER,
     host_batch,
     make_batch,
@@ -27,7 +26,8 @@ from fr_jax.experiments._bench.contestants import (
     shared_costs,
 )
 from fr_jax.experiments._bench.turns import Contestant
-from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
+from fr_jax.experiments._methods import DATA_PARALLEL
 from fr_jax.experiments._run.cuts import choose_cuts
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Array, Stage
@@ -78,7 +78,7 @@ def prepare(
     shared: SharedSettings, layers: Sequence[Stage], methods: Sequence[str], K: int, cuts: tuple[int, ...]
 ) -> tuple[dict[str, Prediction], dict[str, Callable[[], Measured]]]:
     """The methods, back-propagation on one device first, and the timers of their parts."""
-    microbatches = shared.microbatches or 1
+    microbatches = own_of_method(shared, "gpipe")["microbatches"]
     timers = _timers(shared, layers, methods, K, cuts)
     bp = make_entry(shared, layers, "bp", 1).contestant
     found = {ONE: Prediction(_schedule_of("bp", K, microbatches), ONE, bp)}
@@ -118,7 +118,10 @@ def _timers(
             (split,) = fr.placement(1, data_parallel=K)
             timers[timer_of(name)] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
         elif name not in alone:
-            options: dict[str, Any] = {"placement": spread, "microbatches": shared.microbatches or 1}
+            options: dict[str, Any] = {
+                "placement": spread,
+                "microbatches": own_of_method(shared, "gpipe")["microbatches"],
+            }
             timers[timer_of(name)] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
     return timers
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import jax
 
 from fr_jax.diagnostics.simulation.timeline import Timeline, simulate
-from fr_jax.experiments._bench.turns import code_of
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.scaling import picture as scaling_picture
 from fr_jax.experiments.scaling.network import METHODS, STEP, Network, described, ideal, schedule, speedups
 from fr_jax.models import MODELS
@@ -185,10 +185,7 @@ def pictures(settings: ScalingSettings, network: Network, result: dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
-    import tyro
-
-    settings = tyro.cli(ScalingSettings, args=arguments, prog="python -m fr_jax.experiments.scaling")
-    return code_of(lambda: run(settings))
+    return harness.main("scaling", ScalingSettings(), run, arguments)
 
 
 def run(settings: ScalingSettings) -> int:

@@ -23,7 +23,6 @@ from fr_jax.diagnostics.profiling.stage_times import Measured, median, stage_tim
 from fr_jax.distributed import is_first
 from fr_jax.experiments._bench.contestants import (
     BASELINE,
-    DATA_PARALLEL,
     OPTIMIZER,
     Entry,
     host_batch,
@@ -32,23 +31,19 @@ from fr_jax.experiments._bench.contestants import (
     method_settings,
     plain,
     shared_costs,
+    shared_settings,
 )
-from fr_jax.experiments._bench.turns import (
-    as_rows,
-    code_of,
-    in_turns,
-    placed_on,
-    quietly,
-    start_pinned,
-    take_devices,
-)
-from fr_jax.experiments._cli.checks import check_cuts, check_parts, choice
-from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._bench.pinned import placed_on, start_pinned
+from fr_jax.experiments._bench.turns import as_rows, in_turns, quietly
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check_cuts, check_parts
+from fr_jax.experiments._cli.devices import take_devices
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
-from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
-from fr_jax.experiments._methods import METHODS
-from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments._cli.settings import own_of_method
+from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
+from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, listed
 from fr_jax.experiments.speed.picture import speed_figure
 from fr_jax.plotting.style import png
 from fr_jax.training.classification import cross_entropy
@@ -56,11 +51,11 @@ from fr_jax.types import Stage
 
 __all__ = ["SpeedSettings", "main", "run"]
 
-CHOICES = (*METHODS, DATA_PARALLEL)
 HOPS = 20
 TRANSFER_ROUNDS = 3
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class SpeedSettings:
     """Time one training step of every method, side by side.
@@ -68,23 +63,26 @@ class SpeedSettings:
     A plain jitted optax step, back-propagation on one device and features replay with K = 1 are always among them.
     """
 
-    K: int = 2
+    K: int = setting(2, least=1)
     """Stages, and devices of data parallelism."""
-    methods: tuple[str, ...] = ("bp", "fr", "ddg", "gpipe", DATA_PARALLEL)
-    """Those to time on K devices: bp, fr, ddg, dni, blockprop, gpipe, and dp (data parallelism)."""
-    model: str = "resnet20"
+    methods: tuple[str, ...] = setting(
+        ("bp", "fr", "ddg", "gpipe", DATA_PARALLEL),
+        choices=(*METHODS, DATA_PARALLEL),
+        help=f"Those to time on K devices: {listed()}, and dp (data parallelism).",
+    )
+    model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
-    batch_size: int = 128
+    batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    dtype: str = "float32"
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16."""
-    microbatches: int = 4
+    microbatches: int = setting(4, least=1)
     """Of GPipe."""
-    rounds: int = 9
+    rounds: int = setting(9, least=1)
     """How many times each contestant has its turn."""
-    steps: int = 8
+    steps: int = setting(8, least=1)
     """Steps of a turn."""
-    balance: str = "time"
+    balance: str = setting("time", choices=("time", "flops", "uniform"))
     """How each method's cuts are chosen: time (measured first), flops, or uniform."""
     cuts: tuple[int, ...] | None = None
     """Explicit cuts, for all methods alike."""
@@ -98,23 +96,17 @@ class SpeedSettings:
 
 def check(settings: SpeedSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
-    choice("model", settings.model, fr.models.MODELS)
-    choice("balance", settings.balance, ("time", "flops", "uniform"))
-    choice("dtype", settings.dtype, ("float32", "bfloat16"))
-    for method in settings.methods:
-        choice("methods", method, CHOICES)
-    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
-        if (value := getattr(settings, name)) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    check_fields(settings)
     check_cuts(settings.cuts, settings.K)
-    if settings.K == 1 and settings.methods != SpeedSettings.methods and {*settings.methods} - {"bp", "fr"}:
+    if settings.K == 1 and settings.methods != SpeedSettings().methods and {*settings.methods} - {"bp", "fr"}:
         raise SettingsError(
             f"--K 1 --methods {' '.join(settings.methods)}: with one stage every method is back-propagation, which is "
             "timed anyway. Use --K 2 or more, or drop --methods."
         )
-    parts = {"gpipe": settings.microbatches, DATA_PARALLEL: settings.K}
+    common = shared_settings(settings)
     for method in settings.methods if settings.K > 1 else ():
-        check_parts(settings.batch_size, parts.get(method, 1), method)
+        parts = settings.K if method == DATA_PARALLEL else own_of_method(common, method).get("microbatches", 1)
+        check_parts(settings.batch_size, parts, method)
     if not settings.pinned:
         one_process("speed without --pinned measures in one process.")
     check_file(settings.output, overwrite=settings.overwrite)
@@ -122,26 +114,20 @@ def check(settings: SpeedSettings) -> None:
 
 def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
     """All contestants, in the order of the table."""
-    shared = SharedSettings(
-        model=settings.model,
-        batch_size=settings.batch_size,
-        dtype=settings.dtype,
-        balance=settings.balance,
-        microbatches=settings.microbatches,
-    )
+    common = shared_settings(settings)
     example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
     entries = [
         plain(layers, make_batch(settings.batch_size, fr.placement(1)[0])),
-        make_entry(shared, layers, "bp", 1, name=BASELINE),
-        make_entry(shared, layers, "fr", 1),
+        make_entry(common, layers, "bp", 1, name=BASELINE),
+        make_entry(common, layers, "fr", 1),
     ]
     costs = None
     if settings.cuts is None and settings.balance != "uniform" and settings.K > 1:
         quietly(f"costs of the layers: {settings.balance}")
-        costs = shared_costs(method_settings(shared, "bp", settings.K, None), layers, example)
+        costs = shared_costs(method_settings(common, "bp", settings.K, None), layers, example)
     for method in dict.fromkeys(settings.methods) if settings.K > 1 else ():
-        known = costs if method != "dni" else None  # its synthesizers are at the cuts
-        entries.append(make_entry(shared, layers, method, settings.K, cuts=settings.cuts, costs=known))
+        known = costs if method == DATA_PARALLEL or METHODS[method].at_cut is None else None
+        entries.append(make_entry(common, layers, method, settings.K, cuts=settings.cuts, costs=known))
     return entries
 
 
@@ -244,21 +230,13 @@ def run(settings: SpeedSettings) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
-    import tyro
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    settings = tyro.cli(SpeedSettings, args=arguments, prog=call("speed"))
-
-    def work() -> int:
+    def work(settings: SpeedSettings) -> Any:
         check(settings)
-        if settings.pinned:
-            code = start_pinned("fr_jax.experiments.speed", arguments, settings.K)
-            if code is not None:
-                return code
-        run(settings)
-        return 0
+        code = start_pinned("speed", SpeedSettings(), settings)
+        return run(settings) if code is None else code
 
-    return code_of(work)
+    return harness.main("speed", SpeedSettings(), work, arguments)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -23,11 +24,13 @@ from fr_jax.diagnostics.sufficient_direction import (
     sampled_gradient,
     whole,
 )
-from fr_jax.experiments._cli.command_line import Program, parse
-from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments._cli import command_line, harness
+from fr_jax.experiments._cli.command_line import Program
+from fr_jax.experiments._cli.harness import one_process
+from fr_jax.experiments._cli.settings import TrainSettings
+from fr_jax.experiments._fields import check_fields, setting
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import program
-from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments._run.session import Session, make_algorithm
 from fr_jax.experiments.sufficient_direction.picture import plot_directions, standing_out
 from fr_jax.training.classification import cross_entropy
@@ -51,9 +54,9 @@ class SufficientDirectionSettings(TrainSettings):
 
     FOLDER_PREFIX: ClassVar[str] = "sufficient-direction-"
 
-    every: int | None = None
+    every: int | None = setting(None, least=1, free="resume")
     """Steps between measurements. Default: 1/20 of the run."""
-    gradient_batches: int = 32
+    gradient_batches: int = setting(32, least=0, free="resume")
     """Mini-batches over which the gradient is taken, the same in every measurement, shuffled and augmented as in an
     epoch that is never trained on; 0, or more than it has: the whole epoch. From a part of one, the square of the
     gradient's norm is estimated without the noise of the sample; where it is not above twice its standard error,
@@ -74,12 +77,11 @@ class Watcher:
     A row is written when the next measurement begins, so that no step waits for one.
     """
 
-    def __init__(self, session: Session, log: MetricsLog) -> None:
+    def __init__(self, settings: SufficientDirectionSettings, session: Session, log: MetricsLog) -> None:
         s = session.settings
-        assert isinstance(s, SufficientDirectionSettings) and s.steps is not None
         self._session, self._log = session, log
-        self._every = s.every or max(1, s.steps // 20)
-        self._count = _gradient_batches(session)
+        self._every = settings.every or max(1, s.steps // 20)
+        self._count = _gradient_batches(settings, session)
         stages = fr.partition(session.layers, session.cuts)
         common = (s, stages, session.placement, session.pipeline.steps_per_epoch, session.dataset)
         self._looked_at = make_algorithm(*common, return_grads=True)
@@ -115,11 +117,10 @@ class Watcher:
         self._log.write(row | {"one_batch": _numbers(at.one_batch)})
 
 
-def _gradient_batches(session: Session) -> int:
+def _gradient_batches(settings: SufficientDirectionSettings, session: Session) -> int:
     """Over how many mini-batches the gradient is: an epoch's at most."""
-    s, epoch = session.settings, session.pipeline.steps_per_epoch
-    assert isinstance(s, SufficientDirectionSettings)
-    return min(s.gradient_batches or epoch, epoch)
+    epoch = session.pipeline.steps_per_epoch
+    return min(settings.gradient_batches or epoch, epoch)
 
 
 def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
@@ -131,18 +132,20 @@ def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def watching(session: Session, folder: RunFolder, first_step: int) -> Iterator[Algorithm]:
+def watching(
+    settings: SufficientDirectionSettings, session: Session, folder: RunFolder, first_step: int
+) -> Iterator[Algorithm]:
     """Gives the method to train with; in the end, however that comes, the numbers are on disk and drawn."""
     resume_step = first_step - 1 if session.settings.resume else None  # that of the first step is made again
     with MetricsLog(folder.directions, resume_step=resume_step) as log:
-        watcher = Watcher(session, log)
+        watcher = Watcher(settings, session, log)
         try:
             yield session.algorithm._replace(step=watcher.step)
         finally:
             watcher.write()
             rows = read_rows(folder.directions)
             if rows:
-                _draw(session, folder, rows)
+                _draw(settings, session, folder, rows)
                 print(f"{summary(rows)}\nPicture: {folder.directions_picture}   numbers: {folder.directions}")
 
 
@@ -166,13 +169,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _draw(session: Session, folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw(
+    settings: SufficientDirectionSettings, session: Session, folder: RunFolder, rows: Sequence[Mapping[str, Any]]
+) -> None:
     s = session.settings
-    assert isinstance(s, SufficientDirectionSettings)
     title = f"{METHODS[s.method].title}, K = {s.K}, {s.model} on {s.dataset}: each module's direction and the gradient"
-    over = f"{_gradient_batches(session)} mini-batches of {s.batch_size}"
+    over = f"{_gradient_batches(settings, session)} mini-batches of {s.batch_size}"
     note = f"Gradient over {over}. Data: {session.dataset.source}"
-    plot_directions(rows, folder.directions_picture, title=title, note=note, milestones=s.milestones or ())
+    plot_directions(rows, folder.directions_picture, title=title, note=note, milestones=s.milestones)
 
 
 def check(settings: SufficientDirectionSettings) -> None:
@@ -181,12 +185,7 @@ def check(settings: SufficientDirectionSettings) -> None:
     Raises:
       SettingsError: for the first setting that cannot be used.
     """
-    if settings.every is not None and settings.every < 1:
-        raise SettingsError(f"--every {settings.every} is out of range; it must be at least 1.")
-    if settings.gradient_batches < 0:
-        raise SettingsError(
-            f"--gradient-batches {settings.gradient_batches} is out of range; give 1 or more, or 0 for a whole epoch."
-        )
+    check_fields(settings)
     one_process(
         "sufficient_direction adds up what all modules have, and runs in one process.",
         "Start it without fr_jax.launch, --coordinator and --distributed; its stages spread over the devices of this "
@@ -205,15 +204,13 @@ def run(settings: SufficientDirectionSettings) -> int:
       ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments._run.program.run` does.
     """
     check(settings)
-    return program.run(SUFFICIENT_DIRECTION, settings, watching=watching)
+    return program.run(SUFFICIENT_DIRECTION, settings, watching=functools.partial(watching, settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0 finished, 2 bad arguments or data, 3 diverged, 130 or 143 stopped."""
-    words = sys.argv[1:] if arguments is None else arguments
-    defaults = SUFFICIENT_DIRECTION.defaults
-    assert isinstance(defaults, SufficientDirectionSettings)
-    return program.exit_code(lambda: run(parse("sufficient_direction", defaults, words)))
+    defaults = SufficientDirectionSettings()
+    return harness.main("sufficient_direction", defaults, run, arguments, read=command_line.parse)
 
 
 if __name__ == "__main__":

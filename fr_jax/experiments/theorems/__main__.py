@@ -22,12 +22,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fr_jax.experiments._bench.turns import code_of
-from fr_jax.experiments._cli.checks import LARGEST_SEED
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
-from fr_jax.experiments._cli.settings import SettingsError
-from fr_jax.experiments._run.processes import one_process
+from fr_jax.experiments._fields import LARGEST_SEED, SettingsError
 from fr_jax.experiments.theorems.moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems.picture import figure
 from fr_jax.experiments.theorems.problems import LAYERS, PROBLEMS, Problem
@@ -262,10 +261,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
-    import tyro
-
-    settings = tyro.cli(TheoremsSettings, args=arguments, prog="python -m fr_jax.experiments.theorems")
-    return code_of(lambda: run(settings))
+    return harness.main("theorems", TheoremsSettings(), run, arguments)
 
 
 def run(settings: TheoremsSettings) -> int:

@@ -22,17 +22,18 @@ import jax
 import jax.numpy as jnp
 
 import fr_jax as fr
-from fr_jax.experiments._bench.contestants import Entry, make_batch, make_entry, method_settings, plain
-from fr_jax.experiments._bench.turns import TakesTurns, as_rows, code_of, in_turns, quietly
-from fr_jax.experiments._cli.checks import choice
-from fr_jax.experiments._cli.command_line import call
+from fr_jax.experiments._bench.contestants import Entry, make_batch, make_entry, method_settings, plain, shared_settings
+from fr_jax.experiments._bench.turns import TakesTurns, as_rows, in_turns, quietly
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.devices import set_xla_flags
+from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
-from fr_jax.experiments._cli.settings import SettingsError, SharedSettings
-from fr_jax.experiments._cli.xla_flags import set_xla_flags
+from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
+from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.cuts import network_costs, stage_costs
-from fr_jax.experiments._run.processes import one_process
 from fr_jax.experiments.throughput import pytorch_peer
 from fr_jax.experiments.throughput.picture import throughput_figure
 from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
@@ -52,25 +53,25 @@ AT_ONCE = 8
 class ThroughputSettings:
     """Time a training step on one device: one jitted function, this library's methods, and PyTorch."""
 
-    models: tuple[str, ...] = ("resnet18", "resnet164")
+    models: tuple[str, ...] = setting(("resnet18", "resnet164"), choices=tuple(fr.models.MODELS), series="distinct")
     """Names from fr_jax.models.MODELS."""
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = setting(DTYPES, choices=DTYPES, series="distinct")
     """Of the computation: float32 (with TF32 matrix units, where the device has them), bfloat16."""
-    methods: tuple[str, ...] = ("bp", "fr")
+    methods: tuple[str, ...] = setting(("bp", "fr"), choices=tuple(METHODS))
     """Methods of this library to time; bp as one stage, the others with K stages on the same device."""
-    K: int = 4
+    K: int = setting(4, least=1)
     """Stages."""
-    batch_size: int = 128
+    batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    microbatches: int = 4
+    microbatches: int = setting(4, least=1)
     """Of GPipe."""
-    pytorch: tuple[str, ...] = ("default", "reduce-overhead")
+    pytorch: tuple[str, ...] = setting(("default", "reduce-overhead"), choices=(*pytorch_peer.MODES, "none"))
     """Modes of torch.compile to time, max-autotune and eager (not compiled) among them; or none."""
-    patience: float = 900.0
+    patience: float = setting(900.0, above=0)
     """Seconds from the start after which PyTorch's compilation is given up."""
-    rounds: int = 7
+    rounds: int = setting(7, least=1)
     """How many times each contestant has its turn."""
-    steps: int = 20
+    steps: int = setting(20, least=1)
     """Steps of a turn."""
     output: Path | None = None
     """A JSON file for the numbers; the picture gets its name with .png."""
@@ -80,24 +81,10 @@ class ThroughputSettings:
 
 def check(settings: ThroughputSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
-    for name, valid in (("models", fr.models.MODELS), ("dtypes", DTYPES), ("methods", METHODS)):
-        values = getattr(settings, name)
-        for value in values:
-            choice(name, value, valid)
-        if len(set(values)) < len(values) or not (values or name == "methods"):
-            raise SettingsError(f"--{name} {' '.join(values)}: give one or more, each once.")
-    for mode in settings.pytorch:
-        choice("pytorch", mode, (*pytorch_peer.MODES, "none"))
-    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
-        if (value := getattr(settings, name)) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
-    if "gpipe" in settings.methods and settings.batch_size % settings.microbatches:
-        raise SettingsError(
-            f"--batch-size {settings.batch_size} cannot be split into --microbatches {settings.microbatches} equal "
-            "parts. Change one of them, or leave gpipe out."
-        )
-    if not settings.patience > 0:
-        raise SettingsError(f"--patience {settings.patience} is out of range; it must be above 0 seconds.")
+    check_fields(settings)
+    for method in settings.methods:
+        own = own_of_method(shared_settings(settings), method)
+        check_parts(settings.batch_size, own.get("microbatches", 1), method)
     if modes(settings):
         pytorch_peer.check_pytorch(settings.models)
     one_process("throughput times one device from one process.")
@@ -126,9 +113,7 @@ def peers_of(settings: ThroughputSettings) -> Iterator[dict[tuple[str, str], lis
 def makers_of(settings: ThroughputSettings, model: str, dtype: str) -> list[Callable[[], Entry]]:
     """JAX's contestants for one network, each made and compiled by a call."""
     layers: list[Stage] = fr.models.MODELS[model](dtype=jnp.dtype(dtype))
-    shared = SharedSettings(
-        model=model, dtype=dtype, batch_size=settings.batch_size, microbatches=settings.microbatches
-    )
+    shared = shared_settings(settings, model=model, dtype=dtype)
     one = jax.devices()[:1]
 
     def of_method(method: str) -> Entry:
@@ -261,20 +246,7 @@ def run(settings: ThroughputSettings) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 where PyTorch's process dies or a disk is full, 2 for bad arguments."""
-    import tyro
-
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    settings = tyro.cli(ThroughputSettings, args=words, prog=call("throughput"))
-
-    def work() -> int:
-        try:
-            run(settings)
-        except PeerError as error:
-            print(f"fr_jax: {error}. What was measured before is in --output.", file=sys.stderr)
-            return 1
-        return 0
-
-    return code_of(work)
+    return harness.main("throughput", ThroughputSettings(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 from fr_jax.experiments._bench.turns import ISSUED_FROM_REST, Turn
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.throughput.pytorch_network import NETWORKS, network
 
 __all__ = ["MODES", "Peer", "PeerError", "check_pytorch", "start"]

@@ -6,9 +6,9 @@ import pytest
 
 from fr_jax import distributed
 from fr_jax.experiments import balance, chain_rule
-from fr_jax.experiments._bench import turns
+from fr_jax.experiments._bench import pinned
 from fr_jax.experiments._cli.results import check_file, check_folder, write_beside
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.memory import __main__ as memory
 from fr_jax.experiments.scaling import __main__ as scaling
 from fr_jax.experiments.speed import __main__ as speed
@@ -62,13 +62,13 @@ def test_programs_for_one_process_refuse_more(program, monkeypatch, capsys):
 
 
 def test_pinned_is_k_processes_of_a_core_each(monkeypatch):
-    assert turns.placed_on(False, 2)["placement"] == "devices of one process"
-    monkeypatch.setattr(turns, "cores_by_process", lambda: [[3], [5]])
-    assert turns.placed_on(True, 2) == {"placement": "one pinned process a stage", "cores_by_process": [[3], [5]]}
+    assert pinned.placed_on(False, 2)["placement"] == "devices of one process"
+    monkeypatch.setattr(pinned, "cores_by_process", lambda: [[3], [5]])
+    assert pinned.placed_on(True, 2) == {"placement": "one pinned process a stage", "cores_by_process": [[3], [5]]}
     for found in ([[3], [5], [7]], [[3], [3]], [[3, 4], [5]], [[3]], [[3, 4], []], [None, None]):
-        monkeypatch.setattr(turns, "cores_by_process", lambda found=found: found)
+        monkeypatch.setattr(pinned, "cores_by_process", lambda found=found: found)
         with pytest.raises(SettingsError, match="--pinned needs 2 processes with a core each for --K 2; these are"):
-            turns.placed_on(True, 2)
+            pinned.placed_on(True, 2)
 
 
 def test_pinned_gives_each_process_one_core(monkeypatch):
@@ -76,13 +76,15 @@ def test_pinned_gives_each_process_one_core(monkeypatch):
     affinity, started = [set(range(16))], []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: affinity[0])
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: affinity.__setitem__(0, set(cores)))
-    monkeypatch.setattr(turns.launch, "start", lambda *given, **options: started.append((given[1], affinity[0])))
-    monkeypatch.setattr(turns.launch, "wait", lambda group: 7)
-    assert turns.start_pinned("a.module", [], 3) == 7
-    assert started == [(3, {0, 1, 2})] and affinity == [set(range(16))]
+    monkeypatch.setattr(pinned.launch, "start", lambda *given, **options: started.append((*given, affinity[0])))
+    monkeypatch.setattr(pinned.launch, "wait", lambda group: 7)
+    assert pinned.start_pinned("speed", speed.SpeedSettings(), speed.SpeedSettings(K=3, pinned=True)) == 7
+    assert started == [(["-m", "fr_jax.experiments.speed", "--K", "3", "--pinned"], 3, {0, 1, 2})] and affinity == [
+        set(range(16))
+    ]
 
 
 def test_pinned_where_processes_cannot_be_pinned(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     with pytest.raises(SettingsError, match=r"does not pin processes to cores; Linux does. Drop --pinned"):
-        turns.start_pinned("a.module", [], 2)
+        pinned.start_pinned("speed", speed.SpeedSettings(), speed.SpeedSettings(pinned=True))

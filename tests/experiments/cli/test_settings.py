@@ -7,10 +7,12 @@ import shlex
 import pytest
 
 from fr_jax.experiments import cifar, mnist
-from fr_jax.experiments._cli import command_line
-from fr_jax.experiments._cli.checks import check, default_batch_size, default_workdir, differences, resolve
-from fr_jax.experiments._cli.settings import PRESETS, SettingsError, TrainSettings, as_json
-from fr_jax.experiments._methods import METHODS, MODEL_SETTINGS
+from fr_jax.experiments._cli import command_line, harness
+from fr_jax.experiments._cli.checks import check, default_workdir, differences, resolve
+from fr_jax.experiments._cli.settings import PRESETS, TrainSettings, as_json
+from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._models import MODEL_CARDS
 from fr_jax.models import MODELS
 
 
@@ -20,7 +22,7 @@ def parse(arguments: list[str], program: command_line.Program = cifar.CIFAR) -> 
 
 def words(settings: TrainSettings, program: command_line.Program) -> list[str]:
     """What a shell makes of the command, without the program."""
-    line = command_line.command(program.name, program.defaults, settings)
+    line = harness.command(program.name, program.defaults, settings)
     assert line.startswith(program.call)
     return shlex.split(line.removeprefix(program.call))
 
@@ -60,18 +62,17 @@ def test_malformed_flags_exit_2(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "steps_per_epoch", "epochs", "batch_size"),
+    ("dataset", "examples", "steps_per_epoch", "epochs", "batch_size"),
     [
-        ("digits", 22, 15, 64),
-        ("mnist", 468, 5, 128),
-        ("cifar10", 390, 1, 128),
-        ("cifar100", 390, 1, 128),
-        ("synthetic", 78, 1, 128),
+        ("digits", 1433, 22, 15, 64),
+        ("mnist", 60_000, 468, 5, 128),
+        ("cifar10", 50_000, 390, 1, 128),
+        ("cifar100", 50_000, 390, 1, 128),
+        ("synthetic", 10_000, 78, 1, 128),
     ],
 )
-def test_defaults_by_data_set(dataset, steps_per_epoch, epochs, batch_size):
-    assert default_batch_size(TrainSettings(), dataset) == batch_size
-    resolved = resolve(TrainSettings(), dataset, batch_size, steps_per_epoch)
+def test_defaults_by_data_set(dataset, examples, steps_per_epoch, epochs, batch_size):
+    resolved = resolve(TrainSettings(), dataset, examples)
     assert (resolved.dataset, resolved.batch_size) == (dataset, batch_size)
     assert (resolved.steps, resolved.epochs) == (epochs * steps_per_epoch, None)
     assert resolved.milestones == (epochs / 2, epochs * 3 / 4)
@@ -92,16 +93,16 @@ def test_defaults_by_data_set(dataset, steps_per_epoch, epochs, batch_size):
     ],
 )
 def test_default_learning_rate(settings, rate):
-    assert resolve(settings, "digits", 64, 22).learning_rate == rate
+    assert resolve(settings, "digits", 1433).learning_rate == rate
 
 
 def test_what_is_given_wins_over_defaults():
     given = TrainSettings(
         steps=7, batch_size=8, milestones=(2.0,), eval_every=3, checkpoint_every=2, workdir=pathlib.Path("x")
     )
-    resolved = resolve(given, "digits", 8, 179)
-    own = METHODS["fr"].own
-    assert resolved == dataclasses.replace(given, dataset="digits", learning_rate=0.05, **own)
+    resolved = resolve(given, "digits", 1433)
+    expected = dataclasses.replace(given, dataset="digits", learning_rate=0.05, **METHODS["fr"].defaults)
+    assert dataclasses.asdict(resolved) == dataclasses.asdict(expected)
 
 
 def test_default_workdir_names_the_run():
@@ -112,7 +113,7 @@ def test_default_workdir_names_the_run():
 def test_the_papers_recipe():
     settings = parse(["--preset", "paper", "--K", "4"])
     check(settings)
-    resolved = resolve(settings, "cifar10", default_batch_size(settings, "cifar10"), 390)
+    resolved = resolve(settings, "cifar10", 50_000)
     assert (resolved.model, resolved.dataset, resolved.K, resolved.method) == ("resnet164", "cifar10", 4, "fr")
     assert (resolved.steps, resolved.batch_size, resolved.milestones) == (300 * 390, 128, (150.0, 225.0))
     assert (resolved.learning_rate, resolved.momentum, resolved.weight_decay) == (0.01, 0.9, 5e-4)
@@ -166,7 +167,7 @@ def test_as_json_is_json():
 
 
 def config(**changes: object) -> dict[str, object]:
-    return as_json(resolve(TrainSettings(**changes), "digits", 64, 22)) | {"resolved_cuts": [2, 4, 6]}
+    return as_json(resolve(TrainSettings(**changes), "digits", 1433)) | {"resolved_cuts": [2, 4, 6]}
 
 
 def test_no_differences_in_what_does_not_change_the_mathematics():
@@ -243,7 +244,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"weight_decay": -1e-4}, "--weight-decay -0.0001"),
         ({"momentum": -0.9}, "--momentum -0.9"),
         ({"seed": -1}, "--seed -1"),
-        ({"seed": 2**32}, "--seed 4294967296 is out of range; it must be at most 4294967295"),
+        ({"seed": 2**32}, "--seed 4294967296 is out of range; it must be at least 0 and at most 4294967295"),
         ({"milestones": (1.0, -2.0)}, "--milestones 1.0 -2.0"),
         ({"steps": 3, "epochs": 3}, "--steps and --epochs were both given.* Drop one"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite"),
@@ -252,7 +253,10 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"weight_prediction": -1.0}, "--weight-prediction -1.0"),
         ({"accumulate": 0}, "--accumulate 0"),
         ({"method": "gpipe", "microbatches": 0}, "--microbatches 0 is out of range; it must be at least 1"),
-        ({"model": "mlp", "dropout_rate": 1.0}, "--dropout-rate 1.0 is out of range; it must be below 1"),
+        (
+            {"model": "mlp", "dropout_rate": 1.0},
+            "--dropout-rate 1.0 is out of range; it must be at least 0 and below 1",
+        ),
         ({"method": "blockprop", "h_every": 2}, "--h-every 2 needs the gluing variables .* Add --cache"),
         ({"K": 3, "cuts": (1,)}, "--cuts 1 make 2 stages, and --K is 3; K stages need K-1 = 2 cuts"),
         ({"K": 1, "cuts": (1,)}, r"K-1 = 0 cuts"),
@@ -283,13 +287,13 @@ def test_check_says_what_is_valid(change, complaint):
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
     """Not ignored. Its help says whose it is."""
-    having = [method for method, entry in METHODS.items() if name in entry.own]
+    having = [method for method, entry in METHODS.items() if name in entry.defaults]
     assert having
     for method in METHODS:
         settings = TrainSettings(method=method, **{name: value})
         if method in having:
             check(settings)
-            assert getattr(resolve(settings, "digits", 64, 22), name) == value
+            assert getattr(resolve(settings, "digits", 1433), name) == value
         else:
             with pytest.raises(SettingsError) as error:
                 check(settings)
@@ -304,7 +308,7 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
 
 
 def test_a_setting_of_another_model_is_an_error():
-    for name in MODEL_SETTINGS["mlp"]:
+    for name in MODEL_CARDS["mlp"].defaults:
         with pytest.raises(SettingsError, match=r"is a setting of --model mlp, not of resnet20. Drop"):
             check(TrainSettings(**{name: 1 if name != "dropout_rate" else 0.1}))
     check(TrainSettings(model="mlp", depth=3, width=8, dropout_rate=0.1))
@@ -312,12 +316,12 @@ def test_a_setting_of_another_model_is_an_error():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_own_settings_are_filled_in_for_the_method_alone(method):
-    resolved = resolve(TrainSettings(method=method), "digits", 64, 22)
+    resolved = resolve(TrainSettings(method=method), "digits", 1433)
     for owner, entry in METHODS.items():
-        for name, default in entry.own.items():
+        for name, default in entry.defaults.items():
             if owner == method:
                 assert getattr(resolved, name) == default
-            elif name not in METHODS[method].own:
+            elif name not in METHODS[method].defaults:
                 assert getattr(resolved, name) in (None, False)
 
 

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from fr_jax.experiments._cli.settings import SettingsError
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run.compiled import keep_compiled, this_machine
 
 SMALL = ["--K", "2", "--dataset", "synthetic", "--model", "mlp", "--steps", "2", "--batch-size", "8"]

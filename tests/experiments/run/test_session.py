@@ -8,17 +8,22 @@ import pytest
 import fr_jax as fr
 from fr_jax.data import image_sets as data
 from fr_jax.experiments._cli.checks import resolve
-from fr_jax.experiments._cli.settings import SettingsError, TrainSettings
+from fr_jax.experiments._cli.devices import request_devices
+from fr_jax.experiments._cli.settings import Resolved, TrainSettings
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run import session as session_module
 from fr_jax.experiments._run.session import (
     build,
     choose_devices,
     learning_rate_schedule,
     make_optimizer,
-    request_devices,
     stage_work,
 )
 from fr_jax.partitioning.costs import LayerCost
+
+
+def resolved(**settings: object) -> Resolved:
+    return resolve(TrainSettings(**settings), "digits", 1433)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,7 @@ from fr_jax.partitioning.costs import LayerCost
     ],
 )
 def test_learning_rate_schedule_is_the_naive_one(milestones, steps_per_epoch):
-    settings = TrainSettings(learning_rate=0.2, milestones=tuple(map(float, milestones)))
+    settings = resolved(learning_rate=0.2, milestones=tuple(map(float, milestones)))
     schedule = learning_rate_schedule(settings, steps_per_epoch)
     for step in range(6 * steps_per_epoch):
         done = fractions.Fraction(step, steps_per_epoch)
@@ -42,13 +47,13 @@ def test_learning_rate_schedule_is_the_naive_one(milestones, steps_per_epoch):
 
 
 def test_with_accumulation_the_schedule_counts_updates():
-    schedule = learning_rate_schedule(TrainSettings(learning_rate=0.2, milestones=(2.0,), accumulate=4), 10)
+    schedule = learning_rate_schedule(resolved(learning_rate=0.2, milestones=(2.0,), accumulate=4), 10)
     np.testing.assert_allclose([schedule(4), schedule(5)], [0.2, 0.02], rtol=1e-5)  # 20 mini-batches are 5 updates
 
 
 @pytest.mark.parametrize("steps", [3, 4, 100, 333])
 def test_default_milestones_are_half_and_three_quarters_of_the_steps(steps):
-    settings = resolve(TrainSettings(steps=steps, learning_rate=1.0), "cifar10", 128, 390)
+    settings = resolve(TrainSettings(steps=steps, learning_rate=1.0), "cifar10", 50_000)
     schedule = learning_rate_schedule(settings, 390)
     rates = np.array([schedule(step) for step in range(steps)])
     naive = [0.1 ** ((step >= steps / 2) + (step >= steps * 3 / 4)) for step in range(steps)]
@@ -70,7 +75,7 @@ def torch_sgd(w, gradients, rates, momentum, nesterov, weight_decay):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_optimizer_is_that_of_torch(momentum, nesterov, weight_decay):
-    settings = TrainSettings(
+    settings = resolved(
         learning_rate=0.1, milestones=(1.0,), momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
     )
     optimizer = make_optimizer(settings, steps_per_epoch=3)
@@ -90,13 +95,13 @@ def digits() -> data.Dataset:
 
 
 def test_balance_chooses_the_cuts(digits, monkeypatch):
-    uniform = build(TrainSettings(K=3, model="mlp", balance="uniform"), digits)
+    uniform = build(resolved(K=3, model="mlp", balance="uniform"), digits)
     assert uniform.cuts == (2, 4)
-    by_flops = build(TrainSettings(K=3, model="mlp"), digits)
+    by_flops = build(resolved(K=3, model="mlp"), digits)
     assert max(stage_work(by_flops)) <= max(stage_work(uniform))
-    explicit = build(TrainSettings(K=3, model="mlp", cuts=(1, 5)), digits)
+    explicit = build(resolved(K=3, model="mlp", cuts=(1, 5)), digits)
     assert explicit.cuts == (1, 5)
-    assert build(TrainSettings(K=3, model="mlp"), digits, saved_cuts=(3, 4)).cuts == (3, 4)
+    assert build(resolved(K=3, model="mlp"), digits, saved_cuts=(3, 4)).cuts == (3, 4)
     measured, examples = [LayerCost(1.0, 2.0, 3.0)] * 6, []
 
     def layer_times(layers, example, repeats):
@@ -106,16 +111,16 @@ def test_balance_chooses_the_cuts(digits, monkeypatch):
 
     monkeypatch.setattr(fr, "layer_times", layer_times)
     # Of equal layers: the first needs no input gradient (1 less), the last stage does not play (3 a layer, not 4).
-    assert build(TrainSettings(K=3, model="mlp", balance="time"), digits).cuts == (2, 4)
+    assert build(resolved(K=3, model="mlp", balance="time"), digits).cuts == (2, 4)
     measured[2:4] = [LayerCost(10.0, 20.0, 30.0)] * 2
-    assert build(TrainSettings(K=3, model="mlp", balance="time"), digits).cuts == (2, 3)
-    build(TrainSettings(K=3, model="mlp", balance="time", data_parallel=2), digits)
+    assert build(resolved(K=3, model="mlp", balance="time"), digits).cuts == (2, 3)
+    build(resolved(K=3, model="mlp", balance="time", data_parallel=2), digits)
     assert examples == [64, 64, 32]
 
 
 def test_stage_work_counts_what_the_method_does(digits):
     def work(**settings):
-        session = build(TrainSettings(model="mlp", **settings), digits)
+        session = build(resolved(model="mlp", **settings), digits)
         return stage_work(session), session.costs.layers
 
     sums = lambda layers, field: sum(getattr(layer, field) for layer in layers)
@@ -140,7 +145,7 @@ def test_devices_go_round_robin(digits):
     assert len(choose_devices(TrainSettings(K=2, data_parallel=2))) == 4
     assert len(choose_devices(TrainSettings(K=2, devices=1))) == 1
     assert len(choose_devices(TrainSettings(K=100))) == len(jax.devices())
-    one = build(TrainSettings(K=2, model="mlp", devices=1), digits)
+    one = build(resolved(K=2, model="mlp", devices=1), digits)
     assert one.placement[0] == one.placement[1]
 
 
@@ -161,7 +166,7 @@ def test_devices_go_round_robin(digits):
 )
 def test_build_says_what_fits(digits, settings, complaint):
     with pytest.raises(ValueError, match=complaint):
-        build(settings, digits)
+        build(resolve(settings, "digits", 1433), digits)
 
 
 def test_requesting_devices_after_the_backend_is_up_is_harmless():
@@ -173,4 +178,4 @@ def test_requesting_devices_after_the_backend_is_up_is_harmless():
 def test_too_large_a_K_is_named_before_any_device_is_made(digits, monkeypatch):
     monkeypatch.setattr(session_module, "choose_devices", lambda settings: pytest.fail("devices were made"))
     with pytest.raises(SettingsError, match="--K 1000000"):
-        build(TrainSettings(K=1_000_000), digits)
+        build(resolved(K=1_000_000), digits)

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from fr_jax.experiments._cli.xla_flags import set_xla_flags
+from fr_jax.experiments._cli.devices import set_xla_flags
 
 OURS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from fr_jax.experiments._run.session import request_devices
+from fr_jax.experiments._cli.devices import request_devices
 
 if "set" in sys.argv:
     request_devices(2)
