@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fr_jax.reference.counting import Multiplications
-from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, forward
+from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, check_one_example, forward
 
 __all__ = ["loss_gradients", "output_gradients"]
 
@@ -17,20 +17,11 @@ def output_gradients(params: Params, trace: Trace, counter: Multiplications | No
     """∂ŷ/∂θ of one example: base case ∂ŷ/∂z^T = α, then layer by layer back to the first.
 
     For t = T-1, ..., 1:  ∂ŷ/∂u^{t+1} = ∂ŷ/∂z^{t+1} ⊙ σ'(u^{t+1}),  ∂ŷ/∂W^t = ∂ŷ/∂u^{t+1} (z^t)ᵀ,
-    ∂ŷ/∂z^t = (W^t)ᵀ ∂ŷ/∂u^{t+1}. The last of these is not needed at t = 1 and not computed. The multiplications are at
-    most two an edge and one a hidden node, after a forward pass of one an edge: O(E + V). The lecture's chain of T
-    weights takes 2T - 1.
+    ∂ŷ/∂z^t = (W^t)ᵀ ∂ŷ/∂u^{t+1}. The last of these is not needed at t = 1 and not computed. This takes at most two
+    multiplications per edge and one per hidden node, after a forward pass of one per edge: O(E + V). The lecture's
+    chain of T weights takes 2T - 1.
 
-    Args:
-      params: the network.
-      trace: its forward pass for one example.
-      counter: counts the multiplications.
-
-    Returns:
-      The gradient of the prediction.
-
-    Raises:
-      ValueError: the trace is of a batch.
+    Args, Returns, Raises: as :func:`fr_jax.reference.chain_rule.output_gradients`.
 
     Example:
       >>> from fr_jax.reference.network import IDENTITY, chain
@@ -39,8 +30,7 @@ def output_gradients(params: Params, trace: Trace, counter: Multiplications | No
       >>> [float(g[0, 0]) for g in grads.weights], counter.count
       ([60.0, 40.0, 30.0], 5)
     """
-    if trace.z[0].ndim != 1:
-        raise ValueError(f"the trace is of {len(trace.z[0])} examples: give the forward pass of one, with x (n,).")
+    check_one_example(trace)
     counter = Multiplications() if counter is None else counter
     batch_of_one = trace._replace(z=tuple(z[None] for z in trace.z), u=tuple(u[None] for u in trace.u))
     return Params(_backward(params, batch_of_one, params.alpha[None], counter), trace.z[-1].copy(), 1.0)
@@ -55,20 +45,10 @@ def loss_gradients(
 ) -> Params:
     """Gradient of the mean square loss by one forward and one backward pass over a whole batch.
 
-    The backward pass starts with ∂ℓ/∂ŷ = 2 (ŷ - y) / B and ∂ℓ/∂z^T = ∂ℓ/∂ŷ αᵀ, one row an example.
+    The backward pass starts with ∂ℓ/∂ŷ = 2 (ŷ - y) / B and ∂ℓ/∂z^T = ∂ℓ/∂ŷ αᵀ, one row per example. The counter
+    counts the multiplications of both passes.
 
-    Args:
-      params: the network.
-      x: ``(n_1,)`` or ``(B, n_1)``.
-      y: ``()`` or ``(B,)``.
-      activation: σ.
-      counter: counts the multiplications of both passes.
-
-    Returns:
-      ``∇_θ (1/B) Σ (ŷ - y)²``.
-
-    Raises:
-      ValueError: x does not fit the first layer, y is not one number an example, or there is no example.
+    Args, Returns, Raises: as :func:`fr_jax.reference.chain_rule.loss_gradients`.
 
     Example:
       >>> from fr_jax.reference.network import IDENTITY, chain

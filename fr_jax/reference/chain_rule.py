@@ -1,4 +1,4 @@
-"""The naive way to the gradient: the chain rule applied afresh for every single weight, in O((E+V)²).
+"""The naive way to the gradient: the chain rule for every weight on its own, in O((E+V)²).
 
 Source: papers/lecture-training-and-backprop.md, "A naive algorithm".
 """
@@ -8,23 +8,23 @@ from __future__ import annotations
 import numpy as np
 
 from fr_jax.reference.counting import Multiplications
-from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, forward, map_params
+from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, check_one_example, forward, map_params
 
 __all__ = ["loss_gradients", "output_gradients"]
 
 
 def output_gradients(params: Params, trace: Trace, counter: Multiplications | None = None) -> Params:
-    """∂ŷ/∂θ of one example, weight by weight; nothing found for one weight is used for another.
+    """∂ŷ/∂θ of one example, weight by weight; no result for one weight is used for another.
 
-    For the edge w from node j of layer t to node i of layer t + 1 the derivative of every later node by w is carried
+    For the edge w from node j of layer t to node i of layer t + 1, the derivative of every later node by w is carried
     forward through the graph, from that node to the output:
     ∂u_i/∂w = z_j, then ∂z/∂w = σ'(u) ∂u/∂w and ∂u/∂w = W ∂z/∂w layer by layer, and ∂ŷ/∂w = αᵀ ∂z/∂w at the end.
-    That is O(E + V) multiplications a weight and O((E + V)²) for all. ∂ŷ/∂α = z^T and ∂ŷ/∂b = 1 take none.
+    That takes O(E + V) multiplications per weight and O((E + V)²) for all. ∂ŷ/∂α = z^T and ∂ŷ/∂b = 1 take none.
 
-    Counted are the multiplications between the factors of the chain rule, after the forward pass. For the lecture's
-    chain ŷ = a w_T ... w_1 x with the identity, ∂ŷ/∂w_i = (∂ŷ/∂z_T) (∂z_T/∂z_{T-1}) ... (∂z_i/∂w_i) has T - i + 2
-    factors and therefore T - i + 1 products, which the lecture calls its computation: T for w_1, 1 for w_T, and
-    1 + 2 + ... + T = T (T + 1) / 2 in all. A ReLU adds a product with σ' at each node on the way.
+    The counter counts the multiplications between the factors of the chain rule, after the forward pass. For the
+    lecture's chain ŷ = a w_T ... w_1 x with the identity, ∂ŷ/∂w_i = (∂ŷ/∂z_T) (∂z_T/∂z_{T-1}) ... (∂z_i/∂w_i) has
+    T - i + 2 factors and therefore T - i + 1 products, which the lecture calls its computation: T for w_1, 1 for w_T,
+    and 1 + 2 + ... + T = T (T + 1) / 2 in all. A ReLU adds a product with σ' at each node on the way.
 
     Args:
       params: the network.
@@ -44,8 +44,7 @@ def output_gradients(params: Params, trace: Trace, counter: Multiplications | No
       >>> [float(g[0, 0]) for g in grads.weights], counter.count
       ([60.0, 40.0, 30.0], 6)
     """
-    if trace.z[0].ndim != 1:
-        raise ValueError(f"the trace is of {len(trace.z[0])} examples: give the forward pass of one, with x (n,).")
+    check_one_example(trace)
     counter = Multiplications() if counter is None else counter
     grads = []
     for t, W in enumerate(params.weights):
@@ -91,7 +90,7 @@ def loss_gradients(
       ``∇_θ (1/B) Σ (ŷ - y)²``.
 
     Raises:
-      ValueError: x does not fit the first layer, y is not one number an example, or there is no example.
+      ValueError: x does not fit the first layer, y is not one number per example, or there is no example.
 
     Example:
       >>> from fr_jax.reference.network import IDENTITY, chain

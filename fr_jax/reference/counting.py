@@ -10,10 +10,10 @@ __all__ = ["Multiplications"]
 class Multiplications:
     """Computes products and counts the multiplications of real numbers in them.
 
-    The count is of what was carried out, factors 0 and 1 included; additions and comparisons are not counted.
+    Every product counts, also those with the factors 0 and 1; additions and comparisons do not.
 
     Attributes:
-      count: how many multiplications there were so far.
+      count: the number of multiplications so far.
 
     Example:
       >>> counter = Multiplications()
@@ -32,7 +32,7 @@ class Multiplications:
         """``a @ b`` for vectors and matrices: ``m · n · p`` multiplications for ``(m, n) @ (n, p)``.
 
         Raises:
-          ValueError: an operand has no axis or more than two, or the inner lengths differ.
+          ValueError: an operand is not a vector or matrix, or the inner lengths differ.
         """
         if not (1 <= a.ndim <= 2 and 1 <= b.ndim <= 2 and a.shape[-1] == b.shape[0]):
             raise ValueError(

@@ -1,7 +1,7 @@
 """The lecture's network: ``z¹ = x``, ``z^{t+1} = ReLU(W^t z^t)``, ``ŷ = αᵀ z^T + b``, loss ``(ŷ - y)²``.
 
-Source: papers/lecture-training-and-backprop.md. In code t counts from 0: ``z[0]`` is the input, ``weights[t]``
-leads from layer t to layer t + 1.
+Source: papers/lecture-training-and-backprop.md. In code t counts from 0: ``z[0]`` is the input, and ``weights[t]`` goes
+from layer t to layer t + 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "Trace",
     "as_batch",
     "chain",
+    "check_one_example",
     "forward",
     "init",
     "loss",
@@ -34,7 +35,7 @@ class Activation(NamedTuple):
 
     Attributes:
       value: ``u -> σ(u)``, element by element.
-      derivative: ``u -> σ'(u)``, element by element, or None where σ' = 1 everywhere: then no method multiplies by it.
+      derivative: ``u -> σ'(u)``, element by element; None if σ' = 1 everywhere: then no method multiplies by it.
     """
 
     value: Callable[[np.ndarray], np.ndarray]
@@ -107,10 +108,10 @@ def chain(weights: Sequence[float] | np.ndarray, a: float) -> Params:
 
     Args:
       weights: ``(w_1, ..., w_T)``.
-      a: the output's weight.
+      a: the weight of the output.
 
     Returns:
-      A network all of whose layers have one node, with b = 0.
+      A network with one node per layer, and b = 0.
 
     Example:
       >>> float(forward(chain([2.0, 3.0], a=5.0), np.array([7.0]), IDENTITY).y_hat)
@@ -120,7 +121,7 @@ def chain(weights: Sequence[float] | np.ndarray, a: float) -> Params:
 
 
 def size(params: Params) -> tuple[int, int]:
-    """``(E, V)``: edges of the graph (entries of all W^t and of α) and its nodes (x, hidden nodes, ŷ); b is no edge.
+    """``(E, V)``: edges of the graph (entries of all W^t and α, without b) and its nodes (x, hidden nodes, ŷ).
 
     Example:
       >>> size(init(np.random.default_rng(0), (3, 5, 4)))
@@ -135,7 +136,7 @@ def forward(
 ) -> Trace:
     """The forward pass, storing every u and z: z¹ = x, u^{t+1} = W^t z^t, z^{t+1} = σ(u^{t+1}), ŷ = αᵀ z^T + b.
 
-    It takes one multiplication for each edge and example, E in all for one example.
+    It takes one multiplication per edge and example.
 
     Args:
       params: the network.
@@ -156,11 +157,7 @@ def forward(
       (array([-2.,  2.]), array([0., 2.]), 4.5)
     """
     counter = Multiplications() if counter is None else counter
-    x = np.asarray(x, np.float64)
-    n = (*params.weights, params.alpha[None])[0].shape[1]
-    if x.ndim not in (1, 2) or x.shape[-1] != n:
-        raise ValueError(f"x of shape {x.shape} does not fit a network of {n} inputs: give ({n},) or (B, {n}).")
-    z, u = [x], []
+    z, u = [_inputs(params, x)], []
     for W in params.weights:
         u.append(counter.matmul(z[-1], W.T))
         z.append(activation.value(u[-1]))
@@ -177,7 +174,7 @@ def loss(params: Params, x: np.ndarray, y: np.ndarray | float, activation: Activ
       activation: σ.
 
     Raises:
-      ValueError: x does not fit the first layer, y is not one number an example, or there is no example.
+      ValueError: x does not fit the first layer, y is not one number per example, or there is no example.
 
     Example:
       >>> loss(chain([2.0, 3.0], a=1.0), np.array([[1.0], [2.0]]), np.array([5.0, 10.0]), IDENTITY)
@@ -191,19 +188,29 @@ def as_batch(params: Params, x: np.ndarray, y: np.ndarray | float) -> tuple[np.n
     """``(x, y)`` as float64 arrays ``(B, n_1)`` and ``(B,)``; one example ``(n_1,)``, ``()`` becomes a batch of one.
 
     Raises:
-      ValueError: x does not fit the first layer, y is not one number an example, or there is no example.
+      ValueError: x does not fit the first layer, y is not one number per example, or there is no example.
 
     Example:
       >>> as_batch(chain([1.0], a=1.0), np.array([3.0]), 4.0)
       (array([[3.]]), array([4.]))
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    n = (*params.weights, params.alpha[None])[0].shape[1]
+    x, y = _inputs(params, x), np.asarray(y, np.float64)
+    if y.shape != x.shape[:-1]:
+        raise ValueError(f"y of shape {y.shape} for x of shape {x.shape}: give one target per example, {x.shape[:-1]}.")
+    return np.atleast_2d(x), np.atleast_1d(y)
+
+
+def _inputs(params: Params, x: np.ndarray) -> np.ndarray:
+    x, n = np.asarray(x, np.float64), (*params.weights, params.alpha[None])[0].shape[1]
     if x.ndim not in (1, 2) or x.shape[-1] != n or len(x) == 0:
         raise ValueError(f"x of shape {x.shape} does not fit a network of {n} inputs: give ({n},) or (B, {n}), B >= 1.")
-    if y.shape != x.shape[:-1]:
-        raise ValueError(f"y of shape {y.shape} for x of shape {x.shape}: give one target an example, {x.shape[:-1]}.")
-    return np.atleast_2d(x), np.atleast_1d(y)
+    return x
+
+
+def check_one_example(trace: Trace) -> None:
+    """Raises ValueError if the trace is of a batch."""
+    if trace.z[0].ndim != 1:
+        raise ValueError(f"the trace is of {len(trace.z[0])} examples: give the forward pass of one, with x (n,).")
 
 
 def map_params(function: Callable, *params: Params) -> Params:

@@ -32,17 +32,17 @@ def train(
     g = (1/B) Σ_{(x, y) ∈ D_i} ∇_θ (ŷ - y)² and θ ← θ - η g.
 
     Args:
-      params: θ at the start; it is not changed.
+      params: θ at the start; not changed.
       x: ``(n, n_1)``, the data.
       y: ``(n,)``, the targets.
-      epochs: how often to go through the data.
+      epochs: passes over the data.
       batch_size: B, a divisor of n.
       learning_rate: η.
-      rng: shuffles.
-      gradients: ``(params, x, y) -> g``; ``chain_rule.loss_gradients`` gives the same training, more slowly.
+      rng: shuffles the data.
+      gradients: ``(params, x, y) -> g``; ``chain_rule.loss_gradients`` gives the same result, more slowly.
 
     Returns:
-      ``(params, losses)``: θ at the end, and ``(epochs,)``, the mean over all data of the square loss after each epoch.
+      ``(params, losses)``: θ at the end, and ``(epochs,)``, the mean square loss over all data after each epoch.
 
     Raises:
       ValueError: B does not divide n, or the data do not fit the network.

@@ -9,7 +9,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.reference import decoupled
-from fr_jax.reference.modules import init_layers, mean_squared_error, relu_module, sgd_update
+from fr_jax.reference.stages import init_layers, mean_squared_error, relu_stage, sgd_update
 
 STEPS = 9
 RATE = 0.05
@@ -22,12 +22,12 @@ close = {"rtol": 1e-11, "atol": 1e-13}
 
 
 def network(K):
-    """K modules of 1 or 2 layers, and the weights of each."""
+    """K stages of 1 or 2 layers, and the weights of each."""
     depths = [2 if k % 2 else 1 for k in range(K)]
     layers = init_layers(np.random.default_rng(3), (4, *[6] * (sum(depths) - 1), 2))
     ends = np.cumsum(depths)
     w = [layers[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
-    return [relu_module(depth, linear_output=k == K - 1) for k, depth in enumerate(depths)], w
+    return [relu_stage(depth, linear_output=k == K - 1) for k, depth in enumerate(depths)], w
 
 
 def batches(steps=STEPS):
@@ -46,8 +46,8 @@ def momentum_update(rate, momentum=0.9):
     return update
 
 
-def stage(w, linear_output):
-    """The library's twin of a ReLU module, starting at ``w``."""
+def twin(w, linear_output):
+    """The library's twin of a ReLU stage, starting at ``w``."""
 
     def apply(params, state, x, *, key=None, train=True):
         for j, (W, b) in enumerate(params):
@@ -63,8 +63,8 @@ def loss_fn(outputs, targets):
 
 
 def run(method, K, update=lambda: sgd_update(RATE), steps=STEPS):
-    modules, w = network(K)
-    return METHODS[method][0](modules, [update() for _ in w], mean_squared_error, w, batches(steps))
+    stages, w = network(K)
+    return METHODS[method][0](stages, [update() for _ in w], mean_squared_error, w, batches(steps))
 
 
 OPTIMIZERS = {
@@ -73,12 +73,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "quick_compilation")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("K", "optimizer"), [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (3, "momentum")])
 def test_trajectory_equals_the_librarys(method, K, optimizer):
     _, w = network(K)
-    stages = [stage(w_k, linear_output=k == K - 1) for k, w_k in enumerate(w)]
+    stages = [twin(w_k, linear_output=k == K - 1) for k, w_k in enumerate(w)]
     update, make_optimizer = OPTIMIZERS[optimizer]
     algorithm = METHODS[method][1](stages, loss_fn, make_optimizer(), return_grads=True)
     literal = run(method, K, update)
@@ -93,7 +93,7 @@ def test_trajectory_equals_the_librarys(method, K, optimizer):
 
 
 @pytest.mark.parametrize("method", ["features replay", "DDG"])
-def test_one_module_is_backpropagation(method):
+def test_one_stage_is_backpropagation(method):
     chex.assert_trees_all_equal(run(method, 1), run("backpropagation", 1))
 
 
@@ -125,15 +125,15 @@ def test_with_zero_step_size_gradients_are_those_of_backpropagation_later(method
 
 
 def test_ddg_applies_the_backpropagation_gradient_at_the_snapshot():
-    """The gradient applied at t by module k is that of back-propagation at w^{t+k-K} on mini-batch t + k - K."""
+    """The gradient applied at t by stage k is that of back-propagation at w^{t+k-K} on mini-batch t + k - K."""
     K = 4
-    modules, _ = network(K)
+    stages, _ = network(K)
     trajectory = run("DDG", K)
     for s in range(STEPS - K):
-        # Module j's weights when it differentiated mini-batch s were w_j^s, for every j.
+        # Stage j's weights when it differentiated mini-batch s were w_j^s, for every j.
         snapshot = [w_k[s] for w_k in trajectory.w]
         one = decoupled.backpropagation(
-            modules, [sgd_update(0.0)] * K, mean_squared_error, snapshot, batches()[s : s + 1]
+            stages, [sgd_update(0.0)] * K, mean_squared_error, snapshot, batches()[s : s + 1]
         )
         for k in range(1, K + 1):
             chex.assert_trees_all_close(trajectory.grads[k - 1][s + K - k], one.grads[k - 1][0], **close)
@@ -150,20 +150,20 @@ def test_features_replay_and_ddg_differ_once_weights_have_moved():
 def test_replay_sees_the_number_of_its_minibatch(method):
     """A mask that depends on s: the gradients at zero step size are those of back-propagation with the same masks."""
     K = 3
-    modules, w = network(K)
+    stages, w = network(K)
 
-    def masked(module):
+    def masked(stage):
         def forward(w, h, s):
-            y, pull = module(w, h, s)
+            y, pull = stage(w, h, s)
             mask = np.random.default_rng(s).integers(0, 2, y.shape) * 2.0
             return y * mask, lambda dy: pull(dy * mask)
 
         return forward
 
-    modules = [masked(module) for module in modules]
+    stages = [masked(stage) for stage in stages]
     updates = [sgd_update(0.0)] * K
     late, plain = (
-        METHODS[name][0](modules, updates, mean_squared_error, w, batches()) for name in (method, "backpropagation")
+        METHODS[name][0](stages, updates, mean_squared_error, w, batches()) for name in (method, "backpropagation")
     )
     for k in range(1, K + 1):
         for t in range(K - k, STEPS):
@@ -172,11 +172,11 @@ def test_replay_sees_the_number_of_its_minibatch(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_learns(method):
-    modules, w = network(3)
+    stages, w = network(3)
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((4, 2))
     data = [(x, x @ mixing) for x in rng.uniform(-1, 1, (300, 16, 4))]
-    losses = METHODS[method][0](modules, [sgd_update(0.1)] * 3, mean_squared_error, w, data).loss
+    losses = METHODS[method][0](stages, [sgd_update(0.1)] * 3, mean_squared_error, w, data).loss
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
 
 
@@ -188,8 +188,8 @@ def test_no_batches_give_an_empty_trajectory(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_input_is_refused(method):
-    modules, w = network(2)
-    with pytest.raises(ValueError, match="2 modules, 1 updates and 2 weights"):
-        METHODS[method][0](modules, [sgd_update(0.1)], mean_squared_error, w, [])
-    with pytest.raises(ValueError, match="0 modules"):
+    stages, w = network(2)
+    with pytest.raises(ValueError, match="2 stages, 1 updates and 2 weights"):
+        METHODS[method][0](stages, [sgd_update(0.1)], mean_squared_error, w, [])
+    with pytest.raises(ValueError, match="0 stages"):
         METHODS[method][0]([], [], mean_squared_error, [], [])

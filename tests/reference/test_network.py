@@ -66,7 +66,7 @@ def test_bad_input_is_refused(make_problem):
     params, x, y = make_problem((3, 4))
     with pytest.raises(ValueError, match=r"x of shape \(5, 2\) does not fit a network of 3 inputs"):
         network.forward(params, x[:, :2])
-    with pytest.raises(ValueError, match=r"y of shape \(5, 1\) for x of shape \(5, 3\): give one target an example"):
+    with pytest.raises(ValueError, match=r"y of shape \(5, 1\) for x of shape \(5, 3\): give one target per example"):
         network.loss(params, x, y[:, None])
     with pytest.raises(ValueError, match=r"x of shape \(0, 3\) does not fit"):
         network.loss(params, x[:0], y[:0])

@@ -1,6 +1,6 @@
-"""Modules, a loss and an update with hand-written gradients for the loops of ``decoupled``.
+"""Stages, a loss and an update with hand-written gradients for the loops of ``decoupled``.
 
-A module's weights are a tuple with one pair ``(W, b)`` a layer: ``W`` is ``(n_out, n_in)``, ``b`` is ``(n_out,)``.
+The weights of a stage are one pair ``(W, b)`` per layer: ``W`` is ``(n_out, n_in)``, ``b`` is ``(n_out,)``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["init_layers", "mean_squared_error", "relu_module", "sgd_update"]
+__all__ = ["init_layers", "mean_squared_error", "relu_stage", "sgd_update"]
 
 Layers: TypeAlias = tuple[tuple[np.ndarray, np.ndarray], ...]
 
@@ -19,11 +19,11 @@ def init_layers(rng: np.random.Generator, widths: Sequence[int]) -> Layers:
     """Random layers: W ~ N(0, 2 / n_in) (He et al. 2015, equation 10), b = 0.
 
     Args:
-      rng: where the numbers come from.
+      rng: the source of random numbers.
       widths: ``(n_0, ..., n_L)``: inputs, then the nodes of each of L layers.
 
     Returns:
-      L pairs ``(W, b)``, float64; slices of it are the weights of modules.
+      L pairs ``(W, b)``, float64; slices of it are the weights of stages.
 
     Raises:
       ValueError: there are fewer than two widths, or one below 1.
@@ -31,7 +31,7 @@ def init_layers(rng: np.random.Generator, widths: Sequence[int]) -> Layers:
     Example:
       >>> layers = init_layers(np.random.default_rng(0), (3, 5, 4, 2))
       >>> w = [layers[:2], layers[2:]]
-      >>> [[W.shape for W, b in module] for module in w]
+      >>> [[W.shape for W, b in stage] for stage in w]
       [[(5, 3), (4, 5)], [(2, 4)]]
     """
     if len(widths) < 2 or min(widths) < 1:
@@ -40,33 +40,33 @@ def init_layers(rng: np.random.Generator, widths: Sequence[int]) -> Layers:
     return tuple((rng.standard_normal((n, m)) * np.sqrt(2 / m), np.zeros(n)) for m, n in pairs)
 
 
-def relu_module(layers: int, *, linear_output: bool = False) -> Callable:
-    """A module of dense layers: z ← ReLU(W z + b), one after another.
+def relu_stage(layers: int, *, linear_output: bool = False) -> Callable:
+    """A stage of dense layers: z ← ReLU(W z + b), one after another.
 
     Args:
-      layers: how many; the module's weights are a tuple of as many pairs ``(W, b)``.
-      linear_output: leave the ReLU of the last layer away, as the last module of a network does.
+      layers: how many; the weights are a tuple of as many pairs ``(W, b)``.
+      linear_output: omit the ReLU of the last layer, as the last stage of a network does.
 
     Returns:
-      ``module(w, h, s) -> (y, pull)``: h ``(B, n_in)``, y ``(B, n_out)``; the mini-batch's number s is not used.
+      ``stage(w, h, s) -> (y, pull)``: h ``(B, n_in)``, y ``(B, n_out)``; the mini-batch's number s is not used.
       ``pull(dy)`` applies, layer by layer from the last, du = dz ⊙ σ'(u), dW = duᵀ z, db = Σ du, dz = du W, and returns
       ``(((dW, db), ...), dh)``.
 
     Raises:
-      ValueError: ``layers`` is below 1; the module raises it for weights of another number of layers.
+      ValueError: ``layers`` is below 1; from the stage, weights of another number of layers.
 
     Example:
-      >>> module = relu_module(1)
-      >>> y, pull = module(((np.array([[1.0, -1.0]]), np.zeros(1)),), np.array([[3.0, 1.0]]), 0)
+      >>> stage = relu_stage(1)
+      >>> y, pull = stage(((np.array([[1.0, -1.0]]), np.zeros(1)),), np.array([[3.0, 1.0]]), 0)
       >>> y, pull(np.ones((1, 1)))
       (array([[2.]]), (((array([[3., 1.]]), array([1.])),), array([[ 1., -1.]])))
     """
     if layers < 1:
-        raise ValueError(f"a module of {layers} layers: give 1 or more.")
+        raise ValueError(f"a stage of {layers} layers: give 1 or more.")
 
-    def module(w: Layers, h: np.ndarray, s: int) -> tuple[np.ndarray, Callable]:
+    def stage(w: Layers, h: np.ndarray, s: int) -> tuple[np.ndarray, Callable]:
         if len(w) != layers:
-            raise ValueError(f"weights of {len(w)} layers for a module of {layers}.")
+            raise ValueError(f"weights of {len(w)} layers for a stage of {layers}.")
         z, slopes = [h], []
         for j, (W, b) in enumerate(w):
             u = z[-1] @ W.T + b
@@ -84,7 +84,7 @@ def relu_module(layers: int, *, linear_output: bool = False) -> Callable:
 
         return z[-1], pull
 
-    return module
+    return stage
 
 
 def mean_squared_error(outputs: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
