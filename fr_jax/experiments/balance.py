@@ -29,10 +29,11 @@ from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import METHODS, listed
 from fr_jax.experiments._run.cuts import choose_cuts, stage_costs
-from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.plotting.style import COLOURS, page, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,12 +145,17 @@ def measure(settings: BalanceSettings) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The result as text."""
     head = f"{result['model']}, {result['method']}, batch {result['batch_size']}, K = {result['K']}"
-    lines = [f"{head}, {result['placement']}", ""]
-    lines.append(f"{'cuts':>12} {'s/step':>8} {'min':>8} {'max':>8}   seconds of each stage by its layers' times")
-    for name, row in result["results"].items():
-        seconds = " ".join(f"{row[f'seconds_{of}']:>8.4f}" for of in ("median", "min", "max"))
-        stages = " ".join(f"{one:.4f}" for one in row["stage_seconds"])
-        lines.append(f"{name:>12} {seconds}   {stages}{'   best' if row['cuts'] == result['best'] else ''}")
+    body = [
+        (
+            name,
+            *(f"{row[f'seconds_{of}']:.4f}" for of in ("median", "min", "max")),
+            " ".join(f"{one:.4f}" for one in row["stage_seconds"]),
+            "best" if row["cuts"] == result["best"] else "",
+        )
+        for name, row in result["results"].items()
+    ]
+    columns = ("cuts", "s/step", "min", "max", "seconds of each stage by its layers' times", "")
+    lines = [f"{head}, {result['placement']}", "", text_table(columns, body)]
     for name, row in result["chosen"].items():
         over = row["times_the_best"]
         text = "which was not timed" if over is None else f"{over:.3f} times the best"
@@ -159,12 +165,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 def figure(result: Mapping[str, Any]) -> Figure:
     """A step's time against the cuts, the predicted slowest stage below it, and the cuts that are chosen."""
-    from matplotlib.figure import Figure
-
     rows = list(result["results"].values())
     places = range(len(rows))
-    drawing = Figure(figsize=(10, 5), layout="constrained")
-    axes = drawing.subplots()
+    title = f"{result['model']}, {METHODS[result['method']].title}, K = {result['K']}, {result['placement']}"
+    drawing, space = page(10, 5, title, f"{result['machine']}, jax {result['jax']}, {result['date']}")
+    axes = space.subplots()
     low, high = ([row[f"seconds_{of}"] for row in rows] for of in ("min", "max"))
     axes.fill_between(places, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
     axes.plot(places, [row["seconds_median"] for row in rows], "o-", color=COLOURS[0], label="a step, measured")
@@ -184,9 +189,6 @@ def figure(result: Mapping[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     plain_axes(axes)
     axes.legend(frameon=False)
-    title = f"{result['model']}, {METHODS[result['method']].title}, K = {result['K']}, {result['placement']}"
-    axes.set_title(title, fontsize=12, fontweight="bold")
-    drawing.supxlabel(f"{result['machine']}, jax {result['jax']}, {result['date']}", fontsize=8, color="0.35")
     return drawing
 
 

@@ -20,8 +20,9 @@ from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import check_fields, setting
-from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.plotting.style import COLOURS, page, plain_axes, png
 from fr_jax.reference import backpropagation, chain_rule, network
 from fr_jax.reference.counting import Multiplications
 
@@ -132,26 +133,21 @@ def table(result: dict[str, Any]) -> str:
       >>> [line.split()[:6] for line in table(result).splitlines()[2:4]]
       [['1', '2', '3', '2', '1', '1'], ['3', '4', '5', '4', '6', '5']]
     """
-    lines = []
+    parts = []
     for entry in result["growth"].values():
-        lines.append(entry["title"])
-        lines.append(
-            f"{entry['size_is']:>13} {'E':>7} {'V':>5} {'forward':>8} {'naive':>13} {'back-prop.':>10} {'ratio':>8}"
-            f" {'naive s':>10} {'back-prop. s':>12}"
-        )
+        head = (entry["size_is"], "E", "V", "forward", "naive", "back-prop.", "ratio", "naive s", "back-prop. s")
+        body = []
         for row in entry["rows"]:
             naive, matrix_form = (row[name] for name in METHODS)
-            counts = naive["multiplications"], matrix_form["multiplications"]
-            lines.append(
-                f"{row['size']:>13} {row['edges']:>7} {row['nodes']:>5} {row['forward']:>8} {counts[0]:>13,}"
-                f" {counts[1]:>10,} {counts[0] / counts[1]:>8.1f} {naive['seconds']:>10.6f}"
-                f" {matrix_form['seconds']:>12.6f}"
-            )
+            counts = [one["multiplications"] for one in (naive, matrix_form)]
+            seconds = [f"{one['seconds']:.6f}" for one in (naive, matrix_form)]
+            sizes = [row[name] for name in ("size", "edges", "nodes", "forward")]
+            body.append((*sizes, *(f"{count:,}" for count in counts), f"{counts[0] / counts[1]:.1f}", *seconds))
         slopes = [entry["slopes"][name][what] for what in ("multiplications", "seconds") for name in METHODS]
         texts = ["-" if slope is None else f"{slope:.2f}" for slope in slopes]
-        label = "slope over E+V, upper half of the sizes"
-        lines.append(f"{label:<36} {texts[0]:>10} {texts[1]:>10} {'':>8} {texts[2]:>10} {texts[3]:>12}\n")
-    return "\n".join(lines)
+        label = "slopes over E+V, upper half of the sizes (naive, back-prop., naive s, back-prop. s)"
+        parts.append(f"{entry['title']}\n{text_table(head, body, left=0)}\n{label}: {' '.join(texts)}\n")
+    return "\n".join(parts)
 
 
 def figure(result: dict[str, Any]) -> Figure:
@@ -160,16 +156,15 @@ def figure(result: dict[str, Any]) -> Figure:
     Args:
       result: what :func:`measure` returned.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    drawing = Figure(figsize=(12.5, 7.4))
-    drawing.suptitle(
-        "Every ∂ŷ/∂w of a network: the chain rule afresh for each weight, and back-propagation",
-        y=0.975,
-        fontweight="bold",
+    title = "Every ∂ŷ/∂w of a network: the chain rule afresh for each weight, and back-propagation"
+    note = (
+        "One example, after the forward pass; slopes fitted to the upper half of the sizes. Seconds include the "
+        f"overhead of each call of NumPy. {result['machine']}, {result['date']}."
     )
-    axes = drawing.subplots(2, 3, sharex="col", sharey="row")
+    drawing, space = page(12.5, 7.4, title, note)
+    axes = space.subplots(2, 3, sharex="col", sharey="row")
     for column, entry in enumerate(result["growth"].values()):
         axes[0, column].set_title(entry["title"], fontsize=10.5)
         for panel, quantity in zip(axes[:, column], ("multiplications", "seconds"), strict=True):
@@ -185,13 +180,7 @@ def figure(result: dict[str, Any]) -> Figure:
         for label, colour, marker in STYLES.values()
     ]
     handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=1.2, label="slopes 2 and 1 exactly"))
-    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncols=3, frameon=False)
-    note = (
-        "One example, after the forward pass; slopes fitted to the upper half of the sizes. Seconds include what each "
-        f"call of NumPy costs. {result['machine']}, {result['date']}."
-    )
-    drawing.text(0.5, 0.012, note, ha="center", fontsize=8.5, color="0.35")
-    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.105, top=0.86, wspace=0.06, hspace=0.08)
+    space.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return drawing
 
 

@@ -10,8 +10,10 @@ import optax
 import pytest
 
 import fr_jax as fr
+from fr_jax.diagnostics.memory.step_memory import KINDS
 from fr_jax.experiments.memory import __main__ as memory
 from fr_jax.experiments.memory.methods import CONTESTANTS, checkpointed, recomputing
+from fr_jax.experiments.memory.picture import figure
 
 SMALL = ["--models", "mlp", "--K", "1", "3", "--batch-size", "4"]
 
@@ -113,3 +115,17 @@ def test_what_recomputes_is_back_propagation(K):
             state, info = algorithm.step(state, batch)
             np.testing.assert_allclose(info.loss, loss, rtol=1e-5)
         chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5, atol=1e-6)
+
+
+def test_figure():
+    peak = dict.fromkeys(KINDS, 10**6)
+    rows = [
+        {"model": model, "K": K, "method": method, "peak": peak, "ratio": 1.25}
+        for model in ("a", "b") for K in (1, 2) for method in ("bp", "fr")
+    ]  # fmt: skip
+    settings = {"models": ["a", "b"], "methods": ["bp", "fr"], "batch_size": 4}
+    made = {"optimizer": "SGD", "backend": "cpu", "jax": "0", "date": "today"}
+    panels = figure({"settings": settings, "rows": rows, **made}).get_axes()
+    assert [panel.get_title() for panel in panels] == ["a", "b"]
+    heights = np.array([bar.get_height() for bar in panels[0].patches])
+    assert len(heights) == 2 * 2 * 3 and heights.sum() == pytest.approx(4 * len(KINDS))

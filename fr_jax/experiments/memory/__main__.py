@@ -27,10 +27,11 @@ from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.memory.methods import CONTESTANTS
-from fr_jax.plotting.memory import memory_figure
-from fr_jax.plotting.style import COLOURS, png
+from fr_jax.experiments.memory.picture import figure
+from fr_jax.plotting.style import png
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Batch, Stage
 
@@ -159,37 +160,27 @@ def _numbers(found: MemoryReport, plain: MemoryReport, form: float | None) -> di
 
 def table(result: dict[str, Any]) -> str:
     """The result as text, in MB (10^6 bytes)."""
-    lines = [
-        f"batch {result['settings']['batch_size']}, {result['optimizer']}; MB, sums over devices of their peaks; "
-        "ratios to back-propagation on one device",
-        "",
-        f"{'model':<10} {'K':>2} {'method':<14} {'total':>9} {'ratio':>6} {'activations':>12} {'ratio':>6}"
-        f" {'table 1':>8} {'history':>9} {'largest device':>15}",
-    ]
-    for row in result["rows"]:
-        form = "-" if row["table_1"] is None else f"{row['table_1']:.2f}"
-        lines.append(
-            f"{row['model']:<10} {row['K']:>2} {row['method']:<14} {row['total'] / 1e6:>9.1f} {row['ratio']:>6.2f}"
-            f" {row['activations'] / 1e6:>12.1f} {row['activations_ratio']:>6.2f} {form:>8}"
-            f" {row['peak']['history'] / 1e6:>9.1f} {row['largest_device'] / 1e6:>15.1f}"
+    head = ("model", "method", "K", "total", "ratio", "activations", "ratio", "table 1", "history", "largest device")
+    body = [
+        (
+            row["model"],
+            row["method"],
+            row["K"],
+            f"{row['total'] / 1e6:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['activations'] / 1e6:.1f}",
+            f"{row['activations_ratio']:.2f}",
+            "-" if row["table_1"] is None else f"{row['table_1']:.2f}",
+            f"{row['peak']['history'] / 1e6:.1f}",
+            f"{row['largest_device'] / 1e6:.1f}",
         )
-    return "\n".join(lines)
-
-
-def figure(result: dict[str, Any]) -> Any:
-    """The result as a Matplotlib figure."""
-    methods = result["settings"]["methods"]
-    note = (
-        f"Batch {result['settings']['batch_size']}, {result['optimizer']}. Numbers and dotted line: ratio to "
-        f"back-propagation on one device.\nXLA's plans for {result['backend']}, jax {result['jax']}, {result['date']}."
+        for row in result["rows"]
+    ]
+    title = (
+        f"batch {result['settings']['batch_size']}, {result['optimizer']}; MB, sums over devices of their peaks; "
+        "ratios to back-propagation on one device"
     )
-    return memory_figure(
-        result["rows"],
-        {method: CONTESTANTS[method].title for method in methods},
-        {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)},
-        title="Memory of a training step",
-        note=note,
-    )
+    return f"{title}\n\n{text_table(head, body, left=2)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

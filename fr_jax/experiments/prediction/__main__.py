@@ -28,6 +28,7 @@ from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.prediction.methods import ONE, Prediction, choose, prepare, title_of
 from fr_jax.plotting.gantt import gantt_figure
@@ -174,16 +175,20 @@ def _as_json(measured: Measured) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     own = result["settings"]
+    body = [
+        (
+            name,
+            *(f"{row[which]:.4f}" for which in ("predicted_seconds", "measured_seconds")),
+            f"{row['predicted_over_measured']:.3f}",
+            f"{row['predicted_bubble']:.1%}",
+        )
+        for name, row in result["results"].items()
+    ]
     lines = [
         f"{own['model']}, batch {own['batch_size']}, K = {own['K']}, cuts {result['cuts']}, {result['processes']} "
         "process(es)",
-        f"{'':<12} {'predicted s':>12} {'measured s':>11} {'ratio':>7} {'bubble':>7}",
+        text_table(("", "predicted s", "measured s", "ratio", "bubble"), body),
     ]
-    for name, row in result["results"].items():
-        lines.append(
-            f"{name:<12} {row['predicted_seconds']:>12.4f} {row['measured_seconds']:>11.4f} "
-            f"{row['predicted_over_measured']:>7.3f} {100 * row['predicted_bubble']:>5.1f} %"
-        )
     for name, ratio in result["transfer_compute_ratio"].items():
         share = result["parts"][name]["transfer_share"]
         lines.append(f"transfer/compute ratio ({name}): {ratio:.4f}; a transfer keeps each core busy for {share:.0%}")

@@ -21,6 +21,7 @@ from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.scaling import picture as scaling_picture
 from fr_jax.experiments.scaling.network import METHODS, STEP, Network, described, ideal, schedule, speedups
@@ -132,27 +133,22 @@ def simulated(settings: ScalingSettings, network: Network) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     own = result["settings"]
-    lines = [f"Speedup over back-propagation on one device, simulated; GPipe with {own['microbatches']} microbatches."]
+    parts = [f"Speedup over back-propagation on one device, simulated; GPipe with {own['microbatches']} microbatches."]
     titles = {"bounds": "closed forms", "ideal": "ideal network", "model": f"{own['model']}, by {own['costs']}"}
     for which, title in titles.items():
         transfers = "" if which == "bounds" else f", transfer/compute ratio {own['ratio']:g}"
-        lines += ["", f"{title}{transfers}", _header("K")]
-        lines += [_row(str(row["K"]), row[which]) for row in result["by_K"]]
+        parts.append(f"{title}{transfers}\n{_speedups('K', result['by_K'], which)}")
     for which in ("ideal", "model"):
-        lines += ["", f"{titles[which]}, K = {own['ratio_K']}", _header("ratio")]
-        lines += [_row(f"{row['ratio']:g}", row[which]) for row in result["by_ratio"]]
+        parts.append(f"{titles[which]}, K = {own['ratio_K']}\n{_speedups('ratio', result['by_ratio'], which)}")
     if any(row["model"] is None for row in (*result["by_K"], *result["by_ratio"])):
-        lines += ["", f"-: {own['model']} has {result['layers']} layers, and cannot be cut into more stages."]
-    return "\n".join(lines)
+        parts.append(f"-: {own['model']} has {result['layers']} layers, and cannot be cut into more stages.")
+    return "\n\n".join(parts)
 
 
-def _header(first: str) -> str:
-    return f"{first:>8}" + "".join(f"{method.short:>9}" for method in METHODS.values())
-
-
-def _row(first: str, values: dict[str, float] | None) -> str:
-    texts = (["-"] * len(METHODS)) if values is None else [f"{values[name]:.2f}" for name in METHODS]
-    return f"{first:>8}" + "".join(f"{text:>9}" for text in texts)
+def _speedups(first: str, rows: list[dict[str, Any]], which: str) -> str:
+    cell = lambda row, name: "-" if row[which] is None else f"{row[which][name]:.2f}"
+    body = [(f"{row[first]:g}", *(cell(row, name) for name in METHODS)) for row in rows]
+    return text_table((first, *(method.short for method in METHODS.values())), body, left=0)
 
 
 def timelines(settings: ScalingSettings, network: Network, K: int) -> tuple[dict[str, Timeline], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fr_jax.experiments.scaling.network import METHODS
-from fr_jax.plotting.style import COLOURS, plain_axes
+from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,13 +32,17 @@ def figure(result: dict[str, Any]) -> Figure:
     Args:
       result: what ``fr_jax.experiments.scaling.simulated`` returned.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     own = result["settings"]
-    drawing = Figure(figsize=(12.5, 9.2))
-    drawing.suptitle("Speedup over back-propagation on one device, simulated", y=0.98, fontsize=13, fontweight="bold")
-    axes = drawing.subplots(2, 2, sharex="col", sharey="row")
+    note = (
+        f"Layers cost what {'XLA counts' if own['costs'] == 'flops' else 'was measured'}, mini-batch "
+        f"{own['batch_size']}; weights are {result['weight_bytes_over_mean_feature_bytes']:.3g} times the features at "
+        f"a cut ({result['mean_feature_bytes'] / 1e6:.3g} MB). {result['date']}.\nTransfer/compute ratio: the seconds "
+        "in which these features cross a cut, over those of a step of back-propagation on one device."
+    )
+    drawing, space = page(12.5, 9.2, "Speedup over back-propagation on one device, simulated", note)
+    axes = space.subplots(2, 2, sharex="col", sharey="row")
     largest = max(*(row["K"] for row in result["by_K"]), own["ratio_K"]), own["microbatches"]
     titles = {"ideal": "ideal network, cut anywhere", "model": f"{own['model']}, {result['layers']} layers"}
     for row, (which, title) in enumerate(titles.items()):
@@ -52,15 +56,7 @@ def figure(result: dict[str, Any]) -> Figure:
     axes[1, 1].set_xlabel("transfer/compute ratio")
     handles = [Line2D([], [], color=LOOKS[name][0], marker=LOOKS[name][1], label=_label(name, own)) for name in METHODS]
     handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=1, label="closed form"))
-    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=4, frameon=False)
-    note = (
-        f"Layers cost what {'XLA counts' if own['costs'] == 'flops' else 'was measured'}, mini-batch "
-        f"{own['batch_size']}; weights are {result['weight_bytes_over_mean_feature_bytes']:.3g} times the features at "
-        f"a cut ({result['mean_feature_bytes'] / 1e6:.3g} MB). {result['date']}.\nTransfer/compute ratio: the seconds "
-        "in which these features cross a cut, over those of a step of back-propagation on one device."
-    )
-    drawing.text(0.5, 0.012, note, ha="center", fontsize=8.5, color="0.35")
-    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.865, wspace=0.05, hspace=0.13)
+    space.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return drawing
 
 

@@ -42,6 +42,7 @@ from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import own_of_method
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, listed
 from fr_jax.experiments.speed.picture import speed_figure
@@ -190,17 +191,22 @@ def measure(settings: SpeedSettings) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     head = f"{result['model']}, batch {result['batch_size']}, K = {result['K']}, {result['placement']}"
-    columns = ("s/step", "min", "max", "speedup", "bound", "share", "host ms", "of step", "busy", "cuts")
-    lines = [head, "host: to issue a step; busy: cores that each process's threads keep busy", ""]
-    lines.append(f"{'':<30}" + "".join(f"{name:>9}" for name in columns))
-    for name, row in result["results"].items():
-        seconds = "".join(f"{row[f'seconds_{of}']:>9.4f}" for of in ("median", "min", "max"))
-        known = row["bound"] is not None
-        bounds = f"{row['bound']:>9.2f}{row['share_of_bound']:>9.1%}" if known else f"{'-':>9}{'-':>9}"
-        host = f"{row['host_seconds_median'] * 1e3:>9.2f}{row['host_share_of_step']:>9.1%}"
-        cuts = ",".join(map(str, row["cuts"])) or "-"
-        busy = "/".join(f"{one / row['seconds_median']:.0%}" for one in row["busy_seconds_median_by_process"])
-        lines.append(f"{name:<30}{seconds}{row['speedup']:>9.2f}{bounds}{host} {busy:>8}{cuts:>9}")
+    columns = ("", "s/step", "min", "max", "speedup", "bound", "share", "host ms", "of step", "busy", "cuts")
+    body = [
+        (
+            name,
+            *(f"{row[f'seconds_{of}']:.4f}" for of in ("median", "min", "max")),
+            f"{row['speedup']:.2f}",
+            *(("-", "-") if row["bound"] is None else (f"{row['bound']:.2f}", f"{row['share_of_bound']:.1%}")),
+            f"{row['host_seconds_median'] * 1e3:.2f}",
+            f"{row['host_share_of_step']:.1%}",
+            "/".join(f"{one / row['seconds_median']:.0%}" for one in row["busy_seconds_median_by_process"]),
+            ",".join(map(str, row["cuts"])) or "-",
+        )
+        for name, row in result["results"].items()
+    ]
+    about = "host: to issue a step; busy: cores that each process's threads keep busy"
+    lines = [head, about, "", text_table(columns, body)]
     for row in result["transfers"]:
         lines.append(
             f"a feature of {row['bytes'] / 1e6:.2f} MB at cut {row['cut']} takes {row['seconds'] * 1e3:.1f} ms to the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.plotting.style import COLOURS, plain_axes
+from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,13 +14,13 @@ __all__ = ["speed_figure"]
 
 
 def speed_figure(result: Mapping[str, Any]) -> Figure:
-    """A bar a contestant: its median speedup over back-propagation on one device; a dot a round; a line the bound."""
-    from matplotlib.figure import Figure
-
+    """A bar per contestant: its median speedup over back-propagation on one device; dots: rounds, line: the bound."""
     rows = result["results"]
     baseline = rows[result["baseline"]]["seconds_median"]
-    drawing = Figure(figsize=(10, 1.7 + 0.5 * len(rows)), layout="constrained")
-    axes = drawing.subplots()
+    title = f"{result['model']}, mini-batch {result['batch_size']}, K = {result['K']}, {result['placement']}"
+    note = f"{result['machine']}, jax {result['jax']}, {result['date']}"
+    drawing, space = page(10, 1.7 + 0.5 * len(rows), title, note)
+    axes = space.subplots()
     right = 1.0
     for place, row in enumerate(rows.values()):
         colour = COLOURS[1] if row["method"] == "fr" and row["cuts"] else COLOURS[0]
@@ -37,10 +37,4 @@ def speed_figure(result: Mapping[str, Any]) -> Figure:
     axes.set_xlim(0, right * 1.04)
     axes.set_xlabel("times as fast as back-propagation on one device (dot: a round; black line: the bound)")
     plain_axes(axes, "x")
-    axes.set_title(
-        f"{result['model']}, mini-batch {result['batch_size']}, K = {result['K']}, {result['placement']}",
-        fontsize=12,
-        fontweight="bold",
-    )
-    drawing.supxlabel(f"{result['machine']}, jax {result['jax']}, {result['date']}", fontsize=8, color="0.35")
     return drawing

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fr_jax._files import write_atomically
-from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.plotting.style import COLOURS, page, plain_axes, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,18 +56,13 @@ def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[
     """
     if not rows:
         raise ValueError("no measurements to draw: give at least one row of sufficient_direction.jsonl.")
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(14, 5.2))
-    drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
-    drawing.text(0.5, 0.015, f"{_legend(rows, milestones)}\n{note}", ha="center", fontsize=8.5, color="0.35")
-    axes = drawing.subplots(1, 3)
+    drawing, space = page(14, 5.2, title, f"{_legend(rows, milestones)}\n{note}")
+    axes = space.subplots(1, 3)
     for panel, (name, label) in zip(axes, PANELS, strict=True):
         _draw(panel, rows, name)
         _finish(panel, rows, name, label, milestones)
     handles, labels = axes[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.94), ncols=len(labels), frameon=False)
-    drawing.subplots_adjust(left=0.05, right=0.985, bottom=0.17, top=0.82, wspace=0.2)
+    space.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return drawing
 
 

@@ -26,6 +26,7 @@ from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import LARGEST_SEED, SettingsError
 from fr_jax.experiments.theorems.moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems.picture import figure
@@ -242,21 +243,26 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [
-        "left and right side of (9) or (11) at the last T; sigma, M: extremes along the run from t = K-1 on",
-        "",
-        f"{'problem':<8} {'K':>1} {'gamma':>6} {'':<11} {'sigma':>7} {'from 0':>7} {'M':>8} {'L':>6} {'f-f*':>6}"
-        f" {'left':>9} {'right':>9} {'ratio':>7} {'own':>6} {'holds':>5} {'against':>8}",
-    ]
-    for row in result["rows"]:
-        left, right = (row["curves"][name][-1] for name in ("left", "right"))
-        lines.append(
-            f"{row['problem']:<8} {row['K']:>1} {row['rate']:>6g} {row['schedule']:<11} {row['sigma']:>7.3f}"
-            f" {row['sigma_from_0']:>7.3f} {row['second_moment']:>8.4f} {row['lipschitz']:>6.2f} {row['excess']:>6.3f}"
-            f" {left:>9.3g} {right:>9.3g} {row['ratio']:>7.1f} {row['ratio_own_second_moment']:>6.1f}"
-            f" {'yes' if row['holds'] else 'NO':>5} {row['against']:>8.1%}"
+    head = ("problem", "schedule", "K", "gamma", "sigma", "from 0", "M", "L", "f-f*", "left", "right", "ratio", "own")
+    body = [
+        (
+            row["problem"],
+            row["schedule"],
+            row["K"],
+            f"{row['rate']:g}",
+            *(f"{row[name]:.3f}" for name in ("sigma", "sigma_from_0")),
+            f"{row['second_moment']:.4f}",
+            f"{row['lipschitz']:.2f}",
+            f"{row['excess']:.3f}",
+            *(f"{row['curves'][name][-1]:.3g}" for name in ("left", "right")),
+            *(f"{row[name]:.1f}" for name in ("ratio", "ratio_own_second_moment")),
+            "yes" if row["holds"] else "NO",
+            f"{row['against']:.1%}",
         )
-    return "\n".join(lines)
+        for row in result["rows"]
+    ]
+    title = "left and right side of (9) or (11) at the last T; sigma, M: extremes along the run from t = K-1 on"
+    return f"{title}\n\n{text_table((*head, 'holds', 'against'), body, left=2)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

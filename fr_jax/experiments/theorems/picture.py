@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fr_jax.plotting.style import COLOURS, plain_axes
+from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,18 +30,22 @@ def figure(result: Mapping[str, Any]) -> Figure:
     Args:
       result: what :func:`fr_jax.experiments.theorems.measure_all` returned.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    rows = result["rows"]
+    rows, s = result["rows"], result["settings"]
     panels = {}  # title -> rows, one problem after another
     for row in rows:
         kind = f"K = {row['K']}, fixed γ" if row["schedule"] == "fixed" else "diminishing γ"
         panels.setdefault((row["problem"], kind), []).append(row)
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     columns = max(3, *(sum(problem == name for problem, _ in panels) for name in problems))
-    height = 3.6 * (len(problems) + 1) + 1.3
-    drawing = Figure(figsize=(4.9 * columns, height))
-    axes = drawing.subplots(len(problems) + 1, columns, squeeze=False)
+    note = (
+        f"Mini-batches of {s['batch_size']} with replacement, {s['replicas']} replicas, float64. The colours of the "
+        f"last row are the step sizes of the first.\n{result['machine']}, jax {result['jax']}, {result['date']}."
+    )
+    title = "Theorems 1 and 2 of features replay, with the constants of the problem filled in"
+    drawing, space = page(4.9 * columns, 3.6 * (len(problems) + 1) + 1.3, title, note)
+    axes = space.subplots(len(problems) + 1, columns, squeeze=False)
     for panel in axes.flat:
         panel.set_visible(False)
     for number, problem in enumerate(problems):
@@ -70,7 +74,9 @@ def figure(result: Mapping[str, Any]) -> Figure:
     climbing = lambda row: 100 * np.asarray(row["over_t"]["against"])
     _draw_over_t(axes[-1, 2], first, climbing, f"{name} network: steps expected to climb")
     axes[-1, 2].set_ylabel("% of replicas, given their past")
-    _finish(drawing, result, columns, height)
+    shown = {name: look for name, look in SIDES.items() if any(name in row["curves"] for row in rows)}
+    handles = [Line2D([], [], color="0.25", linestyle=s, linewidth=w, label=label) for s, w, label in shown.values()]
+    space.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=10, handlelength=3)
     return drawing
 
 
@@ -90,7 +96,7 @@ def _draw_sides(panel: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> N
     panel.set_title(title, fontsize=10.5)
     panel.set_xlabel("T, iterations")
     panel.legend(loc="lower left", fontsize=8.5, frameon=False, handlelength=1.0)
-    _plain(panel)
+    plain_axes(panel)
 
 
 def _ratio(value: float | None) -> str:
@@ -121,36 +127,4 @@ def _draw_over_t(
     panel.set_title(title, fontsize=10.5)
     panel.set_xlabel("t + 1, iteration")
     panel.legend(loc="best", fontsize=9, frameon=False)
-    _plain(panel)
-
-
-def _plain(panel: Axes) -> None:
     plain_axes(panel)
-
-
-def _finish(drawing: Figure, result: Mapping[str, Any], columns: int, height: float) -> None:
-    from matplotlib.lines import Line2D
-
-    drawing.suptitle(
-        "Theorems 1 and 2 of features replay, with the constants of the problem filled in",
-        y=1 - 0.16 / height,
-        va="top",
-        fontsize=14,
-        fontweight="bold",
-    )
-    shown = [name for name in SIDES if any(name in row["curves"] for row in result["rows"])]
-    handles = [
-        Line2D([], [], color="0.25", linestyle=SIDES[name][0], linewidth=SIDES[name][1], label=SIDES[name][2])
-        for name in shown
-    ]
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.5 / height)}
-    drawing.legend(handles=handles, ncols=4, frameon=False, fontsize=10, handlelength=3, **place)
-    s = result["settings"]
-    note = (
-        f"Mini-batches of {s['batch_size']} with replacement, {s['replicas']} replicas, float64. The colours of the "
-        f"last row are the step sizes of the first.\n{result['machine']}, jax {result['jax']}, {result['date']}."
-    )
-    drawing.text(0.5, 0.1 / height, note, ha="center", fontsize=8.5, color="0.35")
-    drawing.subplots_adjust(
-        left=0.3 / columns / 1.4, right=0.99, bottom=0.95 / height, top=1 - 1.15 / height, wspace=0.2, hspace=0.38
-    )

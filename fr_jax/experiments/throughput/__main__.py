@@ -31,6 +31,7 @@ from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.results import check_file, write_beside
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
+from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.cuts import network_costs, stage_costs
@@ -207,16 +208,18 @@ def table(result: dict[str, Any]) -> str:
     head = f"one device of {result['machine']}, mini-batch {result['batch_size']}, jax {result['jax']}"
     torch = "".join(f", {name} {value}" for name, value in result["pytorch"].items())
     lines = [head + torch, "operations: of a step, in those of back-propagation; host: ms to issue a step", ""]
-    columns = ("images/s", "ms/step", "min", "max", "x plain", "operations", "host")
-    lines.append(f"{'':<52}" + "".join(f"{name:>11}" for name in columns))
-    for row in result["results"]:
-        name = f"{row['model']}, {row['dtype']}, {row['contestant']}"
-        times = "".join(f"{row[f'seconds_{of}'] * 1e3:>11.2f}" for of in ("median", "min", "max"))
-        work = "-" if row["operations"] is None else f"{row['operations']:.3f}"
-        host = row["host_seconds_median"] * 1e3
-        lines.append(
-            f"{name:<52}{row['images_per_s']:>11,.0f}{times}{row['times_plain']:>11.2f}{work:>11}{host:>11.2f}"
+    body = [
+        (
+            f"{row['model']}, {row['dtype']}, {row['contestant']}",
+            f"{row['images_per_s']:,.0f}",
+            *(f"{row[f'seconds_{of}'] * 1e3:.2f}" for of in ("median", "min", "max")),
+            f"{row['times_plain']:.2f}",
+            "-" if row["operations"] is None else f"{row['operations']:.3f}",
+            f"{row['host_seconds_median'] * 1e3:.2f}",
         )
+        for row in result["results"]
+    ]
+    lines.append(text_table(("", "images/s", "ms/step", "min", "max", "x plain", "operations", "host"), body))
     lines += [f"not timed: {name}: {why}" for name, why in result["failures"].items()]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.plotting.style import COLOURS, plain_axes
+from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,16 +15,18 @@ __all__ = ["throughput_figure"]
 
 def throughput_figure(result: Mapping[str, Any]) -> Figure:
     """A bar a contestant: its median images a second, a dot a round."""
-    from matplotlib.figure import Figure
-
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["results"]:
         panels.setdefault(f"{row['model']}, {row['dtype']}", []).append(row)
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     most = max(map(len, panels.values()))
-    drawing = Figure(figsize=(6.5 * columns, lines * (0.9 + 0.42 * most) + 0.6), layout="constrained")
-    all_axes = drawing.subplots(lines, columns, squeeze=False).ravel()
+    about = result["pytorch"]
+    torch = f", PyTorch {about['torch']}" if about else ""
+    note = f"{result['machine']}, jax {result['jax']}{torch}, {result['date']}"
+    title = f"Training on one device, mini-batch {result['batch_size']}"
+    drawing, space = page(6.5 * columns, lines * (0.9 + 0.42 * most) + 0.9, title, note)
+    all_axes = space.subplots(lines, columns, squeeze=False).ravel()
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
         for place, row in enumerate(rows):
             colour = COLOURS[1] if row["contestant"].startswith("PyTorch") else COLOURS[0]
@@ -40,7 +42,4 @@ def throughput_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_xlabel("images a second (dot: a round)", fontsize=9)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    about = result["pytorch"]
-    torch = f", PyTorch {about['torch']}" if about else ""
-    drawing.supxlabel(f"{result['machine']}, jax {result['jax']}{torch}, {result['date']}", fontsize=8, color="0.35")
     return drawing

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -10,7 +9,6 @@ import fr_jax as fr
 from fr_jax.diagnostics.memory.activations import StageActivations, closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_calls import step_calls
 from fr_jax.diagnostics.memory.step_memory import KINDS, device_peaks, step_memory
-from fr_jax.plotting.memory import memory_figure
 
 K, B, WIDTH = 3, 8, 16
 FLOAT = 4
@@ -165,18 +163,3 @@ def test_activations_of_modules_are_shapes_alone():
     modules = stage_activations(stages, jax.ShapeDtypeStruct((10**6, WIDTH), jnp.float32))
     assert [module.inputs for module in modules] == [10**6 * WIDTH * FLOAT] * K
     assert all(module.residuals >= module.inputs for module in modules)
-
-
-def test_figure():
-    peak = dict.fromkeys(KINDS, 10**6)
-    rows = [
-        {"model": model, "K": K, "method": method, "peak": peak, "ratio": 1.25}
-        for model in ("a", "b") for K in (1, 2) for method in ("bp", "fr")
-    ]  # fmt: skip
-    drawing = memory_figure(rows, {"bp": "BP", "fr": "FR"}, {"bp": "C0", "fr": "C1"}, title="t", note="n")
-    panels = drawing.get_axes()
-    assert [panel.get_title() for panel in panels] == ["a", "b"]
-    heights = np.array([bar.get_height() for bar in panels[0].patches])
-    assert len(heights) == 2 * 2 * 3 and heights.sum() == pytest.approx(4 * len(KINDS))
-    with pytest.raises(ValueError, match="no rows to draw"):
-        memory_figure([], {}, {}, title="t", note="n")
