@@ -97,7 +97,7 @@ def test_overwriting_starts_anew(tmp_path):
     ("words", "said"),
     [
         (["--every", "0"], "--every 0"),
-        (["--gradient-batches", "-1"], "0 for a whole epoch"),
+        (["--gradient-batches", "-1"], "--gradient-batches -1 is out of range; it must be at least 0"),
         (["--distributed"], "one process"),
     ],
 )
