@@ -9,14 +9,22 @@ from typing import Any, NamedTuple
 import optax
 
 import fr_jax as fr
-from fr_jax.diagnostics.memory.activations import FORMS, StageActivations
 from fr_jax.diagnostics.simulation import schedules
 from fr_jax.diagnostics.simulation.schedules import MethodSchedule
 from fr_jax.experiments._fields import Own, SettingsError, own_setting
 from fr_jax.partitioning.costs import StageWork
 from fr_jax.types import Algorithm, Stage
 
-__all__ = ["DATA_PARALLEL", "LOCKSTEP", "METHODS", "REFERENCES", "Compared", "Method", "TrainingSet", "listed"]
+__all__ = [
+    "COMPARED",
+    "DATA_PARALLEL",
+    "LOCKSTEP",
+    "METHODS",
+    "Compared",
+    "Method",
+    "TrainingSet",
+    "listed",
+]
 
 Values = Mapping[str, Any]
 """A method's own settings by name, every one with a value."""
@@ -72,7 +80,7 @@ class Method(Compared):
       make: ``(own, stages, loss_fn, optimizer, data, **common) -> Algorithm``.
       learning_rate: default step size for a residual network if K > 1.
       own: its own settings, and their defaults.
-      memory: bytes of activations, by the closed form of the features replay paper's table 1; None where it has none.
+      memory: its closed form in ``fr_jax.diagnostics.memory.activations``; empty if it has none.
       at_cut: ``own -> Stage``, a network of its own at each cut.
       check: raises SettingsError for own settings that do not go together.
       note: what a reader of its training loss must know.
@@ -81,7 +89,7 @@ class Method(Compared):
     make: Callable[..., Algorithm]
     learning_rate: float
     own: Mapping[Own, Any] = dataclasses.field(default_factory=dict)
-    memory: Callable[[Sequence[StageActivations]], float] | None = None
+    memory: str = ""
     at_cut: Callable[[Values], Stage] | None = None
     check: Callable[[Values], None] = lambda own: None
     note: str = ""
@@ -177,7 +185,7 @@ METHODS: dict[str, Method] = {
         work=lambda k, K, own: StageWork(plays=float(k < K - 1)),  # the last stage's play is its replay
         bound=lambda K, own: (3 * K + 1) / 4,
         schedule=schedules.features_replay,
-        memory=FORMS["fr"],
+        memory="fr",
         decoupled=True,
     ),
     "bp": Method(
@@ -188,7 +196,7 @@ METHODS: dict[str, Method] = {
         own={ACCUMULATE: 1},
         bound=lambda K, own: 1.0,
         schedule=schedules.back_propagation,
-        memory=FORMS["bp"],
+        memory="bp",
     ),
     "ddg": Method(
         short="DDG",
@@ -198,7 +206,7 @@ METHODS: dict[str, Method] = {
         own=REMEDIES,
         bound=lambda K, own: float(K),
         schedule=schedules.ddg,
-        memory=FORMS["ddg"],
+        memory="ddg",
         decoupled=True,
     ),
     "dni": Method(
@@ -267,6 +275,8 @@ REFERENCES: dict[str, Compared] = {
     DATA_PARALLEL: Compared(short="data p.", title="data parallelism", bound=lambda K, own: float(K)),
 }
 """What stands beside the methods in tables of speeds and is not one of them."""
+COMPARED = {**{name: card for name, card in METHODS.items() if card.schedule is not None}, **REFERENCES}
+"""What can be simulated."""
 
 
 def listed() -> str:

@@ -55,14 +55,14 @@ def test_every_contestant_without_output(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "resnet2"], "--models resnet2: give one or more, each once, of mlp, resnet8"),
-        (["--methods", "fr", "fr"], "--methods fr fr: give one or more, each once, of bp, fr"),
-        (["--K", "2", "1"], "--K 2 1: give one or more increasing whole numbers, each 1 or more"),
-        (["--K", "0"], "--K 0: give one or more increasing whole numbers"),
+        (["--models", "resnet2"], "--models resnet2 is unknown; it can be mlp, resnet8"),
+        (["--methods", "fr", "fr"], "--methods fr fr: give one or more distinct values"),
+        (["--K", "2", "1"], "--K 2 1: give one or more increasing values, each at least 1"),
+        (["--K", "0"], "--K 0 is out of range; each must be at least 1"),
         (["--models", "mlp", "--K", "7"], "--K 7: mlp has 6 layers, so K can be 1 to 6"),
         (
             ["--batch-size", "6", "--methods", "gpipe"],
-            "--batch-size 6 --microbatches 4: both must be 1 or more, and with",
+            "--batch-size 6 cannot be split into the 4 equal parts of gpipe",
         ),
     ],
 )

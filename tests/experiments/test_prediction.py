@@ -62,14 +62,17 @@ def test_fewer_devices_than_stages(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--model", "resnet21"], "--model resnet21 is unknown; it can be mlp"),
-        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--steps", "0"], "--steps 0 is out of range; it must be at least 1"),
         (["--K", "40"], "--K 40: resnet20 has 11 layers"),
         (["--cuts", "0"], "--cuts 0: give K-1 = 1 increasing places, 1 to 10"),
         (["--K", "3", "--cuts", "4", "2"], "--cuts 4 2: give K-1 = 2 increasing places"),
-        (["--K", "3", "--methods", "dp"], "--batch-size 128 cannot be split over --K 3 devices of data parallelism"),
+        (["--K", "3", "--methods", "dp"], "--batch-size 128 cannot be split into the 3 equal parts of dp"),
         (["--K", "1", "--methods", "dp"], "Use --K 2 or more, or leave dp out of --methods"),
         (["--K", "1"], "--K 1: back-propagation on one device is always there. Use --K 2 or more"),
-        (["--methods", "gpipe", "--microbatches", "3"], "--batch-size 128 cannot be split into 3 --microbatches"),
+        (
+            ["--methods", "gpipe", "--microbatches", "3"],
+            "--batch-size 128 cannot be split into the 3 equal parts of gpipe",
+        ),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):

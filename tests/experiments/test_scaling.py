@@ -5,8 +5,9 @@ import json
 import pytest
 
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
+from fr_jax.experiments._methods import COMPARED as METHODS
 from fr_jax.experiments.scaling import __main__ as scaling
-from fr_jax.experiments.scaling.network import METHODS, STEP, Network, ideal, schedule, speedups
+from fr_jax.experiments.scaling.network import STEP, Network, ideal, schedule, speedups
 
 SMALL = [
     *("--model", "mlp", "--depth", "5", "--width", "16", "--batch-size", "8", "--K", "1", "2", "4", "8"),

@@ -23,12 +23,14 @@ import fr_jax as fr
 from fr_jax.diagnostics.memory.activations import closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
 from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check_parts
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
-from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
+from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments.memory.methods import CONTESTANTS
 from fr_jax.experiments.memory.picture import figure
 from fr_jax.plotting.style import png
@@ -40,21 +42,26 @@ __all__ = ["MemorySettings", "figure", "main", "measure", "table"]
 FILES = ("memory.json", "memory.png")
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class MemorySettings:
     """Compare the memory that methods need for one training step, by compiling it."""
 
-    models: tuple[str, ...] = ("resnet20",)
+    models: tuple[str, ...] = setting(("resnet20",), choices=tuple(fr.models.MODELS), series="distinct")
     """Names from fr_jax.models.MODELS."""
-    K: tuple[int, ...] = (1, 2, 3, 4)
-    """Numbers of modules; with K = 1 every method is back-propagation."""
-    methods: tuple[str, ...] = ("bp", "fr", "ddg", "recompute", "fr-one-device")
-    """bp, fr, ddg, dni, gpipe over K devices; on one device: fr-one-device (features replay), checkpoint
-    (back-propagation with jax.checkpoint around each module, which XLA undoes on a CPU), recompute (the same, each
-    module a function of its own)."""
-    batch_size: int = 128
+    K: tuple[int, ...] = setting((1, 2, 3, 4), least=1, series="increasing")
+    """Numbers of stages; with K = 1 every method is back-propagation."""
+    methods: tuple[str, ...] = setting(
+        ("bp", "fr", "ddg", "recompute", "fr-one-device"),
+        choices=tuple(CONTESTANTS),
+        series="distinct",
+        help=f"{', '.join(METHODS)} over K devices; on one device: fr-one-device (features replay), checkpoint "
+        "(back-propagation with jax.checkpoint around each stage, which XLA undoes on a CPU), recompute (the same, "
+        "each stage a function of its own).",
+    )
+    batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images."""
-    microbatches: int = 4
+    microbatches: int = setting(4, least=1)
     """GPipe's; with it they must divide the batch."""
     output: Path | None = None
     """A folder for memory.json and memory.png; without it only the table is printed."""
@@ -64,23 +71,13 @@ class MemorySettings:
 
 def refusal(settings: MemorySettings) -> str | None:
     """What is wrong with the settings, or None."""
-    for flag, given, valid in (
-        ("--models", settings.models, fr.models.MODELS),
-        ("--methods", settings.methods, CONTESTANTS),
-    ):
-        if not given or len(set(given)) < len(given) or not set(given) <= set(valid):
-            return f"{flag} {' '.join(given)}: give one or more, each once, of {', '.join(valid)}."
-    if not settings.K or min(settings.K) < 1 or list(settings.K) != sorted(set(settings.K)):
-        return f"--K {' '.join(map(str, settings.K))}: give one or more increasing whole numbers, each 1 or more."
+    check_fields(settings)
     for model in settings.models:
         if (L := len(fr.models.MODELS[model]())) < max(settings.K):
             return f"--K {max(settings.K)}: {model} has {L} layers, so K can be 1 to {L}."
-    parts = settings.microbatches if "gpipe" in settings.methods else 1
-    if settings.batch_size < 1 or settings.microbatches < 1 or settings.batch_size % parts:
-        return (
-            f"--batch-size {settings.batch_size} --microbatches {settings.microbatches}: both must be 1 or more, and "
-            "with gpipe the second must divide the first."
-        )
+    for method in settings.methods:
+        if "microbatches" in (METHODS[method].defaults if method in METHODS else ()):
+            check_parts(settings.batch_size, settings.microbatches, method)
     return None
 
 
@@ -136,7 +133,7 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
                 bar.update()
             else:
                 found, seconds = report(method, stages)
-            form = closed_form(method, modules, whole=plain.activations)
+            form = closed_form(CONTESTANTS[method].form, modules, whole=plain.activations)
             row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
             rows.append(row | _numbers(found, plain, form))
     return rows

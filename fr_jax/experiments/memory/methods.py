@@ -12,8 +12,10 @@ from jax.sharding import Sharding
 import fr_jax as fr
 from fr_jax._arrays import put
 from fr_jax.algorithms import _functions as steps
-from fr_jax.models.synthesizer import synthesizer
+from fr_jax.experiments._methods import METHODS, Method, TrainingSet
 from fr_jax.types import Algorithm, Batch, Info, Stage
+
+EXAMPLES, CLASSES = 50_000, 10  # as CIFAR-10 has; only caches and conditioned synthesizers depend on them
 
 __all__ = ["CONTESTANTS", "Contestant", "checkpointed", "recomputing"]
 
@@ -96,41 +98,44 @@ def checkpointed(stage: Stage) -> Stage:
     return Stage(stage.init, apply)
 
 
-def _plain(method: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
-    return lambda *arguments, microbatches, **common: method(*arguments, **common)
-
-
-def _dni(stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int, **common: Any) -> Algorithm:
-    return fr.dni(stages, loss_fn, optimizer, synthesizer(), optax.adam(1e-3), **common)
-
-
-def _checkpoint(stages: Sequence[Stage], *arguments: Any, microbatches: int, **common: Any) -> Algorithm:
-    return fr.backprop([checkpointed(stage) for stage in stages], *arguments, **common)
-
-
 class Contestant(NamedTuple):
     """A method to compare.
 
     Attributes:
       title: its name for people.
       make: ``(stages, loss_fn, optimizer, *, placement, donate, microbatches) -> Algorithm``.
-      one_device: whether all modules share a device.
+      form: its closed form in ``fr_jax.diagnostics.memory.activations``.
+      one_device: whether all stages share a device.
       backprop_at_one: whether it is plain back-propagation with K = 1.
     """
 
     title: str
     make: Callable[..., Algorithm]
-    one_device: bool = False
+    form: str
+    one_device: bool = True
     backprop_at_one: bool = True
 
 
+def _over_devices(card: Method) -> Contestant:
+    def make(stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int, **common: Any) -> Algorithm:
+        own = card.defaults | ({"microbatches": microbatches} if split else {})
+        return card.make(own, stages, loss_fn, optimizer, TrainingSet(EXAMPLES, CLASSES), **common)
+
+    split = "microbatches" in card.defaults
+    return Contestant(f"{card.title}, K devices", make, card.memory, one_device=False, backprop_at_one=not split)
+
+
+def _unsplit(method: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+    return lambda *arguments, microbatches, **common: method(*arguments, **common)
+
+
+def _checkpoint(stages: Sequence[Stage], *arguments: Any, **common: Any) -> Algorithm:
+    return fr.backprop([checkpointed(stage) for stage in stages], *arguments, **common)
+
+
 CONTESTANTS = {
-    "bp": Contestant("back-propagation, K devices", _plain(fr.backprop)),
-    "fr": Contestant("features replay, K devices", _plain(fr.features_replay)),
-    "ddg": Contestant("DDG, K devices", _plain(fr.ddg)),
-    "dni": Contestant("DNI, K devices", _dni),
-    "gpipe": Contestant("GPipe, K devices", fr.gpipe, backprop_at_one=False),
-    "checkpoint": Contestant("jax.checkpoint, one device", _checkpoint, one_device=True, backprop_at_one=False),
-    "recompute": Contestant("recomputing back-propagation, one device", _plain(recomputing), one_device=True),
-    "fr-one-device": Contestant("features replay, one device", _plain(fr.features_replay), one_device=True),
+    **{name: _over_devices(card) for name, card in METHODS.items()},
+    "checkpoint": Contestant("jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", backprop_at_one=False),
+    "recompute": Contestant("recomputing back-propagation, one device", _unsplit(recomputing), "recompute"),
+    "fr-one-device": Contestant("features replay, one device", _unsplit(fr.features_replay), "fr-one-device"),
 }

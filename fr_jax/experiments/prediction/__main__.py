@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fr_jax as fr
 from fr_jax import distributed
@@ -25,12 +25,14 @@ from fr_jax.experiments._bench.contestants import shared_settings
 from fr_jax.experiments._bench.pinned import cores_by_process
 from fr_jax.experiments._bench.turns import quietly
 from fr_jax.experiments._cli import harness
+from fr_jax.experiments._cli.checks import check_parts
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
-from fr_jax.experiments._fields import SettingsError
-from fr_jax.experiments.prediction.methods import ONE, Prediction, choose, prepare, title_of
+from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
+from fr_jax.experiments._methods import DATA_PARALLEL
+from fr_jax.experiments.prediction.methods import CHOICES, ONE, Prediction, choose, own_of, prepare, title_of
 from fr_jax.plotting.gantt import gantt_figure
 from fr_jax.plotting.style import png
 
@@ -39,24 +41,28 @@ __all__ = ["PredictionSettings", "main", "measure", "table"]
 FILES = ("prediction.json", "prediction.png")
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class PredictionSettings:
     """Predict the seconds of a step from measured stages and transfers, and measure the step."""
 
-    K: int = 2
+    K: int = setting(2, least=1)
     """Stages."""
-    methods: tuple[Literal["fr", "fr-lockstep", "ddg", "dni", "gpipe", "dp", "bp"], ...] = ("fr", "ddg", "bp")
-    """What to predict; back-propagation on one device is always there. fr-lockstep: features replay by a loop that
-    waits between plays and replays; dp: data parallelism over K devices."""
-    model: str = "resnet20"
+    methods: tuple[str, ...] = setting(
+        ("fr", "ddg", "bp"),
+        choices=CHOICES,
+        help=f"What to predict: {', '.join(CHOICES)}; back-propagation on one device is always there. fr-lockstep: "
+        "features replay by a loop that waits between plays and replays; dp: data parallelism over K devices.",
+    )
+    model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
-    batch_size: int = 128
+    batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    microbatches: int = 4
+    microbatches: int = setting(4, least=1)
     """Of GPipe."""
-    rounds: int = 5
+    rounds: int = setting(5, least=1)
     """How many times everything is measured; medians count."""
-    steps: int = 8
+    steps: int = setting(8, least=1)
     """Steps of a method in a round."""
     cuts: tuple[int, ...] | None = None
     """Explicit cuts; by default fr_jax.balance chooses them from measured times, for features replay."""
@@ -68,15 +74,11 @@ class PredictionSettings:
 
 def refusal(settings: PredictionSettings) -> str | None:
     """What is wrong with the settings, or None."""
-    if settings.model not in fr.models.MODELS:
-        return f"--model {settings.model} is unknown; it can be {', '.join(fr.models.MODELS)}."
-    for name in ("K", "batch_size", "microbatches", "rounds", "steps"):
-        if getattr(settings, name) < 1:
-            return f"--{name.replace('_', '-')} {getattr(settings, name)}: give 1 or more."
-    if "gpipe" in settings.methods and settings.batch_size % settings.microbatches:
-        return f"--batch-size {settings.batch_size} cannot be split into {settings.microbatches} --microbatches."
-    if "dp" in settings.methods and settings.batch_size % settings.K:
-        return f"--batch-size {settings.batch_size} cannot be split over --K {settings.K} devices of data parallelism."
+    check_fields(settings)
+    shared = shared_settings(settings)
+    for name in settings.methods:
+        parts = settings.K if name == DATA_PARALLEL else own_of(name, shared).get("microbatches", 1)
+        check_parts(settings.batch_size, parts, name)
     layers = len(fr.models.MODELS[settings.model]())
     if layers < settings.K:
         return f"--K {settings.K}: {settings.model} has {layers} layers. Use at most that many."
@@ -148,7 +150,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
         },
     }
     title = f"{settings.model}, batch {settings.batch_size}, K = {K}, simulated with measured times"
-    charts = {title_of(name, settings.microbatches): timeline for name, timeline in timelines.items()}
+    charts = {title_of(name, shared): timeline for name, timeline in timelines.items()}
     one_step = summarise(timelines[ONE]).step_seconds
     return result, png(gantt_figure(charts, title=title, seconds=4 * one_step, reference=one_step), dpi=130)
 

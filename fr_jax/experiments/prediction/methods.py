@@ -13,9 +13,9 @@ import fr_jax as fr
 from fr_jax.algorithms._stages import check_setup
 from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.diagnostics.profiling.data_parallel_times import data_parallel_timer
-from fr_jax.diagnostics.profiling.stage_times import KINDS_OF, Measured, stage_timer
-from fr_jax.diagnostics.profiling.step_times import step_timer
-from fr_jax.diagnostics.simulation.schedules import SCHEDULES, data_parallel, gpipe
+from fr_jax.diagnostics.profiling.stage_times import Measured, stage_timer
+from fr_jax.diagnostics.profiling.step_times import STEPS, step_timer
+from fr_jax.diagnostics.simulation.schedules import data_parallel
 from fr_jax.diagnostics.simulation.timeline import Task
 from fr_jax.experiments._bench.contestants import (
     OPTIMIZER,
@@ -27,25 +27,16 @@ from fr_jax.experiments._bench.contestants import (
 )
 from fr_jax.experiments._bench.turns import Contestant
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
-from fr_jax.experiments._methods import DATA_PARALLEL
+from fr_jax.experiments._methods import COMPARED, DATA_PARALLEL, LOCKSTEP, METHODS
 from fr_jax.experiments._run.cuts import choose_cuts
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Array, Stage
 
-__all__ = ["ONE", "Prediction", "choose", "prepare", "title_of"]
+__all__ = ["CHOICES", "ONE", "Prediction", "choose", "own_of", "prepare", "title_of"]
 
 ONE = "one device"
-LOCKSTEP = "fr-lockstep"
-TITLES = {
-    ONE: "back-propagation, one device",
-    "fr": "features replay",
-    LOCKSTEP: "features replay with barriers",
-    "ddg": "DDG",
-    "dni": "DNI",
-    "gpipe": "GPipe",
-    DATA_PARALLEL: "data parallelism",
-    "bp": "back-propagation",
-}
+CHOICES = tuple(name for name, card in COMPARED.items() if card.decoupled or name in (*STEPS, DATA_PARALLEL))
+"""Methods whose parts can be timed."""
 
 
 class Prediction(NamedTuple):
@@ -56,15 +47,19 @@ class Prediction(NamedTuple):
     contestant: Contestant
 
 
-def title_of(name: str, microbatches: int) -> str:
+def title_of(name: str, shared: SharedSettings) -> str:
     """In a picture."""
-    return TITLES[name] + (f", M = {microbatches}" if name == "gpipe" else "")
+    return f"{METHODS['bp'].title}, {ONE}" if name == ONE else COMPARED[name].titled(own_of(name, shared))
+
+
+def own_of(name: str, shared: SharedSettings) -> dict[str, Any]:
+    """The own settings of one of :data:`COMPARED`."""
+    return own_of_method(shared, name) if name in METHODS else {}
 
 
 def timer_of(name: str) -> str:
     """How the parts of a method are timed: alone, all devices at once, or in their places in the method's own step."""
-    alone = name in KINDS_OF and name not in ("bp", "gpipe")
-    return "at once" if alone else f"{TITLES[name]}'s step"
+    return "at once" if name in METHODS and METHODS[name].decoupled else f"{COMPARED[name].title}'s step"
 
 
 def choose(shared: SharedSettings, layers: Sequence[Stage], K: int) -> tuple[int, ...]:
@@ -78,28 +73,26 @@ def prepare(
     shared: SharedSettings, layers: Sequence[Stage], methods: Sequence[str], K: int, cuts: tuple[int, ...]
 ) -> tuple[dict[str, Prediction], dict[str, Callable[[], Measured]]]:
     """The methods, back-propagation on one device first, and the timers of their parts."""
-    microbatches = own_of_method(shared, "gpipe")["microbatches"]
     timers = _timers(shared, layers, methods, K, cuts)
     bp = make_entry(shared, layers, "bp", 1).contestant
-    found = {ONE: Prediction(_schedule_of("bp", K, microbatches), ONE, bp)}
+    found = {ONE: Prediction(_schedule_of("bp", K, own_of("bp", shared)), ONE, bp)}
     for name in methods:
         if name == LOCKSTEP:
             contestant = _lockstep(shared, layers, K, cuts)
         else:
-            own = () if name == DATA_PARALLEL else cuts
-            contestant = make_entry(shared, layers, name, K, cuts=own).contestant
-        found[name] = Prediction(_schedule_of(name, K, microbatches), timer_of(name), contestant)
+            places = () if name == DATA_PARALLEL else cuts
+            contestant = make_entry(shared, layers, name, K, cuts=places).contestant
+        found[name] = Prediction(_schedule_of(name, K, own_of(name, shared)), timer_of(name), contestant)
     return found, timers
 
 
-def _schedule_of(name: str, K: int, microbatches: int) -> Callable[[Measured, int], tuple[Task, ...]]:
-    if name == "gpipe":
-        return lambda measured, steps: gpipe(measured.times, steps, microbatches)
-    if name == DATA_PARALLEL:
-        return lambda measured, steps: data_parallel(
-            measured.times.stages[0].last, K, steps, all_reduce=measured.times.all_reduce
-        )
-    return lambda measured, steps: SCHEDULES[name](measured.times, steps)
+def _schedule_of(name: str, K: int, own: dict[str, Any]) -> Callable[[Measured, int], tuple[Task, ...]]:
+    schedule = COMPARED[name].schedule
+    if schedule is not None:
+        return lambda measured, steps: schedule(measured.times, steps, own.get("microbatches", 1))
+    return lambda measured, steps: data_parallel(
+        measured.times.stages[0].last, K, steps, all_reduce=measured.times.all_reduce
+    )
 
 
 def _timers(
@@ -111,17 +104,16 @@ def _timers(
     alone = [name for name in methods if timer_of(name) == "at once"]
     if alone:
         own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-        own |= {"kinds": {kind for name in alone for kind in KINDS_OF[name]}, "placement": spread}
+        schedules = [schedule for name in alone if (schedule := COMPARED[name].schedule) is not None]
+        own |= {"kinds": {kind for schedule in schedules for kind in schedule.kinds}, "placement": spread}
         timers["at once"] = stage_timer(stages, cross_entropy, OPTIMIZER, batch, **own)
     for name in methods:
         if name == DATA_PARALLEL:
             (split,) = fr.placement(1, data_parallel=K)
             timers[timer_of(name)] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
         elif name not in alone:
-            options: dict[str, Any] = {
-                "placement": spread,
-                "microbatches": own_of_method(shared, "gpipe")["microbatches"],
-            }
+            M = own_of(name, shared).get("microbatches", 1)
+            options: dict[str, Any] = {"placement": spread, "microbatches": M}
             timers[timer_of(name)] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
     return timers
 
@@ -135,4 +127,4 @@ def _lockstep(shared: SharedSettings, layers: Sequence[Stage], K: int, cuts: tup
     def run(state: Any) -> tuple[Any, Array]:
         return lockstep.step(parts, setup, state, batch)
 
-    return Contestant(TITLES[LOCKSTEP], run, lockstep.init(setup, jax.random.key(0), batch))
+    return Contestant(COMPARED[LOCKSTEP].title, run, lockstep.init(setup, jax.random.key(0), batch))

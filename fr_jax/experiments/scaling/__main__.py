@@ -23,8 +23,9 @@ from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._methods import COMPARED
 from fr_jax.experiments.scaling import picture as scaling_picture
-from fr_jax.experiments.scaling.network import METHODS, STEP, Network, described, ideal, schedule, speedups
+from fr_jax.experiments.scaling.network import STEP, Network, described, ideal, own_of, schedule, speedups
 from fr_jax.models import MODELS
 from fr_jax.plotting.gantt import gantt_figure
 from fr_jax.plotting.style import png
@@ -112,9 +113,10 @@ def simulated(settings: ScalingSettings, network: Network) -> dict[str, Any]:
     perfect = ideal(network.weights)
     by_K, by_ratio = [], []
     for K in settings.K:
-        bounds = {name: method.bound(K, M) for name, method in METHODS.items()}
+        weight = COMPARED["fr"].last_stage_weight(K, {})
+        bounds = {name: card.speedup(K, own_of(name, M)) for name, card in COMPARED.items()}
         found = [speedups(one, K, settings.ratio, M) for one in (perfect, network)]
-        by_K.append({"K": K, "bounds": bounds, "ideal": found[0], "model": found[1], "cuts": network.cuts(K, 3 / 4)})
+        by_K.append({"K": K, "bounds": bounds, "ideal": found[0], "model": found[1], "cuts": network.cuts(K, weight)})
     for ratio in sorted(settings.ratios):
         found = [speedups(one, settings.ratio_K, ratio, M) for one in (perfect, network)]
         by_ratio.append({"ratio": ratio, "ideal": found[0], "model": found[1]})
@@ -146,22 +148,23 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _speedups(first: str, rows: list[dict[str, Any]], which: str) -> str:
-    cell = lambda row, name: "-" if row[which] is None else f"{row[which][name]:.2f}"
-    body = [(f"{row[first]:g}", *(cell(row, name) for name in METHODS)) for row in rows]
-    return text_table((first, *(method.short for method in METHODS.values())), body, left=0)
+    known = lambda row, name: row[which] is not None and row[which][name] is not None
+    cell = lambda row, name: f"{row[which][name]:.2f}" if known(row, name) else "-"
+    body = [(f"{row[first]:g}", *(cell(row, name) for name in COMPARED)) for row in rows]
+    return text_table((first, *(card.short for card in COMPARED.values())), body, left=0)
 
 
 def timelines(settings: ScalingSettings, network: Network, K: int) -> tuple[dict[str, Timeline], float]:
     """The timeline of every method, by title, and how far to draw them."""
     until = 3 * STEP if K <= 8 else 1.5 * STEP
     made = {}
-    for name, method in METHODS.items():
-        fastest = STEP / max(1.0, method.bound(K, settings.microbatches))
+    for name, card in COMPARED.items():
+        own = own_of(name, settings.microbatches)
+        fastest = STEP / max(1.0, card.speedup(K, own) or K)
         steps = 4 + math.ceil(until / fastest)
-        if method.fills:  # half of them, which the chart's title is about, are whole cycles of K steps
+        if card.decoupled:  # half of them, which the chart's title is about, are whole cycles of K steps
             steps = 2 * K * math.ceil((steps + 2 * K) / (2 * K))
-        title = f"{method.title}, M = {settings.microbatches}" if name == "gpipe" else method.title
-        made[title] = simulate(schedule(name, network, K, settings.ratio, settings.microbatches, steps))
+        made[card.titled(own)] = simulate(schedule(name, network, K, settings.ratio, settings.microbatches, steps))
     return made, until
 
 

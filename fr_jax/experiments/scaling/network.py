@@ -13,45 +13,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 import fr_jax as fr
-from fr_jax.diagnostics.simulation.schedules import SCHEDULES, data_parallel, gpipe
+from fr_jax.diagnostics.simulation.schedules import data_parallel
 from fr_jax.diagnostics.simulation.timeline import Task, simulate, summarise
 from fr_jax.diagnostics.simulation.times import balanced_shares, ring_all_reduce_seconds, times_of_costs
+from fr_jax.experiments._methods import COMPARED, METHODS
 from fr_jax.types import Stage
 
-__all__ = ["METHODS", "STEP", "Method", "Network", "described", "ideal", "schedule", "speedups"]
+__all__ = ["STEP", "Network", "described", "ideal", "own_of", "schedule", "speedups"]
 
 STEP = 3.0
 """A step of back-propagation on one device: forward 1, backward 2."""
 
 
-class Method(NamedTuple):
-    """What is known of a method.
-
-    Attributes:
-      title, short: its name, in a legend and in a table.
-      bound: ``(K, M) -> speedup`` over back-propagation where stages are balanced and transfers take no time.
-      last_stage_weight: for :func:`fr_jax.balance`.
-      fills: whether devices need some K steps to fill.
-    """
-
-    title: str
-    short: str
-    bound: Callable[[int, int], float]
-    last_stage_weight: float = 1.0
-    fills: bool = False
-
-
-METHODS = {
-    "fr": Method("features replay", "FR", lambda K, M: (3 * K + 1) / 4, 3 / 4, fills=True),
-    "fr-lockstep": Method(
-        "features replay with a barrier", "FR lock", lambda K, M: 3 / (1 + 3 / K) if K > 1 else 1.0, fills=True
-    ),
-    "ddg": Method("DDG", "DDG", lambda K, M: float(K), fills=True),
-    "dni": Method("DNI", "DNI", lambda K, M: 3 * K / 4 if K > 1 else 1.0, fills=True),
-    "gpipe": Method("GPipe", "GPipe", lambda K, M: K * M / (M + K - 1)),
-    "dp": Method("data parallelism", "data p.", lambda K, M: float(K)),
-    "bp": Method("back-propagation", "BP", lambda K, M: 1.0),
-}
+def own_of(name: str, microbatches: int) -> dict[str, Any]:
+    """The own settings of one of :data:`COMPARED`, with this many micro-batches if it has them."""
+    own = METHODS[name].defaults if name in METHODS else {}
+    return own | ({"microbatches": microbatches} if "microbatches" in own else {})
 
 
 class Stages(NamedTuple):
@@ -158,25 +135,25 @@ def schedule(name: str, network: Network, K: int, ratio: float, M: int, steps: i
     """What a method issues.
 
     Args:
-      name: a key of :data:`METHODS`.
+      name: a key of :data:`COMPARED`.
       network: what it trains.
       K: devices.
       ratio: seconds in which mean features cross a cut, over those of a step of back-propagation on one device.
       M: microbatches of GPipe.
       steps: how many.
     """
-    mean_transfer = ratio * STEP
-    if name == "dp":
+    mean_transfer, card, own = ratio * STEP, COMPARED[name], own_of(name, M)
+    if card.schedule is None:
         all_reduce = ring_all_reduce_seconds(network.weights * mean_transfer, K, bandwidth=1.0)
         return data_parallel(STEP / K, K, steps, all_reduce)
-    parts = M if name == "gpipe" else 1
-    stages = network.cut(K, METHODS[name].last_stage_weight)
+    parts = own.get("microbatches", 1)
+    stages = network.cut(K, card.last_stage_weight(K, own))
     times = times_of_costs(
         [cost / parts for cost in stages.costs],
         [size * mean_transfer / parts for size in stages.sizes],
         synthesizers=stages.synthesizers,
     )
-    return gpipe(times, steps, M) if name == "gpipe" else SCHEDULES[name](times, steps)
+    return card.schedule(times, steps, parts)
 
 
 def speedups(network: Network, K: int, ratio: float, M: int) -> dict[str, float] | None:
@@ -184,11 +161,11 @@ def speedups(network: Network, K: int, ratio: float, M: int) -> dict[str, float]
     if not network.fits(K):
         return None
     found = {}
-    for name, method in METHODS.items():
+    for name, card in COMPARED.items():
         # With transfers a decoupled method repeats itself every K steps, or every few times K: a part of such a cycle
         # is not its mean. Before that, DDG runs ahead for some 150 steps of what a network with uneven cuts keeps up.
         cycles = max(6, 12 * (32 // K))
-        steps, skip = (cycles * K, cycles * 2 // 3 * K) if method.fills else (4, 2)
+        steps, skip = (cycles * K, cycles * 2 // 3 * K) if card.decoupled else (4, 2)
         tasks = schedule(name, network, K, ratio, M, steps)
         found[name] = STEP / summarise(simulate(tasks), skip).step_seconds
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.experiments.scaling.network import METHODS
+from fr_jax.experiments._methods import COMPARED
+from fr_jax.experiments.scaling.network import own_of
 from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:
@@ -17,10 +18,8 @@ LEAST_SPEEDUP = 0.2
 """What is slower is not shown."""
 MARKERS = "osD^vPX"
 LOOKS = {
-    name: (colour, marker)
-    for name, colour, marker in zip(
-        METHODS, (COLOURS[1], COLOURS[5], COLOURS[2], COLOURS[3], COLOURS[4], COLOURS[0], "0.35"), MARKERS, strict=True
-    )
+    name: (COLOURS[(i + 1) % len(COLOURS)], MARKERS[i % len(MARKERS)])  # features replay is vermilion everywhere
+    for i, name in enumerate(COMPARED)
 }
 
 
@@ -43,30 +42,30 @@ def figure(result: dict[str, Any]) -> Figure:
     )
     drawing, space = page(12.5, 9.2, "Speedup over back-propagation on one device, simulated", note)
     axes = space.subplots(2, 2, sharex="col", sharey="row")
-    largest = max(*(row["K"] for row in result["by_K"]), own["ratio_K"]), own["microbatches"]
+    K = max(*(row["K"] for row in result["by_K"]), own["ratio_K"])
+    fastest = max(card.speedup(K, own_of(name, own["microbatches"])) or 0.0 for name, card in COMPARED.items())
     titles = {"ideal": "ideal network, cut anywhere", "model": f"{own['model']}, {result['layers']} layers"}
     for row, (which, title) in enumerate(titles.items()):
         _draw_by_K(axes[row, 0], result["by_K"], which)
         axes[row, 0].set_title(f"{title}; transfer/compute ratio {own['ratio']:g}", fontsize=10.5)
         axes[row, 0].set_ylabel("speedup")
         _draw_by_ratio(axes[row, 1], result["by_ratio"], which)
-        axes[row, 0].set_ylim(LEAST_SPEEDUP, 1.5 * max(method.bound(*largest) for method in METHODS.values()))
+        axes[row, 0].set_ylim(LEAST_SPEEDUP, 1.5 * fastest)
         axes[row, 1].set_title(f"{title}; K = {own['ratio_K']}", fontsize=10.5)
     axes[1, 0].set_xlabel("devices K")
     axes[1, 1].set_xlabel("transfer/compute ratio")
-    handles = [Line2D([], [], color=LOOKS[name][0], marker=LOOKS[name][1], label=_label(name, own)) for name in METHODS]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=COMPARED[name].titled(own_of(name, own["microbatches"])))
+        for name, (colour, marker) in LOOKS.items()
+    ]
     handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=1, label="closed form"))
     space.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return drawing
 
 
-def _label(name: str, settings: dict[str, Any]) -> str:
-    return f"GPipe, {settings['microbatches']} microbatches" if name == "gpipe" else METHODS[name].title
-
-
 def _draw_by_K(axes: Axes, rows: list[dict[str, Any]], which: str) -> None:
     for name, (colour, marker) in LOOKS.items():
-        bounds = [row["bounds"][name] for row in rows]
+        bounds = [float("nan") if row["bounds"][name] is None else row["bounds"][name] for row in rows]
         axes.plot([row["K"] for row in rows], bounds, color=colour, linestyle="--", linewidth=1, alpha=0.8)
         there = [row for row in rows if row[which] is not None]
         values = [row[which][name] for row in there]
