@@ -217,13 +217,13 @@ def test_program_writes_curves_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--K", "5"], "--K 5: give one or more numbers from 1 to 4"),
-        (["--rates", "0"], "--rates 0.0: give numbers above 0"),
-        (["--replicas", "3"], "--replicas 3: give an even number"),
-        (["--steps", "2"], "--steps 2: give 8 or more"),
-        (["--tau", "-1"], "--tau -1.0: give a number above 0"),
-        (["--seed", "-1"], "--seed from 0 to 4294967295"),
-        (["--seed", str(2**32)], "--seed from 0 to 4294967295"),
+        (["--K", "5"], "--K 5 is out of range; each must be at least 1 and at most 4"),
+        (["--rates", "0"], "--rates 0.0 is out of range; each must be above 0"),
+        (["--replicas", "3"], "--replicas 3 must be even"),
+        (["--steps", "2"], "--steps 2 is out of range; it must be at least 8"),
+        (["--tau", "-1"], "--tau -1.0 is out of range; it must be above 0"),
+        (["--seed", "-1"], "--seed -1 is out of range"),
+        (["--seed", str(2**32)], "at least 0 and at most 4294967295"),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):

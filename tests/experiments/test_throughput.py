@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import time
 
 import jax
@@ -11,6 +13,7 @@ from fr_jax.experiments._bench.turns import Turn
 from fr_jax.experiments.throughput import __main__ as throughput
 from fr_jax.experiments.throughput import pytorch_peer
 from fr_jax.experiments.throughput.pytorch_network import NETWORKS, copy_weights, network
+from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
 
 SMALL = "--models mlp --dtypes float32 --K 2 --batch-size 8 --rounds 3 --steps 2".split()  # noqa: SIM905
 
@@ -42,10 +45,10 @@ def test_methods_on_one_device_beside_a_plain_step(tmp_path, capsys):
         (["--dtypes", "float16"], "--dtypes float16 is unknown"),
         (["--methods", "sgd"], "--methods sgd is unknown"),
         (["--pytorch", "fast"], "--pytorch fast is unknown"),
-        (["--models", "mlp", "mlp"], "--models mlp mlp: give one or more, each once"),
-        (["--dtypes"], "--dtypes : give one or more, each once"),
+        (["--models", "mlp", "mlp"], "--models mlp mlp: give one or more distinct values"),
+        (["--dtypes"], "--dtypes none: give one or more distinct values"),
         (["--rounds", "0"], "--rounds 0 is out of range"),
-        (["--methods", "gpipe", "--microbatches", "3"], "cannot be split into --microbatches 3 equal parts"),
+        (["--methods", "gpipe", "--microbatches", "3"], "cannot be split into the 3 equal parts of gpipe"),
         ([*SMALL, "--pytorch", "none", "--K", "7"], "K = 7 stages were asked of"),
     ],
 )
@@ -67,47 +70,26 @@ def test_knows_which_networks_are_written_in_pytorch(monkeypatch, capsys):
     assert set(NETWORKS) <= set(fr.models.MODELS)
 
 
-def peer(program: str) -> pytorch_peer.Peer:
-    return pytorch_peer.start_peer("PyTorch", ["-c", program])
-
-
-def test_a_peer_takes_turns_in_its_own_process():
-    program = (
-        "import json, sys\n"
-        "print('a library says hello')\n"
-        "print(json.dumps({'ready': {'torch': '2'}}), flush=True)\n"
-        "for line in sys.stdin:\n"
-        "    print(json.dumps(dict(seconds=int(line), host=2.0, host_cpu=3.0, busy=4.0)), flush=True)\n"
-    )
-    one = peer(program).ready(60)
-    assert one.about == {"torch": "2"}
-    assert [one.take_turn(steps)[1] for steps in (5, 7)] == [Turn(5, 2.0, 3.0, 4.0), Turn(7, 2.0, 3.0, 4.0)]
-    one.end()
-    assert one.process.poll() is not None
-
-
-def test_a_peer_that_dies_is_an_error_with_its_last_words():
-    one = peer("import sys; print('out of memory'); sys.exit(3)")
-    with pytest.raises(pytorch_peer.PeerError, match="PyTorch has ended with code 3: out of memory"):
-        one.ready(60)
-    with pytest.raises(pytorch_peer.PeerError, match="has ended with code 3"):
-        one.take_turn(1)
-    one.end()
-
-
-def test_a_peer_that_takes_too_long_is_given_up():
-    one = peer("import time; time.sleep(100)")
-    with pytest.raises(pytorch_peer.PeerError, match="was not ready in time"):
-        one.ready(0.5)
-    one.end()
-
-
-def test_a_peer_that_was_ready_before_the_deadline_is_not_late():
-    one = peer("print('{\"ready\": {}}', flush=True); input()")
-    while one.lines.empty():
-        time.sleep(0.01)
-    assert one.ready(-5.0).about == {}
-    one.end()
+def test_peers_in_their_own_processes():
+    """In one test, since each takes seconds to start."""
+    take_turn = functools.partial(Turn, host=2.0, host_cpu=3.0, busy=4.0)
+    good = Peer("PyTorch", tuple, ({"torch": "2"}, take_turn))  # tuple(pair) is the pair
+    broken = Peer("PyTorch", json.loads, "no JSON")
+    dead = Peer("PyTorch", os._exit, 3)
+    slow = Peer("PyTorch", time.sleep, 100)
+    assert good._connection.poll(60)
+    assert good.ready(-5.0).about == {"torch": "2"}  # ready before the deadline, asked after it
+    assert [good.take_turn(steps)[1] for steps in (5, 7)] == [Turn(5, 2.0, 3.0, 4.0), Turn(7, 2.0, 3.0, 4.0)]
+    with pytest.raises(PeerError, match=r"PyTorch failed: .*JSONDecodeError: Expecting value"):
+        broken.ready(60)
+    for wait in (lambda: dead.ready(60), lambda: dead.take_turn(1)):
+        with pytest.raises(PeerError, match="PyTorch has ended with code 3"):
+            wait()
+    with pytest.raises(PeerError, match="was not ready in time"):
+        slow.ready(0.1)
+    for one in (good, broken, dead, slow):
+        one.end()
+        assert not one.process.is_alive()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18"])

@@ -6,8 +6,8 @@ With L, M, sigma of Assumptions 1 and 2, and gamma_t = gamma (Theorem 1) or dimi
                                                     + L M sum_t gamma_t^2 / (2 sigma Gamma_T)       (9), (11)
 
 for t = 0..T-1 and Gamma_T = sum_t gamma_t. Here features replay trains two least-squares networks whose L and f(w*)
-are known (``theorems_problems``), and both sides are drawn over T. Both sums begin with t = K-1, the first iteration in
-which all modules update, and with w^{K-1} instead of w^0.
+are known (``problems``), and both sides are drawn over T. Both sums begin with t = K-1, the first iteration in which
+all stages update, and with w^{K-1} instead of w^0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
-from fr_jax.experiments._fields import LARGEST_SEED, SettingsError
+from fr_jax.experiments._fields import LARGEST_SEED, SettingsError, check_fields, setting
 from fr_jax.experiments.theorems.moments import Moments, exact, final_sigma, measure
 from fr_jax.experiments.theorems.picture import figure
 from fr_jax.experiments.theorems.problems import LAYERS, PROBLEMS, Problem
@@ -43,23 +43,23 @@ POINTS = 60
 class TheoremsSettings:
     """Measure the left side of Theorems 1 and 2 on networks with known constants, beside the bound."""
 
-    problems: tuple[Literal["linear", "sine"], ...] = ("linear", "sine")
+    problems: tuple[Literal["linear", "sine"], ...] = setting(("linear", "sine"), series="distinct")
     """linear: a residual network that is linear in all weights. sine: one that is not convex."""
-    K: tuple[int, ...] = (2, 4)
-    """Modules, 1 to 4: the networks have four layers."""
-    rates: tuple[float, ...] = (0.02, 0.1, 0.4)
+    K: tuple[int, ...] = setting((2, 4), least=1, most=LAYERS, series="distinct")
+    """Numbers of stages, 1 to 4: the networks have four layers."""
+    rates: tuple[float, ...] = setting((0.02, 0.1, 0.4), above=0)
     """Fixed step sizes gamma (Theorem 1)."""
-    diminishing: tuple[float, ...] = (0.4,)
+    diminishing: tuple[float, ...] = setting((0.4,), above=0)
     """gamma_0 of diminishing step sizes gamma_0 / (1 + t / tau) (Theorem 2)."""
-    tau: float = 100.0
+    tau: float = setting(100.0, above=0)
     """Iterations after which a diminishing step size is halved."""
-    steps: int = 4000
+    steps: int = setting(4000, least=2 * LAYERS)
     """Iterations T of a run."""
-    batch_size: int = 8
+    batch_size: int = setting(8, least=1)
     """Examples of a mini-batch, drawn with replacement."""
-    replicas: int = 512
+    replicas: int = setting(512, least=2)
     """Independent runs, side by side, over which expectations are means; an even number."""
-    seed: int = 0
+    seed: int = setting(0, least=0, most=LARGEST_SEED)
     """Of the mini-batches. The problems themselves are fixed."""
     output: Path | None = None
     """A folder for theorems.json and theorems.png; without it only the table is printed."""
@@ -67,24 +67,15 @@ class TheoremsSettings:
     """Replace these files where they exist."""
 
 
-def refusal(settings: TheoremsSettings) -> str | None:
-    """What is wrong with the settings, or None."""
-    if not settings.problems or not (settings.rates or settings.diminishing):
-        return "--problems and either --rates or --diminishing need one value or more."
-    if not settings.K or not all(1 <= k <= LAYERS for k in settings.K):
-        return f"--K {' '.join(map(str, settings.K))}: give one or more numbers from 1 to {LAYERS}, the layers."
-    for name in ("rates", "diminishing"):
-        if not all(0 < rate < float("inf") for rate in getattr(settings, name)):
-            return f"--{name} {' '.join(map(str, getattr(settings, name)))}: give numbers above 0."
-    if not 0 < settings.tau < float("inf"):
-        return f"--tau {settings.tau}: give a number above 0."
-    if settings.steps < 2 * LAYERS:
-        return f"--steps {settings.steps}: give {2 * LAYERS} or more."
-    if settings.batch_size < 1 or not 0 <= settings.seed <= LARGEST_SEED:
-        return f"--batch-size must be 1 or more, and --seed from 0 to {LARGEST_SEED}."
-    if settings.replicas < 2 or settings.replicas % 2:
-        return f"--replicas {settings.replicas}: give an even number, 2 or more; either half has a use of its own."
-    return None
+def check(settings: TheoremsSettings) -> None:
+    """Raises SettingsError for the first setting that cannot be used."""
+    check_fields(settings)
+    if not (settings.rates or settings.diminishing):
+        raise SettingsError("--rates and --diminishing are both empty; give one step size or more.")
+    if settings.replicas % 2:
+        raise SettingsError(f"--replicas {settings.replicas} must be even: either half has a use of its own.")
+    one_process("theorems runs in one process.")
+    check_folder(settings.output, FILES, overwrite=settings.overwrite)
 
 
 class Constants(NamedTuple):
@@ -154,12 +145,9 @@ def measure_all(settings: TheoremsSettings) -> dict[str, Any]:
     """
     runs = [(name, K, *one) for name in settings.problems for K in settings.K for one in schedules(settings)]
     rows = []
-    bar_of: dict[str, Any] = {
-        "unit": "step",
-        "dynamic_ncols": True,
-        "mininterval": 0.5 if sys.stderr.isatty() else 10.0,
-    }
-    with jax.enable_x64(True), tqdm(total=len(runs) * settings.steps, **bar_of) as bar:
+    seldom = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file is not a screen
+    bar = tqdm(total=len(runs) * settings.steps, unit="step", dynamic_ncols=True, mininterval=seldom)
+    with jax.enable_x64(True), bar:
         for name, K, kind, rate, rates in runs:
             bar.set_postfix_str(f"{name}, K = {K}, gamma = {rate:g}, {kind}", refresh=False)
             problem = PROBLEMS[name]()
@@ -276,10 +264,7 @@ def run(settings: TheoremsSettings) -> int:
     Raises:
       SettingsError: a setting cannot be used.
     """
-    if problem := refusal(settings):
-        raise SettingsError(problem)
-    one_process("theorems runs in one process.")
-    check_folder(settings.output, FILES, overwrite=settings.overwrite)
+    check(settings)
     result = measure_all(settings)
     print(table(result), flush=True)
     if settings.output is not None:

@@ -1,21 +1,14 @@
-"""PyTorch's step of the same network, in a process of its own that takes turns with this one.
-
-``python -m fr_jax.experiments.throughput.pytorch_peer MODEL DTYPE BATCH_SIZE MODE`` says ``{"ready": ..}`` when its
-step is compiled, then reads numbers of steps from stdin, one per line, and answers each with a ``Turn`` as JSON.
-"""
+"""PyTorch's step of the same network, in a process of its own that takes turns with this one."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import queue
-import subprocess
-import sys
-import threading
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Self
 
 from fr_jax.experiments._bench.turns import ISSUED_FROM_REST, Turn
 from fr_jax.experiments._fields import SettingsError
@@ -29,7 +22,7 @@ WARM_UP = 4
 
 
 class PeerError(RuntimeError):
-    """PyTorch's process has ended; the message has its last words."""
+    """PyTorch's process has failed or ended; the message has its last words."""
 
 
 def check_pytorch(models: tuple[str, ...]) -> None:
@@ -47,20 +40,26 @@ def check_pytorch(models: tuple[str, ...]) -> None:
             )
 
 
-class Peer(NamedTuple):
-    """PyTorch's contestant.
+class Peer:
+    """A contestant in a process of its own, which begins to compile at once.
+
+    Args:
+      name: in the table.
+      make: called there: ``make(*arguments) -> (about, take_turn)``, what the contestant says of itself, and
+        ``take_turn(steps) -> Turn``. It and its arguments must be picklable.
 
     Attributes:
-      name: in the table.
-      process: of it.
-      lines: what it has said and nobody has read yet; None is the end.
-      about: what it says of itself: versions and device. Empty until :meth:`ready`.
+      about: versions and device; empty until :meth:`ready`.
     """
 
-    name: str
-    process: subprocess.Popen
-    lines: queue.Queue[str | None]
-    about: dict[str, Any]
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
+        # A forked process would share this one's threads of XLA, and their locks.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.name, self.about = name, {}
+        self.process = context.Process(target=serve, args=(theirs, make, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is seen here
 
     def ready(self, patience: float) -> Self:
         """Waits until its step is compiled, for so many seconds.
@@ -68,7 +67,8 @@ class Peer(NamedTuple):
         Raises:
           PeerError: it failed, or is not ready by then.
         """
-        return self._replace(about=self._answer(patience)["ready"])
+        self.about = self._answer(max(0.0, patience))
+        return self
 
     def take_turn(self, steps: int) -> tuple[Self, Turn]:
         """``steps`` steps, from its device at rest to its device at rest.
@@ -76,61 +76,58 @@ class Peer(NamedTuple):
         Raises:
           PeerError: it failed.
         """
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{steps}\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # its answer says why
-        return self, Turn(**self._answer())
+        with contextlib.suppress(OSError):  # its answer says why
+            self._connection.send(steps)
+        return self, self._answer(None)
 
     def end(self) -> None:
         """Ends it, also while it is still compiling."""
         self.process.kill()
-        self.process.wait()
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
+        self.process.join()
+        self._connection.close()
 
-    def _answer(self, patience: float | None = None) -> dict[str, Any]:
-        deadline = None if patience is None else time.monotonic() + patience
-        said = []
+    def _answer(self, patience: float | None) -> Any:
+        try:
+            if not self._connection.poll(patience):
+                raise PeerError(f"{self.name} was not ready in time")
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise PeerError(f"{self.name} has ended with code {self.process.exitcode}; see above") from None
+        if isinstance(answer, Exception):
+            raise PeerError(f"{self.name} failed: {answer!r}") from answer
+        return answer
+
+
+def serve(connection: Connection, make: Callable[..., Any], *arguments: Any) -> None:
+    """The process of a :class:`Peer`: takes the turns that it is asked for until the other end is closed."""
+    try:
+        about, take_turn = make(*arguments)
+        connection.send(about)
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                line = self.lines.get(timeout=left)
-            except queue.Empty:
-                raise PeerError(f"{self.name} was not ready in time") from None
-            if line is None:
-                self.lines.put(None)  # for whoever asks again
-                code = self.process.wait()
-                raise PeerError(f"{self.name} has ended with code {code}: {' | '.join(said[-5:]) or 'see above'}")
-            if line.startswith("{"):
-                return json.loads(line)
-            said.append(line.rstrip())
+            connection.send(take_turn(connection.recv()))
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def start(model: str, dtype: str, batch_size: int, mode: str) -> Peer:
-    """Starts the process, which begins to compile, and does not wait for it."""
+    """Starts PyTorch's process, and does not wait for it."""
     name = "PyTorch, " + ("eager" if mode == "eager" else f"compiled ({mode})")
-    return start_peer(name, ["-m", "fr_jax.experiments.throughput.pytorch_peer", model, dtype, str(batch_size), mode])
+    return Peer(name, make_contestant, model, dtype, batch_size, mode)
 
 
-def start_peer(name: str, arguments: Sequence[str]) -> Peer:
-    """Starts ``python ARGUMENTS``, which answers as :func:`main` does."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *arguments], **pipes)
-    lines: queue.Queue[str | None] = queue.Queue()
+def make_contestant(model: str, dtype: str, batch_size: int, mode: str) -> tuple[dict[str, Any], Callable[[int], Turn]]:
+    """PyTorch's training step, compiled."""
+    import torch
 
-    def read() -> None:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    return Peer(name, process, lines, {})
+    step, wait = make_step(model, dtype, batch_size, mode)
+    take_turn(step, wait, WARM_UP)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    about = {"torch": torch.__version__, "device": device, "cudnn": torch.backends.cudnn.version()}
+    return about, lambda steps: take_turn(step, wait, steps)
 
 
 def make_step(model: str, dtype: str, batch_size: int, mode: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -180,21 +177,3 @@ def take_turn(step: Callable[[], Any], wait: Callable[[], Any], steps: int) -> T
     wait()
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     return Turn(seconds / steps, *issued, busy / steps)
-
-
-def main() -> None:
-    """Compiles the step, and takes the turns that it is asked for until stdin ends."""
-    model, dtype, batch_size, mode = sys.argv[1:]
-    import torch
-
-    step, wait = make_step(model, dtype, int(batch_size), mode)
-    take_turn(step, wait, WARM_UP)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    about = {"torch": torch.__version__, "device": device, "cudnn": torch.backends.cudnn.version()}
-    print(json.dumps({"ready": about}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(take_turn(step, wait, int(line))._asdict()), flush=True)
-
-
-if __name__ == "__main__":
-    main()
