@@ -1,6 +1,7 @@
 """Oracle 7 across processes: stages spread over two processes give the bits of one process."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,17 @@ def numbers(process: subprocess.Popen) -> dict[str, dict]:
 @pytest.mark.parametrize(
     "methods", [["fr", "gpipe"], pytest.param(["bp", "ddg", "dni", "blockprop"], marks=pytest.mark.slow)], ids=" ".join
 )
+@pytest.mark.usefixtures("quick_compilation")  # as quick_env has it
 def test_two_processes_give_the_bits_of_one(methods: list[str], quick_env: dict[str, str]) -> None:
-    alone = numbers(start(methods, quick_env))
     both = {COORDINATOR: f"127.0.0.1:{free_port()}", NUM_PROCESSES: "2"}
     group = [start(methods, quick_env, **both, **{PROCESS_ID: str(k)}) for k in range(2)]
-    first, second = (numbers(process) for process in group)
+    try:
+        here = runpy.run_path(SCRIPT)
+        alone = {method: here["run"](here["METHODS"][method]) for method in methods}
+        first, second = (numbers(process) for process in group)
+    finally:
+        for process in group:
+            process.kill()
     for method in methods:
         assert set(first[method]) == {"params 0", "params 2"}
         assert set(second[method]) == {"params 1", "params 3", "loss"}

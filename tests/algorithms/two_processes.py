@@ -1,4 +1,4 @@
-"""Run by test_processes.py with the names of methods, alone and as two processes."""
+"""Run by test_processes.py with the names of methods, in its own process and as two processes."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def run(method):
     """What this process can see of the end of a run, bit by bit."""
     placement = fr.placement(4)
     stages = fr.partition(fr.models.mlp(depth=4, width=16, dropout_rate=0.2), (1, 2, 3))
-    algorithm = method(stages, loss_fn, optax.adam(0.01), placement=placement, donate=True)
+    algorithm = method(stages, loss_fn, optax.sgd(0.1, momentum=0.9), placement=placement, donate=True)
     batches = list(make_batches(placement))
     state = algorithm.init(jax.random.key(0), batches[0])
     for batch in batches:
@@ -54,6 +54,5 @@ def run(method):
 
 
 if __name__ == "__main__":
-    if not distributed.initialize():
-        jax.config.update("jax_num_cpu_devices", 2)
+    distributed.initialize()
     print(json.dumps({name: run(METHODS[name]) for name in sys.argv[1:]}))
