@@ -95,7 +95,7 @@ def load(
         confusable = "it is not MNIST, and " if preferred == "mnist" else ""
         log(
             f"!!! NO {official.title}: not on this machine, and {error.__cause__ or error}. Training on the "
-            f"substitute {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To get an "
+            f"stand-in {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To get an "
             f"error instead, ask for {official.name} by name."
         )
         return dataset

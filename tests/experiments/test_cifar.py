@@ -483,7 +483,7 @@ def offline(tmp_path, monkeypatch):
     def no_network(*arguments: object, **more: object) -> None:
         raise requests.ConnectionError("blocked by the test")
 
-    monkeypatch.setattr(requests, "get", no_network)
+    monkeypatch.setattr(requests, "head", no_network)
     monkeypatch.chdir(tmp_path)
 
 

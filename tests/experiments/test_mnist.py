@@ -138,7 +138,7 @@ def test_auto_without_a_network_says_so_and_trains_on_digits(program, tmp_path, 
     def no_network(*args: object, **kwargs: object) -> None:
         raise requests.ConnectionError("no network in this test")
 
-    monkeypatch.setattr(requests, "get", no_network)
+    monkeypatch.setattr(requests, "head", no_network)
     quick = [word for word in QUICK if word != "--dataset=digits"]
     code, out, _ = program("--K", 2, *quick, "--workdir", tmp_path / "run")
     assert code == 0 and "!!! NO MNIST" in out and "digits" in out
