@@ -91,7 +91,7 @@ def measure(settings: ChainRuleSettings) -> dict[str, Any]:
         entries[name] = {"title": title, "size_is": unit, "rows": rows, "slopes": _slopes(rows)}
     return {
         "settings": settings_of(settings),
-        **machine(),
+        **machine("numpy"),
         "growth": entries,
     }
 

@@ -1,6 +1,8 @@
 """The program that counts, ``fr_jax.experiments.chain_rule``."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,16 @@ def test_writes_counts_and_a_picture(tmp_path, capsys):
     assert result["growth"]["width"]["slopes"]["naive"] == {"multiplications": None, "seconds": None}
     printed = capsys.readouterr().out
     assert "the lecture's chain" in printed and "136" in printed
+
+
+def test_loads_neither_orbax_nor_the_data_and_training_rooms(program_env):
+    """It needs NumPy and Matplotlib. The package itself brings JAX, Flax and optax."""
+    code = f"import sys; from fr_jax.experiments import chain_rule; chain_rule.main({SMALL}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=program_env, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    unwanted = ("fr_jax.data", "fr_jax.training", "fr_jax.diagnostics", "fr_jax.experiments._methods")
+    assert loaded.isdisjoint({"orbax", "orbax.checkpoint", "sklearn", "pooch", *unwanted})
+    assert "fr_jax.reference.chain_rule" in loaded
 
 
 def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):

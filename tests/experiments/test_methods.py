@@ -1,5 +1,8 @@
 """The cards of the methods, against the simulated schedules and the tables of ``algorithms.md``."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
@@ -35,6 +38,46 @@ def test_bounds_are_the_closed_forms():
 def test_work_of_the_last_stage():
     weights = {name: card.last_stage_weight(4, own_of(card)) for name, card in METHODS.items() if card.schedule}
     assert weights == {"fr": 3 / 4, "bp": 1, "ddg": 1, "dni": 1, "gpipe": 1}
+
+
+MADE_UP = """
+import json, sys
+import fr_jax as fr
+from fr_jax.experiments._fields import own_setting
+from fr_jax.experiments._methods import METHODS, Method
+
+METHODS["ours"] = Method(
+    short="Ours",
+    title="our method",
+    make=lambda own, stages, loss_fn, optimizer, data, **common: fr.backprop(stages, loss_fn, optimizer, **common),
+    learning_rate=0.25,
+    own={own_setting("strength", float, "How much of it.", above=0): 1.5},
+)
+from fr_jax.experiments import mnist  # settings are assembled from the cards when they are first imported
+
+tiny = ["--method", "ours", "--dataset", "digits", "--depth", "2", "--width", "4", "--K", "2", "--batch-size", "512"]
+tiny += ["--checkpoint-every", "1", "--compilation-cache", "none", "--workdir", sys.argv[1]]
+for words in (["--steps", "1", "--strength", "0"], ["--steps", "1"], ["--steps", "2", "--resume"]):
+    print("CODE", mnist.main([*tiny, *words, "--milestones", "9"]))
+print("CODE", mnist.main([*tiny, "--steps", "3", "--resume", "--milestones", "9", "--strength", "2"]))
+config = json.load(open(sys.argv[1] + "/config.json"))
+print(config["strength"], config["learning_rate"])
+mnist.main(["--help"])
+"""
+
+
+def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, quick_env):
+    """It is checked, resolved, trained, resumed, and in the help."""
+    command = [sys.executable, "-c", MADE_UP, str(tmp_path / "run")]
+    done = subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert [text[0] for text in done.stdout.split("CODE ")[1:]] == ["2", "0", "0", "2"], done.stderr
+    assert "--strength 0.0 is out of range; it must be above 0, and finite" in done.stderr
+    assert "--strength is 2.0 and was 1.5" in done.stderr
+    assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
+    assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
+    assert "[ours] How much of it. Default: 1.5." in said and "0.25 for ours" in said
+    assert "gpipe or ours (our method)" in said
 
 
 def test_titles():

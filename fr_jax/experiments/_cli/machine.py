@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import platform
-import sys
 from typing import Any
 
 __all__ = ["machine", "settings_of"]
 
 
-def machine() -> dict[str, Any]:
+def machine(package: str = "jax") -> dict[str, Any]:
     """Processor and device, date, versions, and the environment's settings that change speed.
 
-    In a program that has not loaded JAX, it is NumPy's version instead.
+    Args:
+      package: what computed; only ``jax`` is asked for its device.
     """
     environment = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "NPROC", "XLA_FLAGS") if name in os.environ}
-    package = sys.modules.get("jax") or sys.modules["numpy"]
-    device = f", {package.devices()[0].device_kind}" if package.__name__ == "jax" else ""
+    loaded = importlib.import_module(package)
+    device = f", {loaded.devices()[0].device_kind}" if package == "jax" else ""
     return {
         "machine": f"{os.cpu_count()} x {_processor()}{device}",
         "date": datetime.date.today().isoformat(),
-        package.__name__: package.__version__,
+        package: loaded.__version__,
         "python": platform.python_version(),
         "environment": environment,
     }

@@ -15,6 +15,8 @@ from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._models import MODEL_CARDS
 from fr_jax.models import MODELS
 
+ROOT = pathlib.Path(__file__).parents[3]
+
 
 def parse(arguments: list[str], program: command_line.Program = cifar.CIFAR) -> TrainSettings:
     return command_line.parse(program.name, program.defaults, arguments)
@@ -333,6 +335,17 @@ def test_a_run_from_before_a_setting_existed_can_be_resumed():
     assert differences(old, config(accumulate=2)) == ["--accumulate is 2 and was 1"]
     back = config(method="bp")
     assert differences(back | {"batch_stats": "play"}, back) == []  # written when every run had the setting
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/**/config.json")), ids=lambda p: str(p.parent.name))
+def test_runs_of_earlier_versions_can_be_resumed(path):
+    saved = json.loads(path.read_text())
+    names = {field.name for field in dataclasses.fields(TrainSettings)} - {"epochs"}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in names}
+    own = {name for name in values if not belongs(name, saved["method"], saved["model"])}  # once every run had them
+    settings = TrainSettings(**{name: v for name, v in values.items() if name not in own} | {"overwrite": False})
+    resolved = resolve(settings, saved["dataset"], saved["steps_per_epoch"] * saved["batch_size"])
+    assert differences(saved, as_json(resolved) | {"resolved_cuts": saved["resolved_cuts"]}) == []
 
 
 def test_tensorboard_must_be_installed(monkeypatch):
