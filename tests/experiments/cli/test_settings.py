@@ -9,7 +9,7 @@ import pytest
 from fr_jax.experiments import cifar, mnist
 from fr_jax.experiments._cli import command_line, harness
 from fr_jax.experiments._cli.checks import check, default_workdir, differences, resolve
-from fr_jax.experiments._cli.settings import PRESETS, TrainSettings, as_json
+from fr_jax.experiments._cli.settings import PRESETS, TrainSettings, as_json, belongs
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._models import MODEL_CARDS
