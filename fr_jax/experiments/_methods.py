@@ -31,10 +31,10 @@ Values = Mapping[str, Any]
 
 
 class TrainingSet(NamedTuple):
-    """What a method may need to know of the training data: how many examples and how many classes there are."""
+    """What a method may need to know of the training data: how many examples and, if any, classes there are."""
 
     examples: int
-    classes: int
+    classes: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

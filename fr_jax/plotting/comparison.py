@@ -1,4 +1,4 @@
-"""One figure of many runs: loss against epoch, loss against time, test error against epoch."""
+"""One figure of many runs: loss against epoch, loss against time, the headline number against epoch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from fr_jax._files import write_atomically
 from fr_jax.plotting.curves import Rows, curve, is_finite, smoothed, time_unit
 from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.training.task import ACCURACY, Headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,21 +54,30 @@ TIME = "training time, compilation included"
 
 
 def plot_comparison(
-    lines: Sequence[Line], path: str | pathlib.Path, *, title: str, data_source: str, time: str = TIME
+    lines: Sequence[Line],
+    path: str | pathlib.Path,
+    *,
+    title: str,
+    data_source: str,
+    time: str = TIME,
+    headline: Headline = ACCURACY,
 ) -> None:
-    """Draws :func:`comparison_figure` into a PNG file, replaced in one go.
+    """Draws :func:`comparison_figure` into a PNG file, which is replaced in one operation.
 
     Raises:
       ValueError: for no lines.
       OSError: the file cannot be written; an old one is intact.
     """
-    write_atomically(path, png(comparison_figure(lines, title=title, data_source=data_source, time=time)))
+    figure = comparison_figure(lines, title=title, data_source=data_source, time=time, headline=headline)
+    write_atomically(path, png(figure))
 
 
-def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, time: str = TIME) -> Figure:
-    """Training loss (smoothed) against epoch and time, and test error in percent against epoch; a cross: diverged.
+def comparison_figure(
+    lines: Sequence[Line], *, title: str, data_source: str, time: str = TIME, headline: Headline = ACCURACY
+) -> Figure:
+    """Training loss (smoothed) against epoch and time, and the headline number against epoch; a cross: diverged.
 
-    ``time`` says what the rows' seconds are.
+    An accuracy is shown as error in percent. ``time`` says what the rows' seconds are.
     """
     if not lines:
         raise ValueError("no runs to compare: give at least one line.")
@@ -83,12 +93,12 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, ti
     loss, clock, error = drawing.subplots(1, 3)
     unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
     for line in reversed(lines):  # the first, the baseline, on top
-        _draw(loss, line, "train_loss", "epoch", 1.0)
-        _draw(clock, line, "train_loss", "seconds", seconds)
-        _draw(error, line, "test_accuracy", "epoch", 1.0)
+        _draw(loss, line, "train_loss", "epoch", 1.0, headline)
+        _draw(clock, line, "train_loss", "seconds", seconds, headline)
+        _draw(error, line, f"test_{headline.name}", "epoch", 1.0, headline)
     _finish(loss, "epoch", "training loss")
     _finish(clock, f"{time} ({unit})", "training loss")
-    _finish(error, "epoch", "test error (%)")
+    _finish(error, "epoch", f"test {headline.label}")
     handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
     top = 1 - (0.5 + 0.24 * legend_rows) / height
     drawing.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, top), ncols=columns, frameon=False)
@@ -96,12 +106,15 @@ def comparison_figure(lines: Sequence[Line], *, title: str, data_source: str, ti
     return drawing
 
 
-def mean_over_runs(runs: Sequence[Rows], quantity: str, against: str) -> tuple[Mean, bool]:
+def mean_over_runs(
+    runs: Sequence[Rows], quantity: str, against: str, headline: Headline = ACCURACY
+) -> tuple[Mean, bool]:
     """Step by step over the seeds, as far as all go that did not diverge; and whether one diverged.
 
-    A step counts where all runs that reached it have a row: one that was resumed may have others than the rest.
+    A step counts if all runs that reached it have a row: one that was resumed may have others than the rest. The
+    headline number is shown as ``headline.compared`` gives it, everything else smoothed.
     """
-    points = [_points(rows, quantity, against) for rows in runs]
+    points = [_points(rows, quantity, against, headline) for rows in runs]
     end = _last_common(runs, points)
     steps = []
     for step in sorted(step for step in set().union(*points) if step <= end):
@@ -125,38 +138,37 @@ def _last_common(runs: Sequence[Rows], points: Sequence[dict[int, Any]]) -> floa
     return min(whole) if whole else max((end for end, _ in ends), default=0)
 
 
-def _further(runs: Sequence[Rows], quantity: str, against: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def _further(
+    runs: Sequence[Rows], quantity: str, against: str, headline: Headline
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each run that goes on where the mean ends, x and y from there."""
-    points = [_points(rows, quantity, against) for rows in runs]
+    points = [_points(rows, quantity, against, headline) for rows in runs]
     end = _last_common(runs, points)
     tails = [np.array([own[step] for step in sorted(own) if step >= end]) for own in points]
     return [(tail[:, 0], tail[:, 1]) for tail in tails if len(tail) > 1]
 
 
-def _points(rows: Rows, quantity: str, against: str) -> dict[int, tuple[float, float]]:
+def _points(rows: Rows, quantity: str, against: str, headline: Headline) -> dict[int, tuple[float, float]]:
     """Step -> (x, y), for the finite values."""
     there = [row for row in rows if is_finite(row.get(quantity)) and is_finite(row.get(against))]
-    y = _shown(np.array([row[quantity] for row in there], float), quantity)
+    values = np.array([row[quantity] for row in there], float)
+    y = headline.compared(values) if quantity == f"test_{headline.name}" else smoothed(values)
     return {row["step"]: (row[against], value) for row, value in zip(there, y.tolist(), strict=True)}
 
 
-def _shown(y: np.ndarray, quantity: str) -> np.ndarray:
-    return 100 * (1 - y) if quantity == "test_accuracy" else smoothed(y)
-
-
-def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float) -> None:
-    mean, diverged = mean_over_runs(line.runs, quantity, against)
+def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float, headline: Headline) -> None:
+    mean, diverged = mean_over_runs(line.runs, quantity, against, headline)
     look: dict[str, Any] = {
         "color": COLOURS[line.colour % len(COLOURS)],
         "linestyle": STROKES[line.stroke % len(STROKES)],
     }
-    sparse = len(mean.x) == 1 or (quantity == "test_accuracy" and len(mean.x) <= 40)
+    sparse = len(mean.x) == 1 or (quantity.startswith("test_") and len(mean.x) <= 40)
     few: dict[str, Any] = {"marker": "o", "markersize": 4} if sparse else {}
     label = f"{line.label} (× diverged)" if diverged else line.label
     axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
     if len(line.runs) > 1:
         axes.fill_between(mean.x / scale, mean.low, mean.high, color=look["color"], alpha=0.15, linewidth=0)
-        for x, y in _further(line.runs, quantity, against):
+        for x, y in _further(line.runs, quantity, against, headline):
             axes.plot(x / scale, y, linewidth=0.9, alpha=0.6, **look)
     if diverged and len(mean.x):
         axes.plot(mean.x[-1:] / scale, mean.y[-1:], "X", color=look["color"], markersize=10, markeredgecolor="white")

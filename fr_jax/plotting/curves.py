@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a PNG: loss and accuracy, against epoch and against time."""
+"""Curves of one or several runs as a PNG: the loss and the headline number, against epoch and against time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from fr_jax._files import write_atomically
 from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.training.task import ACCURACY, Headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +39,17 @@ class Curve(NamedTuple):
     diverged: bool
 
 
-def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: str, data_source: str) -> None:
-    """Draws the curves of ``runs`` into a PNG file, replaced in one go.
+def plot_curves(
+    runs: Mapping[str, Rows],
+    path: str | pathlib.Path,
+    *,
+    title: str,
+    data_source: str,
+    headline: Headline = ACCURACY,
+) -> None:
+    """Draws the curves of ``runs`` into a PNG file, which is replaced in one operation.
 
-    Row 1 is the loss, row 2 the accuracy in percent; column 1 against epoch, column 2 against time. Thin: training,
+    Row 1 is the loss, row 2 the headline number; column 1 against epoch, column 2 against time. Thin: training,
     smoothed, with the raw values pale behind. Thick with markers: test.
 
     Args:
@@ -49,15 +57,16 @@ def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: st
       path: the PNG file.
       title: one line over the figure.
       data_source: what the runs were trained on, written below the figure.
+      headline: the number that the runs are judged by.
 
     Raises:
       ValueError: for no runs.
       OSError: the file cannot be written; an old one is intact.
     """
-    write_atomically(path, png(figure(runs, title=title, data_source=data_source)))
+    write_atomically(path, png(figure(runs, title=title, data_source=data_source, headline=headline)))
 
 
-def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
+def figure(runs: Mapping[str, Rows], *, title: str, data_source: str, headline: Headline = ACCURACY) -> Figure:
     """The figure of :func:`plot_curves`, for a notebook to show; it needs no display and no pyplot."""
     if not runs:
         raise ValueError("no runs to plot: give at least one label with its rows.")
@@ -68,11 +77,12 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str) -> Figure:
     drawing.text(0.5, 0.012, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
     axes = drawing.subplots(2, 2, sharex="col", sharey="row")
     unit, seconds_per_unit = time_unit(runs)
-    for row, quantity in enumerate(("loss", "accuracy")):
+    for row, quantity in enumerate((Headline("loss"), headline)):
         for column, (against, scale) in enumerate((("epoch", 1.0), ("seconds", seconds_per_unit))):
             for number, rows in enumerate(runs.values()):
                 _draw_run(axes[row, column], rows, quantity, against, scale, COLOURS[number % len(COLOURS)])
         _set_limits(axes[row, 0], runs, quantity)
+        axes[row, 0].set_ylabel(f"{quantity.words} (%)" if quantity.fraction else quantity.words)
     _label(axes, unit)
     lines = _add_legend(drawing, runs)
     drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.92 - 0.03 * lines, wspace=0.05, hspace=0.09)
@@ -107,12 +117,12 @@ def _diverged(rows: Rows) -> bool:
     return curve(rows, "train_loss", "epoch").diverged or curve(rows, "test_loss", "epoch").diverged
 
 
-def _percent(quantity: str) -> float:
-    return 100.0 if quantity == "accuracy" else 1.0
+def _percent(quantity: Headline) -> float:
+    return 100.0 if quantity.fraction else 1.0
 
 
-def _draw_run(axes: Axes, rows: Rows, quantity: str, against: str, scale: float, colour: str) -> None:
-    train, test = (curve(rows, f"{split}_{quantity}", against) for split in ("train", "test"))
+def _draw_run(axes: Axes, rows: Rows, quantity: Headline, against: str, scale: float, colour: str) -> None:
+    train, test = (curve(rows, f"{split}_{quantity.name}", against) for split in ("train", "test"))
     y = train.y * _percent(quantity)
     mean = smoothed(y)
     if mean is not y:
@@ -122,19 +132,20 @@ def _draw_run(axes: Axes, rows: Rows, quantity: str, against: str, scale: float,
     every = max(1, math.ceil(len(test.x) / 25))
     style = {"linewidth": 2.1, "marker": "o", "markersize": 4.5, "markevery": every, "zorder": 3}
     axes.plot(test.x / scale, test.y * _percent(quantity), color=colour, **style)
-    if quantity == "loss" and _diverged(rows) and len(train.x):
+    if quantity.name == "loss" and _diverged(rows) and len(train.x):
         cross = {"marker": "X", "markersize": 11, "color": colour, "markeredgecolor": "white", "zorder": 4}
         axes.plot(train.x[-1:] / scale, mean[-1:], linestyle="none", clip_on=False, **cross)
 
 
-def _set_limits(axes: Axes, runs: Mapping[str, Rows], quantity: str) -> None:
+def _set_limits(axes: Axes, runs: Mapping[str, Rows], quantity: Headline) -> None:
     """Limits for the smoothed training curves and the test curves; raw values may leave the picture."""
-    curves = [curve(rows, f"{split}_{quantity}", "epoch").y for rows in runs.values() for split in ("train", "test")]
+    names = (f"train_{quantity.name}", f"test_{quantity.name}")
+    curves = [curve(rows, name, "epoch").y for rows in runs.values() for name in names]
     shown = np.concatenate([smoothed(y) for y in curves]) * _percent(quantity)
     if not len(shown):
         return
     low, high = float(shown.min()), float(shown.max())
-    if quantity == "accuracy":
+    if quantity.fraction:
         margin = max(0.06 * (high - low), 1.0)
         axes.set_ylim(max(low - margin, -2.0), min(high + margin, 102.0))
     elif low > 0 and high > _LOG_SCALE_RATIO * low:
@@ -147,8 +158,6 @@ def _set_limits(axes: Axes, runs: Mapping[str, Rows], quantity: str) -> None:
 
 
 def _label(axes: np.ndarray, unit: str) -> None:
-    axes[0, 0].set_ylabel("loss")
-    axes[1, 0].set_ylabel("accuracy (%)")
     axes[1, 0].set_xlabel("epoch")
     axes[1, 1].set_xlabel(f"training time ({unit})")
     for panel in axes.flat:

@@ -1,29 +1,21 @@
-"""Cross entropy and accuracy, in training and over a test set."""
+"""Image classification as a task: cross entropy and accuracy."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Sharding
 
-from fr_jax import distributed
-from fr_jax._arrays import is_readable, put, read
-from fr_jax.types import Array, Batch
+from fr_jax.data.image_sets import Dataset
+from fr_jax.data.pipelines import input_pipeline
+from fr_jax.training.evaluation import sum_over
+from fr_jax.training.task import ACCURACY, Task
+from fr_jax.types import Array
 
-__all__ = ["Score", "accuracy", "cross_entropy", "evaluate", "training_metrics"]
-
-BATCHES_IN_FLIGHT = 4
-
-
-class Score(NamedTuple):
-    """Mean cross entropy (nats) and the fraction of examples classified correctly."""
-
-    loss: float
-    accuracy: float
+__all__ = ["accuracy", "classification", "cross_entropy", "training_metrics"]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -37,56 +29,52 @@ def accuracy(logits: Array, labels: Array) -> Array:
 
 
 def training_metrics(logits: Array, labels: Array) -> dict[str, Array]:
-    """What the last stage reports of each training mini-batch beside its loss."""
+    """What the last stage reports for each training mini-batch in addition to its loss."""
     return {"accuracy": accuracy(logits, labels)}
 
 
 @jax.jit
-def _sums(logits: Array, labels: Array, valid: Array) -> tuple[Array, Array]:
+def _sums(logits: Array, labels: Array, valid: Array) -> dict[str, Array]:
     counts = jnp.arange(labels.shape[0]) < valid
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.where(counts, losses, 0).sum(), jnp.where(counts, logits.argmax(-1) == labels, False).sum()
+    correct = jnp.where(counts, logits.argmax(-1) == labels, False)
+    return {"loss": jnp.where(counts, losses, 0).sum(), "accuracy": correct.sum()}
 
 
-def evaluate(predict: Callable[[Any, Array], Array], state: Any, batches: Iterable[tuple[Batch, int]]) -> Score:
-    """Loss and accuracy of the network in inference mode; every example counts once.
+def classification(dataset: Dataset, batch_size: int, *, seed: int, sharding: Sharding | None = None) -> Task:
+    """The task of classifying the images of ``dataset``.
 
     Args:
-      predict: ``Algorithm.predict``.
-      state: a training state.
-      batches: pairs of a batch of fixed size and how many of its first examples count.
-
-    Returns:
-      The score over all examples that count.
+      dataset: what :func:`fr_jax.data.image_sets.load` returned.
+      batch_size: images of a mini-batch.
+      seed: of the order and of the augmentation.
+      sharding: of the first stage; ``None`` is the default device.
 
     Raises:
-      ValueError: there is no example.
+      ValueError: a batch size that does not fit the data or the devices.
+
+    Example:
+      >>> from fr_jax.data import image_sets
+      >>> task = classification(image_sets.load("digits"), 64, seed=0)
+      >>> task.pipeline.train_batch(0).inputs.shape, task.headline.name
+      ((64, 32, 32, 3), 'accuracy')
     """
-    loss = correct = total = 0.0
-    here = False  # whether the last stage, and with it the logits, are this process's
-    pending: deque[tuple[Array, Array]] = deque()
+    pipeline = input_pipeline(dataset, batch_size, seed=seed, sharding=sharding)
 
-    def collect() -> None:
-        nonlocal loss, correct, here
-        batch_loss, batch_correct = pending.popleft()
-        here = is_readable(batch_loss)
-        if here:
-            loss += float(read(batch_loss))
-            correct += float(read(batch_correct))
+    def evaluate(predict: Any, state: Any) -> dict[str, float]:
+        totals = sum_over(_sums, predict, state, pipeline.test_batches())
+        return {name: totals[name] / totals["examples"] for name in ("loss", "accuracy")}
 
-    group = distributed.group()
-    for number, (batch, valid) in enumerate(batches, start=1):
-        logits = predict(state, batch.inputs)
-        pending.append(_sums(logits, put(batch.targets, logits.sharding), valid))
-        total += valid
-        if len(pending) > BATCHES_IN_FLIGHT:
-            collect()
-        if group.size > 1 and number % BATCHES_IN_FLIGHT == 0:
-            group.exchange(None)  # whoever has not the last stage waits here for the one that has
-    while pending:
-        collect()
-    if not total:
-        raise ValueError("evaluate() was given no examples; the test set needs at least one.")
-    sums = group.exchange([loss, correct] if here else None)
-    loss, correct = next(known for known in sums if known is not None)
-    return Score(loss / total, correct / total)
+    return Task(
+        dataset=dataset.name,
+        source=dataset.source,
+        pipeline=pipeline,
+        loss=cross_entropy,
+        metrics=training_metrics,
+        evaluate=evaluate,
+        headline=ACCURACY,
+        unit="images",
+        units_per_step=batch_size,
+        examples=len(dataset.train_labels),
+        num_classes=dataset.num_classes,
+    )

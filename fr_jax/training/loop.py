@@ -1,35 +1,64 @@
 """The step loop: issues step t, reads the metrics of a few steps ago, evaluates and saves at intervals.
 
-It knows an ``Algorithm`` and nothing of any method.
+It knows an ``Algorithm`` and a ``Task``, and nothing of any method or data set.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from fr_jax import distributed
-from fr_jax.data.pipelines import InputPipeline
 from fr_jax.training.checkpoints import Checkpoints
-from fr_jax.training.classification import evaluate
 from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.metrics_reader import Divergence, MetricsReader, Reporter, Schedule, Stopwatch
-from fr_jax.types import Algorithm
+from fr_jax.training.metrics_reader import Divergence, Intervals, MetricsReader, Reporter, Stopwatch
+from fr_jax.training.task import Headline, Task
+from fr_jax.types import Algorithm, Info
 
-__all__ = ["Divergence", "Outcome", "Schedule", "Totals", "train"]
+__all__ = ["Divergence", "Hook", "Intervals", "Outcome", "Reporter", "Totals", "train"]
 
-PROFILED_STEPS = 10
+
+class Hook(Protocol):
+    """Looks at a run while it trains; ``hooks=`` of :func:`train` takes any number.
+
+    ``hook(state, info)`` is called once with the first state and ``info=None``, then after each step was issued, with
+    the state and the ``Info`` of that step: ``state.step`` is the number of steps issued. Their arrays may not be
+    computed yet: a hook must not wait for a device (no ``float``, ``print`` or ``np.asarray`` of them), and must not
+    keep ``state``, whose buffers the next step may reuse. It may issue computations of its own, and read them in a
+    later call. What a hook raises ends the run. In a run of several processes it sees what its process has.
+    """
+
+    def __call__(self, state: Any, info: Info | None, /) -> None: ...
 
 
 class Totals(NamedTuple):
-    """What a run carries across a resume beside the training state."""
+    """What a run carries across a resume in addition to the training state.
+
+    Attributes:
+      seconds: of training.
+      scores: of the last evaluation, ``{"test_loss": ..., "test_<name>": ..., "best_test_<headline>": ...}``; empty
+        before the first one.
+    """
 
     seconds: float = 0.0
-    test_accuracy: float | None = None
-    best_test_accuracy: float | None = None
+    scores: Mapping[str, float] = {}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Totals:
+        """The totals in the metadata of a checkpoint, those of fr_jax 0.1 included."""
+        scores = {name: value for name, value in metadata["totals"].items() if value is not None}
+        return cls(scores.pop("seconds"), scores)
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds in addition to the state."""
+        return {"totals": {"seconds": self.seconds, **self.scores}}
+
+    def evaluated(self, score: Mapping[str, float], headline: Headline, seconds: float) -> Totals:
+        """The totals after an evaluation."""
+        best = f"best_test_{headline.name}"
+        scores = {f"test_{name}": value for name, value in score.items()}
+        return Totals(seconds, {**scores, best: headline.better(score[headline.name], self.scores.get(best))})
 
 
 class Outcome(NamedTuple):
@@ -38,7 +67,7 @@ class Outcome(NamedTuple):
     Attributes:
       state: the training state at the end.
       step: steps done.
-      totals: seconds and accuracies, earlier parts of a resumed run included.
+      totals: seconds and scores, earlier parts of a resumed run included.
       step_seconds_median: median time of a step in this part of the run, or None if too few were timed.
       divergence: where the run stopped being finite, or None.
       finished: whether all steps were done.
@@ -54,28 +83,28 @@ class Outcome(NamedTuple):
 
 def train(
     algorithm: Algorithm,
+    task: Task,
     state: Any,
-    pipeline: InputPipeline,
-    schedule: Schedule,
+    intervals: Intervals,
     *,
-    report: Reporter,
     checkpoints: Checkpoints,
-    metadata: Callable[[Totals], dict[str, Any]],
-    totals: Totals,
     stop: StopRequest,
+    report: Reporter | None = None,
+    hooks: Sequence[Hook] = (),
+    totals: Totals | None = None,
 ) -> Outcome:
-    """Trains from ``state.step`` to ``schedule.steps``, or until asked to stop, or until a number is not finite.
+    """Trains from ``state.step`` to ``intervals.steps``, or until asked to stop, or until a number is not finite.
 
     Args:
-      algorithm: the method.
+      algorithm: the method, made with ``task.loss`` and ``task.metrics``.
+      task: the data, and how progress is measured.
       state: fresh from ``algorithm.init``, or restored.
-      pipeline: the data.
-      schedule: intervals, in steps.
-      report: told of every read step, row, test score and checkpoint.
-      checkpoints: where states are saved; only finite ones are.
-      metadata: makes what is saved beside a state.
-      totals: of the earlier parts of this run.
+      intervals: in steps.
+      checkpoints: where states are saved, with the totals; only finite ones are.
       stop: checked after every step; in a run of several processes, every ``log_every`` steps.
+      report: receives each row of ``metrics.jsonl``; None in processes that do not report.
+      hooks: called after each issued step.
+      totals: of the earlier parts of this run.
 
     Returns:
       The outcome. After a divergence nothing is saved.
@@ -83,63 +112,37 @@ def train(
     Raises:
       CheckpointError: a checkpoint could not be written; the earlier ones are intact.
     """
+    totals = totals or Totals()
     watch = Stopwatch(totals.seconds)
-    reader = MetricsReader(schedule, len(state.params), report, watch, distributed.group())
-    profiler = _Profiler(schedule, state.step)
+    reader = MetricsReader(task, intervals, len(state.params), watch, stop, report, distributed.group())
     step = saved = state.step
-    with profiler:
-        while step < schedule.steps and not reader.should_stop(stop):
-            profiler.at(step)
-            state, info = algorithm.step(state, pipeline.train_batch(step))
-            step += 1
-            reader.add(step, info, stop)
-            last = step == schedule.steps
-            evaluating = last or step % schedule.eval_every == 0
-            saving = last or step % schedule.checkpoint_every == 0
-            if evaluating or saving:
-                reader.drain(stop)
-            if evaluating and reader.divergence is None:
-                with watch.paused():
-                    score = evaluate(algorithm.predict, state, pipeline.test_batches())
-                best = max(score.accuracy, totals.best_test_accuracy or 0.0)
-                totals = Totals(watch.seconds(), score.accuracy, best)
-                report.test(step, score, totals.seconds)
-            if saving and reader.sound(step, state):
-                totals = totals._replace(seconds=watch.seconds())
-                checkpoints.save(step, state, metadata(totals))
-                report.saved(step)
-                saved = step
-                reader.restart_row()
-    reader.drain(stop)
+    for hook in hooks:
+        hook(state, None)
+    while step < intervals.steps and not reader.should_stop():
+        state, info = algorithm.step(state, task.pipeline.train_batch(step))
+        step += 1
+        for hook in hooks:
+            hook(state, info)
+        reader.add(step, info)
+        last = step == intervals.steps
+        evaluating = last or step % intervals.eval_every == 0
+        saving = last or step % intervals.checkpoint_every == 0
+        if evaluating or saving:
+            reader.drain()
+        if evaluating and reader.divergence is None:
+            with watch.paused():
+                score = task.evaluate(algorithm.predict, state)
+            totals = totals.evaluated(score, task.headline, watch.seconds())
+            reader.write(step, {f"test_{name}": value for name, value in score.items()}, totals.seconds)
+        if saving and reader.sound(step, state):
+            totals = totals._replace(seconds=watch.seconds())
+            checkpoints.save(step, state, totals.metadata())
+            saved = step
+            reader.restart_row()
+    reader.drain()
     totals = totals._replace(seconds=watch.seconds())
     if saved < step and reader.sound(step, state):
-        checkpoints.save(step, state, metadata(totals))
-        report.saved(step)
+        checkpoints.save(step, state, totals.metadata())
     median = statistics.median(reader.step_seconds) if len(reader.step_seconds) >= 3 else None
-    finished = step == schedule.steps and reader.divergence is None
+    finished = step == intervals.steps and reader.divergence is None
     return Outcome(state, step, totals, median, reader.divergence, finished)
-
-
-class _Profiler:
-    """Traces ten steps with ``jax.profiler``, once everything is compiled."""
-
-    def __init__(self, schedule: Schedule, first: int) -> None:
-        self._folder = schedule.profile
-        left = schedule.steps - first
-        self._start = first + max(min(2 * schedule.ahead, left - PROFILED_STEPS), 0)
-        self._tracing = False
-
-    def __enter__(self) -> _Profiler:
-        return self
-
-    def at(self, step: int) -> None:
-        if self._folder is not None and step == self._start:
-            jax.profiler.start_trace(self._folder)
-            self._tracing = True
-        elif self._tracing and step == self._start + PROFILED_STEPS:
-            self.__exit__()
-
-    def __exit__(self, *unused: object) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False

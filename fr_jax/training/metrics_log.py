@@ -134,11 +134,11 @@ def tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None = 
 
 
 def _tag(name: str) -> str:
-    """``train_loss`` -> ``train/loss``, so that TensorBoard shows training and test side by side."""
+    """``train_loss`` -> ``train/loss``, so that TensorBoard groups training and test; ``gradient_norm/1`` stays."""
     for group in ("train", "test"):
         if name.startswith(f"{group}_"):
             return f"{group}/{name.removeprefix(f'{group}_')}"
-    return f"run/{name}"
+    return name if "/" in name else f"run/{name}"
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

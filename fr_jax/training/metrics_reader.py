@@ -7,8 +7,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,34 +17,30 @@ from jax.tree_util import GetAttrKey, SequenceKey
 
 from fr_jax._arrays import is_readable, read
 from fr_jax.distributed import Group
-from fr_jax.training.classification import Score
 from fr_jax.training.interrupt import StopRequest
+from fr_jax.training.task import Task
 from fr_jax.types import Info
 
-__all__ = ["Divergence", "MetricsReader", "Reporter", "Schedule", "Stopwatch"]
+__all__ = ["Divergence", "Intervals", "MetricsReader", "Reporter", "Stopwatch"]
 
 
-class Schedule(NamedTuple):
+class Intervals(NamedTuple):
     """What happens when, in steps (mini-batches).
 
     Attributes:
       steps: the whole run.
-      batch_size: examples a step.
       log_every: steps averaged in a training row.
       eval_every: steps between evaluations; the last step is always evaluated.
       checkpoint_every: steps between checkpoints; the last step is always saved.
       ahead: how many steps may be issued beyond the newest one whose metrics have been read. It must exceed the
         number of stages, or a pipeline of decoupled stages runs dry.
-      profile: where to write a ``jax.profiler`` trace of ten steps, if anywhere.
     """
 
     steps: int
-    batch_size: int
     log_every: int
     eval_every: int
     checkpoint_every: int
     ahead: int
-    profile: Path | None = None
 
 
 class Divergence(NamedTuple):
@@ -57,12 +52,16 @@ class Divergence(NamedTuple):
 
 
 class Reporter(Protocol):
-    """Who is told what happens."""
+    """Receives what a run reports.
 
-    def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None: ...
-    def test(self, step: int, score: Score, seconds: float) -> None: ...
+    ``advanced(step)``: the metrics of a step were read. ``row(row)``: a row of ``metrics.jsonl`` is complete. A
+    training row has ``step``, ``epoch``, ``train_loss``, the task's metrics as ``train_<name>``, ``<unit>_per_s``,
+    ``seconds``, and the method's metrics of each stage under their own names (``gradient_norm/1``); a test row has
+    ``step``, ``epoch``, ``test_loss``, ``test_<name>`` and ``seconds``. Both have ``dataset``.
+    """
+
     def advanced(self, step: int) -> None: ...
-    def saved(self, step: int) -> None: ...
+    def row(self, row: dict[str, Any]) -> None: ...
 
 
 class Stopwatch:
@@ -93,11 +92,21 @@ class MetricsReader:
       stopped: whether a process was asked to stop.
     """
 
-    def __init__(self, schedule: Schedule, K: int, report: Reporter, watch: Stopwatch, group: Group) -> None:
-        self._schedule, self._K, self._report, self._watch, self._group = schedule, K, report, watch, group
+    def __init__(
+        self,
+        task: Task,
+        intervals: Intervals,
+        K: int,
+        watch: Stopwatch,
+        stop: StopRequest,
+        report: Reporter | None,
+        group: Group,
+    ) -> None:
+        self._task, self._intervals, self._K, self._watch = task, intervals, K, watch
+        self._stop, self._report, self._group = stop, report, group
         self._pending: deque[tuple[int, Info]] = deque()
         self._untold: list[tuple[int, dict[str, float]]] = []
-        self._row: list[tuple[float, float]] = []
+        self._row: list[dict[str, float]] = []
         self._row_start = watch.seconds()
         self._last_read: float | None = None
         self._read_at: deque[float] = deque()  # of the steps that are not agreed on yet, by the stopwatch
@@ -105,28 +114,28 @@ class MetricsReader:
         self.divergence: Divergence | None = None
         self.stopped = False
 
-    def should_stop(self, stop: StopRequest) -> bool:
+    def should_stop(self) -> bool:
         """Whether the run ends here; the same in all processes."""
-        return self.divergence is not None or self.stopped or (self._group.size == 1 and stop.signal is not None)
+        return self.divergence is not None or self.stopped or (self._group.size == 1 and self._stop.signal is not None)
 
-    def add(self, step: int, info: Info, stop: StopRequest) -> None:
+    def add(self, step: int, info: Info) -> None:
         """Takes the metrics of a step that was issued, and reads those of an earlier one."""
         self._pending.append((step, info))
-        if len(self._pending) > self._schedule.ahead:
+        if len(self._pending) > self._intervals.ahead:
             self._read()
-        if self._group.size == 1 or step % self._schedule.log_every == 0:
-            self._agree(stop)
+        if self._group.size == 1 or step % self._intervals.log_every == 0:
+            self._agree()
 
-    def drain(self, stop: StopRequest) -> None:
+    def drain(self) -> None:
         """Waits for every step that was issued. The next interval between two reads is not a step's time."""
         while self._pending:
             self._read()
-        self._agree(stop)
+        self._agree()
         self._write_row()
         self._last_read = None
 
     def restart_row(self) -> None:
-        """What came since the last row was not training; it does not count in the next row's images per second."""
+        """The time since the last row was not training; it does not count in the next row's rate."""
         self._row_start = self._watch.seconds()
 
     def sound(self, step: int, state: Any) -> bool:
@@ -135,6 +144,13 @@ class MetricsReader:
             found = self._group.exchange(_not_finite(step, state))
             self.divergence = next((Divergence(*one) for one in found if one is not None), None)
         return self.divergence is None
+
+    def write(self, step: int, numbers: Mapping[str, float], seconds: float) -> None:
+        """Reports a row."""
+        if self._report is not None:
+            epoch = round(step / self._task.pipeline.steps_per_epoch, 6)
+            whole = {"step": step, "epoch": epoch, **numbers, "seconds": seconds, "dataset": self._task.dataset}
+            self._report.row(whole)
 
     def _read(self) -> None:
         step, info = self._pending.popleft()
@@ -146,34 +162,38 @@ class MetricsReader:
             self.step_seconds.append(now - self._last_read)
         self._last_read = now
         self._read_at.append(self._watch.seconds())
-        self._report.advanced(step)
+        if self._report is not None:
+            self._report.advanced(step)
 
-    def _agree(self, stop: StopRequest) -> None:
+    def _agree(self) -> None:
         """Brings together what the processes have read; each has read the same steps."""
-        told: list[Any] = self._group.exchange([self._untold, stop.signal])
+        told: list[Any] = self._group.exchange([self._untold, self._stop.signal])
         self._untold = []
         for parts in zip(*(steps for steps, _ in told), strict=True):
             self._take(parts[0][0], {name: number for _, numbers in parts for name, number in numbers.items()})
         signals = [signal for _, signal in told if signal is not None]
         if signals:
-            stop.signal, self.stopped = signals[0], True
+            self._stop.signal, self.stopped = signals[0], True
 
     def _take(self, step: int, numbers: dict[str, float]) -> None:
         self._seconds = self._read_at.popleft()
         self._check_finite(step, numbers)
-        self._row.append((numbers["loss"], numbers.get("accuracy", math.nan)))
+        self._row.append(numbers)
         self._step = step
-        if step % self._schedule.log_every == 0:
+        if step % self._intervals.log_every == 0:
             self._write_row()
 
     def _write_row(self) -> None:
+        """Each number's mean over the row's steps that have it."""
         if not self._row:
             return
-        seconds = self._seconds
-        rate = len(self._row) * self._schedule.batch_size / max(seconds - self._row_start, 1e-9)
-        loss, accuracy = (statistics.fmean(column) for column in zip(*self._row, strict=True))
-        self._report.training(self._step, loss, accuracy, rate, seconds)
-        self._row, self._row_start = [], seconds
+        names = dict.fromkeys(name for numbers in self._row for name in numbers)
+        means = {name: _mean([one[name] for one in self._row if name in one]) for name in names}
+        of_task = {f"train_{name}": mean for name, mean in means.items() if not _of_a_stage(name)}
+        of_stages = {name: mean for name, mean in means.items() if _of_a_stage(name)}
+        rate = len(self._row) * self._task.units_per_step / max(self._seconds - self._row_start, 1e-9)
+        self.write(self._step, {**of_task, f"{self._task.unit}_per_s": rate, **of_stages}, self._seconds)
+        self._row, self._row_start = [], self._seconds
 
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
         if self.divergence is not None:
@@ -188,6 +208,15 @@ class MetricsReader:
                 return
 
 
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _of_a_stage(name: str) -> bool:
+    """Whether a metric is a method's, of stage k: ``gradient_norm/k``. All others are the task's."""
+    return name.rpartition("/")[2].isdecimal() and "/" in name
+
+
 def _is_here(x: Any) -> bool:
     return is_readable(x) if isinstance(x, jax.Array) else True
 
@@ -197,9 +226,9 @@ def _number(x: Any) -> float:
 
 
 def _not_finite(step: int, state: Any) -> Divergence | None:
-    """The first leaf here that holds a number that is not finite; tuples of a state are one entry a stage.
+    """The first leaf here that holds a number that is not finite; tuples of a state have one entry per stage.
 
-    A module's own state and an optimizer's may hold infinities: a mask, the best loss so far.
+    A stage's own state and an optimizer's may hold infinities: a mask, the best loss so far.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -16,7 +16,7 @@ from fr_jax.training.metrics_log import read_rows
 __all__ = ["RunFolder", "WorkdirError"]
 
 
-SUMMARY = {"steps", "test_accuracy", "best_test_accuracy", "seconds", "step_seconds_median", "device", "diverged"}
+SUMMARY = {"steps", "seconds", "step_seconds_median", "device", "diverged"}
 
 
 class WorkdirError(ValueError):

@@ -134,7 +134,7 @@ def test_metrics_of_a_run(finished):
     assert len(train) + len(test) == len(rows)
     for row in train:
         keys = {"step", "epoch", "train_loss", "train_accuracy", "images_per_s", "seconds"}
-        assert set(row) == keys | {"dataset"}
+        assert set(row) == keys | {"dataset"} | {f"gradient_norm/{k}" for k in (1, 2, 3)}
         assert 0 <= row["train_accuracy"] <= 1 and row["train_loss"] > 0 and row["images_per_s"] > 0
     for row in test:
         assert set(row) == {"step", "epoch", "test_loss", "test_accuracy", "seconds"} | {"dataset"}
@@ -149,7 +149,8 @@ def test_metrics_of_a_run(finished):
 
 def test_summary_of_a_run(finished):
     summary = load(finished / "summary.json")
-    keys = "dataset model method K cuts seed steps test_accuracy best_test_accuracy seconds step_seconds_median device"
+    keys = "dataset model method K cuts seed steps test_loss test_accuracy best_test_accuracy seconds "
+    keys += "step_seconds_median device"
     assert set(keys.split()) | {"diverged"} <= set(summary)
     assert (summary["dataset"], summary["model"], summary["method"], summary["K"]) == ("digits", "mlp", "fr", 3)
     assert (summary["steps"], summary["seed"], summary["diverged"]) == (STEPS, 0, False)
@@ -344,9 +345,9 @@ def test_overwriting(program, copy):
 def test_a_run_that_another_process_finishes_meanwhile_is_left_alone(refused, finished, tmp_path, monkeypatch):
     build = program_module._build
 
-    def build_slowly(settings, dataset, folder):
+    def build_slowly(settings, data, folder):
         shutil.copytree(finished, folder.path)
-        return build(settings, dataset, folder)
+        return build(settings, data, folder)
 
     monkeypatch.setattr(program_module, "_build", build_slowly)
     line = refused("--K", 1, *QUICK, "--workdir", tmp_path / "run")

@@ -241,7 +241,7 @@ def test_an_earlier_comparison_in_the_folder_stays_in_the_table(compared, copy, 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("summary.json", "{}", "summary.json lacks best_test_accuracy, device.* Remove that file"),
+        ("summary.json", "{}", "summary.json lacks device, diverged, .* Remove that file"),
         ("summary.json", "garbage", "summary.json cannot be read"),
         ("metrics.jsonl", "garbage\n{}\n", "the metrics of .* cannot be read.* Move that folder away"),
     ],

@@ -62,10 +62,10 @@ def test_the_gradient_is_of_examples_drawn_apart(monkeypatch, tmp_path):
 
     def noting(*args, **options):
         session = build(*args, **options)
-        train_batch = session.pipeline.train_batch
-        epochs.append(session.pipeline.steps_per_epoch)
-        pipeline = session.pipeline._replace(train_batch=lambda step: asked.append(step) or train_batch(step))
-        return session._replace(pipeline=pipeline)
+        pipeline = session.task.pipeline
+        epochs.append(pipeline.steps_per_epoch)
+        noted = pipeline._replace(train_batch=lambda step: asked.append(step) or pipeline.train_batch(step))
+        return session._replace(task=session.task._replace(pipeline=noted))
 
     monkeypatch.setattr(program, "build", noting)
     words = [*SMALL, "--batch-size", "128", "--every", "3", "--gradient-batches", "1000"]

@@ -5,8 +5,8 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.data.image_sets import Dataset
-from fr_jax.data.pipelines import input_pipeline
-from fr_jax.training.classification import Score, accuracy, cross_entropy, evaluate, training_metrics
+from fr_jax.training.classification import _sums, accuracy, classification, cross_entropy, training_metrics
+from fr_jax.training.evaluation import sum_over
 from fr_jax.types import Batch
 
 
@@ -36,28 +36,28 @@ def small_data(test_size: int) -> Dataset:
 def test_evaluate_counts_every_example_once(test_size, data_parallel):
     data = small_data(test_size)
     (sharding,) = fr.placement(1, data_parallel=data_parallel)
-    pipeline = input_pipeline(data, 4, seed=0, sharding=sharding)
+    task = classification(data, 4, seed=0, sharding=sharding)
     weights = np.random.default_rng(2).normal(size=(48, 3)).astype(np.float32)
     predict = jax.jit(lambda state, x: x.reshape(x.shape[0], -1) @ state)
-    score = evaluate(predict, weights, pipeline.test_batches())
+    score = task.evaluate(predict, weights)
     logits = ((data.test_images / 255.0 - 0.5) / 0.25).reshape(test_size, -1) @ weights
-    np.testing.assert_allclose(score.loss, naive_losses(logits, data.test_labels).mean(), rtol=1e-4)
-    assert score.accuracy == (logits.argmax(-1) == data.test_labels).mean()
+    np.testing.assert_allclose(score["loss"], naive_losses(logits, data.test_labels).mean(), rtol=1e-4)
+    assert score["accuracy"] == (logits.argmax(-1) == data.test_labels).mean()
+    assert (task.unit, task.units_per_step, task.examples, task.num_classes) == ("images", 4, 8, 3)
 
 
 def test_what_fills_up_the_last_batch_cannot_spoil_the_score():
     logits = jnp.array([[0.0, 5.0], [jnp.nan, jnp.nan]])
     batch = Batch(jnp.zeros((2, 1)), jnp.array([1, 1]))
-    score = evaluate(lambda state, x: logits, None, [(batch, 1)])
-    assert score.accuracy == 1.0 and np.isfinite(score.loss)
+    totals = sum_over(_sums, lambda state, x: logits, None, [(batch, 1)])
+    assert totals["accuracy"] == totals["examples"] == 1 and np.isfinite(totals["loss"])
 
 
 def test_a_loss_that_is_not_finite_stays_visible():
     batch = Batch(jnp.zeros((2, 1)), jnp.array([1, 1]))
-    score = evaluate(lambda state, x: jnp.full((2, 2), jnp.nan), None, [(batch, 2)])
-    assert isinstance(score, Score) and np.isnan(score.loss)
+    assert np.isnan(sum_over(_sums, lambda state, x: jnp.full((2, 2), jnp.nan), None, [(batch, 2)])["loss"])
 
 
 def test_no_examples_are_an_error():
     with pytest.raises(ValueError, match="at least one"):
-        evaluate(lambda state, x: x, None, [])
+        sum_over(_sums, lambda state, x: x, None, [])

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from fr_jax.data.pipelines import InputPipeline
-from fr_jax.training.classification import Score
 from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.loop import Outcome, Schedule, Stopwatch, Totals, train
-from fr_jax.training.metrics_reader import _not_finite
-from fr_jax.types import Algorithm, Batch, Info
+from fr_jax.training.loop import Intervals, Outcome, Totals, train
+from fr_jax.training.metrics_reader import Stopwatch, _not_finite
+from fr_jax.training.profiler import Profiler
+from fr_jax.training.task import ACCURACY, Headline, Task
+from fr_jax.types import Algorithm, Info
+
+EARLIER = Totals(100.0, {"test_loss": 1.0, "test_accuracy": 0.9, "best_test_accuracy": 0.95})
 
 
 class FakeState(NamedTuple):
@@ -42,7 +45,7 @@ class Number:
 
 
 class Fake:
-    """Algorithm, pipeline, checkpoints and reporter in one: writes down who is called when."""
+    """Algorithm, task, checkpoints and reporter in one: writes down who is called when."""
 
     def __init__(self, K=2, losses=None, norms=None, bad_weight=None, signals=None):
         self.events: list[str] = []
@@ -50,8 +53,11 @@ class Fake:
         self.saved_states: dict[int, Any] = {}
         self._K, self._losses, self._norms = K, losses or {}, norms or {}
         self._bad_weight, self._signals = bad_weight, signals or {}
-        self.algorithm = Algorithm(init=None, step=self._step, predict=self._predict)
-        self.pipeline = InputPipeline(5, self._train_batch, self._test_batches)
+        self.metrics: dict[int, dict[str, Any]] = {}
+        self.algorithm = Algorithm(init=None, step=self._step, predict=None)
+        pipeline = InputPipeline(5, self._train_batch, None)
+        score = lambda predict, state: {"loss": 0.5, "accuracy": 2 / 3}
+        self.task = Task("made up", "made up", pipeline, None, None, score, ACCURACY, "images", 4, examples=20)
 
     def state(self, step: int = 0) -> FakeState:
         return FakeState(step, tuple(jnp.full(2, float(k)) for k in range(self._K)))
@@ -71,46 +77,33 @@ class Fake:
         if self._bad_weight and self._bad_weight[0] == step:
             k = self._bad_weight[1]
             params = params[: k - 1] + (jnp.array([0.0, jnp.inf]),) + params[k:]
-        return FakeState(step, params), Info(loss, None, {"accuracy": jnp.float32(0.5), **norms})
-
-    def _test_batches(self):
-        yield Batch(jnp.zeros((4, 1)), jnp.array([0, 1, 0, 1])), 3
-
-    def _predict(self, state: FakeState, inputs: Any) -> Any:
-        return jnp.array([[1.0, 0.0]] * 4)
+        metrics = {"accuracy": jnp.float32(0.5), **norms, **self.metrics.get(step, {})}
+        return FakeState(step, params), Info(loss, None, metrics)
 
     def save(self, step: int, state: FakeState, metadata: dict[str, Any]) -> None:
         self.events.append(f"save {step}")
         self.saved_states[step] = (state, metadata)
 
-    def training(self, step, loss, accuracy, images_per_s, seconds):
-        self.events.append(f"row {step}")
-        row = {"step": step, "loss": loss, "accuracy": accuracy, "images_per_s": images_per_s, "seconds": seconds}
-        self.rows.append(row)
-
-    def test(self, step: int, score: Score, seconds: float) -> None:
-        assert score.accuracy == 2 / 3
-        self.events.append(f"test {step}")
+    def row(self, row: dict[str, Any]) -> None:
+        self.events.append(f"{'test' if 'test_loss' in row else 'row'} {row['step']}")
+        self.rows += [row] if "train_loss" in row else []
 
     def advanced(self, step: int) -> None:
         self.events.append(f"advanced {step}")
 
-    def saved(self, step: int) -> None:
-        self.events.append(f"saved {step}")
-
-    def train(self, *, start: int = 0, totals: Totals | None = None, **schedule: Any) -> Outcome:
-        settings = {"steps": 10, "batch_size": 4, "log_every": 3, "eval_every": 100, "checkpoint_every": 100}
+    def train(self, *, start: int = 0, totals: Totals | None = None, hooks: Any = (), **intervals: Any) -> Outcome:
+        settings = {"steps": 10, "log_every": 3, "eval_every": 100, "checkpoint_every": 100, "ahead": 3}
         with StopRequest() as stop:
             return train(
                 self.algorithm,
+                self.task,
                 self.state(start),
-                self.pipeline,
-                Schedule(**(settings | {"ahead": 3} | schedule)),
-                report=self,
+                Intervals(**(settings | intervals)),
                 checkpoints=self,
-                metadata=lambda totals: {"totals": totals},
-                totals=totals or Totals(),
                 stop=stop,
+                report=self,
+                hooks=hooks,
+                totals=totals,
             )
 
     def steps_of(self, what: str) -> list[int]:
@@ -136,8 +129,9 @@ def test_metrics_are_read_late_and_the_run_ahead_is_bounded(ahead):
 def test_rows_are_means_over_their_steps():
     fake = Fake()
     fake.train(log_every=4, eval_every=6)
-    assert [(row["step"], row["loss"]) for row in fake.rows] == [(4, 2.5), (6, 5.5), (8, 7.5), (10, 9.5)]
-    assert all(row["accuracy"] == 0.5 for row in fake.rows)
+    assert [(row["step"], row["train_loss"]) for row in fake.rows] == [(4, 2.5), (6, 5.5), (8, 7.5), (10, 9.5)]
+    assert [row["epoch"] for row in fake.rows] == [0.8, 1.2, 1.6, 2.0]
+    assert all(row["train_accuracy"] == 0.5 and row["gradient_norm/1"] == 1 for row in fake.rows)
     seconds = [row["seconds"] for row in fake.rows]
     assert seconds == sorted(seconds) and seconds[0] > 0
     assert all(row["images_per_s"] > 0 for row in fake.rows)
@@ -156,11 +150,13 @@ def test_intervals_and_the_last_step():
     fake = Fake()
     outcome = fake.train(eval_every=4, checkpoint_every=3)
     assert fake.steps_of("test") == [4, 8, 10]
-    assert fake.steps_of("save") == fake.steps_of("saved") == [3, 6, 9, 10]
+    assert fake.steps_of("save") == [3, 6, 9, 10]
     assert all(fake.saved_states[step][0].step == step for step in fake.saved_states)
     assert (outcome.finished, outcome.step, outcome.state.step) == (True, 10, 10)
-    assert outcome.totals.test_accuracy == outcome.totals.best_test_accuracy == 2 / 3
-    assert fake.saved_states[10][1]["totals"].test_accuracy == 2 / 3  # evaluated before it is saved
+    assert outcome.totals.scores == {"test_loss": 0.5, "test_accuracy": 2 / 3, "best_test_accuracy": 2 / 3}
+    saved = fake.saved_states[10][1]  # evaluated before it is saved
+    assert saved["totals"].items() > outcome.totals.scores.items()
+    assert Totals.from_metadata(saved).scores == outcome.totals.scores
 
 
 def test_everything_is_read_before_a_checkpoint():
@@ -173,18 +169,33 @@ def test_everything_is_read_before_a_checkpoint():
 
 def test_going_on_from_a_step_with_earlier_totals():
     fake = Fake()
-    outcome = fake.train(start=6, totals=Totals(100.0, 0.9, 0.95), eval_every=4)
+    outcome = fake.train(start=6, totals=EARLIER, eval_every=4)
     assert fake.steps_of("step") == [7, 8, 9, 10]
     assert fake.steps_of("test") == [8, 10]
-    assert outcome.totals.best_test_accuracy == 0.95 and outcome.totals.test_accuracy == 2 / 3
+    assert outcome.totals.scores == {"test_loss": 0.5, "test_accuracy": 2 / 3, "best_test_accuracy": 0.95}
     assert all(row["seconds"] > 100 for row in fake.rows) and 100 < outcome.totals.seconds < 160
 
 
 def test_nothing_left_to_do():
     fake = Fake()
-    outcome = fake.train(start=10, totals=Totals(100.0, 0.9, 0.95))
+    outcome = fake.train(start=10, totals=EARLIER)
     assert fake.events == [] and outcome.finished and outcome.step_seconds_median is None
-    assert outcome.totals.best_test_accuracy == 0.95
+    assert outcome.totals.scores == EARLIER.scores
+
+
+def test_totals_in_checkpoints_of_fr_jax_0_1():
+    old = {"totals": {"seconds": 3.0, "test_accuracy": 0.5, "best_test_accuracy": 0.75}, "dataset": "digits"}
+    assert Totals.from_metadata(old) == Totals(3.0, {"test_accuracy": 0.5, "best_test_accuracy": 0.75})
+    old = {"totals": {"seconds": 3.0, "test_accuracy": None, "best_test_accuracy": None}}
+    assert Totals.from_metadata(old) == Totals(3.0, {})
+
+
+def test_the_best_of_a_number_that_is_better_when_lower():
+    bits = Headline("bits_per_byte")
+    totals = Totals().evaluated({"loss": 1.0, "bits_per_byte": 2.0}, bits, 1.0)
+    totals = totals.evaluated({"loss": 1.0, "bits_per_byte": 3.0}, bits, 2.0)
+    scores = {"test_loss": 1.0, "test_bits_per_byte": 3.0, "best_test_bits_per_byte": 2.0}
+    assert totals == (2.0, scores)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -255,21 +266,46 @@ def test_a_mask_or_a_best_loss_so_far_may_be_infinite():
     assert _not_finite(1, sound._replace(params=states[:1])) == (1, 1, "params/0 = -inf")
 
 
-def test_metrics_that_are_vectors_are_not_read():
+def test_every_scalar_of_the_metrics_is_in_the_rows():
+    """The mean over the steps that have it: a method's under its own name, the task's with a prefix; no vectors."""
     fake = Fake()
-    step = fake.algorithm.step
-
-    def with_vector(state, batch):
-        state, info = step(state, batch)
-        return state, info._replace(metrics={**info.metrics, "recall": jnp.ones(3)})
-
-    fake.algorithm = fake.algorithm._replace(step=with_vector)
+    fake.metrics = {
+        2: {"recall": jnp.ones(3), "recall/top": jnp.float32(0.25), "synthesizer_error/1": jnp.float32(7.0)},
+        3: {"recall/top": 0.75, "synthesizer_error/2": math.inf},
+    }
     assert fake.train().divergence is None and len(fake.rows) == 4
+    first, second, *_ = fake.rows
+    own = {"train_recall/top": 0.5, "synthesizer_error/1": 7.0}
+    assert first.items() > own.items() and math.isnan(first["synthesizer_error/2"])
+    assert set(first) - set(second) == {*own, "synthesizer_error/2"}
+    common = ["train_loss", "train_accuracy", "images_per_s", "gradient_norm/1", "gradient_norm/2"]
+    assert list(second) == ["step", "epoch", *common, "seconds", "dataset"]
 
 
-def test_median_time_of_a_step_leaves_out_evaluation(monkeypatch):
+def test_hooks_see_the_first_state_and_every_issued_step():
+    fake, seen = Fake(), []
+    one = lambda state, info: seen.append((state.step, info and info.loss.value))
+    two = lambda state, info: fake.events.append(f"hook {state.step}")
+    outcome = fake.train(start=7, hooks=[one, two], ahead=50)
+    assert seen == [(7, None), (8, 8.0), (9, 9.0), (10, 10.0)] and outcome.finished
+    assert fake.events[:8] == ["hook 7", "step 8", "hook 8", "step 9", "hook 9", "step 10", "hook 10", "read 8"]
+
+
+def test_a_hook_that_raises_ends_the_run():
+    def hook(state, info):
+        if state.step == 2:
+            raise RuntimeError("seen enough")
+
     fake = Fake()
-    monkeypatch.setattr(fake, "test", lambda *arguments: time.sleep(0.2))
+    with pytest.raises(RuntimeError, match="seen enough"):
+        fake.train(hooks=[hook])
+    assert fake.steps_of("step") == [1, 2]
+
+
+def test_median_time_of_a_step_leaves_out_evaluation():
+    fake = Fake()
+    score = fake.task.evaluate
+    fake.task = fake.task._replace(evaluate=lambda *arguments: time.sleep(0.2) or score(*arguments))
     outcome = fake.train(eval_every=5, ahead=1)
     assert outcome.step_seconds_median is not None and outcome.step_seconds_median < 0.1
     assert fake.train(steps=2).step_seconds_median is None
@@ -298,7 +334,8 @@ def test_the_profiler_traces_ten_steps(start, traced, tmp_path, monkeypatch):
     fake = Fake()
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: fake.events.append(f"start {folder}"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: fake.events.append("stop tracing"))
-    fake.train(start=start, steps=30, profile=tmp_path)
+    with Profiler(tmp_path, start, steps=30, warm_up=6) as profiler:
+        fake.train(start=start, steps=30, hooks=[profiler])
     first, last = fake.events.index(f"start {tmp_path}"), fake.events.index("stop tracing")
     inside = [event for event in fake.events[first:last] if event.startswith("step")]
     assert inside == [f"step {step + 1}" for step in traced]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fr_jax.experiments._cli.settings import (
+    ADAPTIVE_RATE,
     PRESETS,
     Resolved,
     SharedSettings,
@@ -39,6 +40,7 @@ def check_shared(settings: SharedSettings, methods: Iterable[str]) -> None:
     for method in methods:
         choice("method", method, METHODS)
     _check_owners(settings, methods)
+    _check_optimizer(settings)
     for method in methods:
         METHODS[method].check(own_of_method(settings, method))
     if settings.steps is not None and settings.epochs is not None:
@@ -61,6 +63,20 @@ def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
                     "drop --preset."
                 )
             raise SettingsError(f"{flag(field.name)}{'' if value is True else f' {value}'} is {whose}. Drop the flag.")
+
+
+def _check_optimizer(settings: SharedSettings) -> None:
+    """The settings of one optimizer or schedule are errors for the others, unless a preset sets them."""
+    of_preset = PRESETS.get(settings.preset or "", {})
+    for owner, own, names in (("optimizer", "sgd", ("momentum", "nesterov")), ("schedule", "steps", ("milestones",))):
+        chosen = getattr(settings, owner)
+        for name in names:
+            value, default = getattr(settings, name), getattr(SharedSettings, name)
+            if chosen != own and value not in (default, of_preset.get(name, default)):
+                words = "" if value is True else f" {text(value)}"
+                raise SettingsError(
+                    f"{flag(name)}{words} is a setting of --{owner} {own}, not of {chosen}. Drop the flag."
+                )
 
 
 def check(settings: TrainSettings) -> None:
@@ -111,7 +127,7 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
     _check_batch(batch_size, examples, own.get("microbatches", 1), settings.data_parallel)
     steps_per_epoch = examples // batch_size
     steps = settings.steps or (settings.epochs or {"digits": 15, "mnist": 5}.get(dataset, 1)) * steps_per_epoch
-    milestones = settings.milestones
+    milestones = settings.milestones if settings.schedule == "steps" else ()
     if milestones is None:
         epochs = steps / steps_per_epoch
         milestones = (round(epochs / 2, 6), round(epochs * 3 / 4, 6))
@@ -146,9 +162,11 @@ def _check_batch(batch_size: int, examples: int, microbatches: int, data_paralle
 
 
 def _learning_rate(settings: TrainSettings) -> float:
-    """Stale gradients need a smaller step; with K = 1 nothing is stale."""
+    """Stale gradients need a smaller step of SGD; with K = 1 nothing is stale."""
     if settings.learning_rate is not None:
         return settings.learning_rate
+    if settings.optimizer != "sgd":
+        return ADAPTIVE_RATE
     rate = METHODS[settings.method if settings.K > 1 else "bp"].learning_rate
     return rate / MODEL_CARDS[settings.model].rate_divisor if settings.model in MODEL_CARDS else rate
 
@@ -162,6 +180,8 @@ def default_workdir(settings: TrainSettings, dataset: str) -> Path:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that enter the mathematics and differ between a saved run and this call, as readable text."""
     fixed = [field.name for field in dataclasses.fields(TrainSettings) if not guard(field).free]
+    if now["schedule"] == "cosine":
+        fixed.append("steps")
     names = [name for name in fixed if not owners(name) or belongs(name, now["method"], now["model"])]
     # A setting that the saved run did not know had the value that is its default today.
     own = METHODS[now["method"]].defaults | (MODEL_CARDS[now["model"]].defaults if now["model"] in MODEL_CARDS else {})
@@ -174,4 +194,6 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     }
     if list(texts) == ["milestones"]:
         texts["milestones"] += f" (to train for longer, add --milestones {text(saved['milestones'])})"
+    if "steps" in texts:
+        texts["steps"] += " (the length of the run sets the learning rates of --schedule cosine)"
     return list(texts.values())

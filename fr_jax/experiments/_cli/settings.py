@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fr_jax.data.image_sets import DATASETS
 from fr_jax.experiments._fields import LARGEST_SEED, documented, guard, own_fields, setting
 from fr_jax.experiments._methods import METHODS, listed
 from fr_jax.experiments._models import MODEL_CARDS
@@ -55,6 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+ADAPTIVE_RATE = 0.002
+"""Default learning rate of adamw and muon, for every method and model."""
+
+
 def _default_rates() -> str:
     """Such as ``0.05 for fr, ddg; 0.1 for bp; divided by 5 for mlp``."""
     rates: dict[float, list[str]] = {}
@@ -62,7 +65,7 @@ def _default_rates() -> str:
         rates.setdefault(card.learning_rate, []).append(name)
     of_methods = [f"{rate:g} for {', '.join(names)}" for rate, names in rates.items()]
     of_models = [f"divided by {card.rate_divisor:g} for {name}" for name, card in MODEL_CARDS.items()]
-    return f"Default: {'; '.join(of_methods + of_models)}."
+    return f"Default with sgd: {'; '.join(of_methods + of_models)}; with adamw and muon: {ADAPTIVE_RATE}."
 
 
 @documented
@@ -92,7 +95,7 @@ class CommonSettings:
 
     model: str = setting("resnet20", choices=tuple(MODELS), vary=False)
     """resnet8, 20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, or mlp."""
-    dataset: str = setting("auto", choices=DATASETS, vary=False)
+    dataset: str = setting("auto", vary=False)
     """cifar10, cifar100, mnist, digits, synthetic, or auto: the program's own where found or fetched, else digits."""
     data_dir: Path | None = setting(None, free="process", vary=False)
     """Folder with the official files (CIFAR: .bin or .tar.gz, MNIST: idx or .gz), or a TFDS folder."""
@@ -102,15 +105,24 @@ class CommonSettings:
     """Mini-batches to train for, instead of epochs."""
     batch_size: int | None = setting(None, least=1)
     """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 128 otherwise."""
-    learning_rate: float | None = setting(None, least=0, help=f"Initial step size. {_default_rates()}")
+    optimizer: str = setting("sgd", choices=("sgd", "adamw", "muon"))
+    """sgd, adamw, or muon: orthogonalized updates for dense and convolution kernels (as matrices of height x width x
+    inputs by outputs), Adam with the same learning rate for biases and normalization."""
+    learning_rate: float | None = setting(None, least=0, help=f"Largest learning rate. {_default_rates()}")
+    schedule: str = setting("steps", choices=("steps", "cosine", "constant"))
+    """steps (the rate is divided by 10 at --milestones), cosine (it falls to 0 at the end of the run), or constant."""
+    warmup: int = setting(0, least=0)
+    """Mini-batches over which the learning rate rises linearly from 0; cosine starts to fall after them."""
     milestones: tuple[float, ...] | None = setting(None, least=0, vary=False)
-    """Epochs after which the learning rate is divided by 10. Default: at 1/2 and 3/4 of the run."""
+    """[schedule steps] Epochs after which the rate is divided by 10. Default: at 1/2 and 3/4 of the run."""
     momentum: float = setting(0.9, least=0)
-    """Momentum of SGD."""
+    """[sgd] Momentum."""
     nesterov: bool = setting(False)
-    """Nesterov's form of momentum (the paper's authors used it in their code)."""
+    """[sgd] Nesterov's form of momentum (the paper's authors used it in their code)."""
     weight_decay: float = setting(5e-4, least=0)
-    """Added to the gradient, times the weight."""
+    """Times the weight: added to the gradient with sgd; decoupled with adamw and muon (times the learning rate)."""
+    clip: float | None = setting(None, above=0)
+    """Largest norm of each stage's gradient; a larger gradient is scaled down to it. Default: no clipping."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16; parameters are always float32."""
     balance: str = setting("flops", choices=("flops", "time", "uniform"), free="resume")

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from fr_jax.experiments._cli.harness import discard_output
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.session import Session, stage_work
-from fr_jax.training.classification import Score
 from fr_jax.training.metrics_log import MetricsLog
 
-__all__ = ["Console", "Silent", "announce", "device_name", "stage_table", "unread"]
+__all__ = ["Console", "announce", "device_name", "stage_table", "unread"]
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def unread() -> Iterator[None]:
 
 
 def stage_table(session: Session, state: Any) -> str:
-    """One line a stage: layers, parameters, work, share of all work, device."""
+    """One line per stage: layers, parameters, work, share of all work, device."""
     bounds = (0, *session.cuts, len(session.layers))
     work = stage_work(session)
     lines = [f"{'stage':>5}  {'layers':<9} {'parameters':>11}  {'GFLOP/step':>10}  {'share':>6}  device"]
@@ -55,14 +54,14 @@ def device_name(sharding: Sharding) -> str:
 
 def announce(session: Session, state: Any) -> str:
     """The lines before training starts."""
-    s, data = session.settings, session.dataset
-    steps, per_epoch = s.steps, session.pipeline.steps_per_epoch
+    s, task = session.settings, session.task
+    steps, per_epoch = s.steps, task.pipeline.steps_per_epoch
     share = max(stage_work(session)) / sum(stage_work(session))
     return "\n".join(
         [
             f"{s.model}, {METHODS[s.method].title}, K = {s.K}; batch {s.batch_size}, "
             f"learning rate {s.learning_rate:g}, {steps:,} steps ({steps / per_epoch:.4g} epochs of {per_epoch})",
-            f"data: {data.source}",
+            f"data: {task.source}",
             f"folder: {s.workdir}",
             "",
             stage_table(session, state),
@@ -73,11 +72,10 @@ def announce(session: Session, state: Any) -> str:
 
 
 class Console:
-    """Tells the user and the files of a run what happens; the ``Reporter`` of :func:`fr_jax.training.loop.train`."""
+    """Shows a run on the screen and writes its rows; the ``Reporter`` of :func:`fr_jax.training.loop.train`."""
 
     def __init__(self, session: Session, log: MetricsLog, first_step: int) -> None:
-        self._session, self._log = session, log
-        self._per_epoch = session.pipeline.steps_per_epoch
+        self._task, self._log = session.task, log
         self._screen = sys.stdout or io.StringIO()  # a daemon may have none
         seldom = 0.5 if self._screen.isatty() else 10.0  # seconds; a log file is not a screen
         self._bar = tqdm(
@@ -105,39 +103,19 @@ class Console:
         with unread():
             self._bar.update(step - self._bar.n)
 
-    def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None:
-        """A training row is complete."""
-        text = f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_s:.0f} images/s"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._write(step, train_loss=loss, train_accuracy=accuracy, images_per_s=images_per_s, seconds=seconds)
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of ``metrics.jsonl`` is complete."""
+        self._log.write(row)
+        kind = "test" if "test_loss" in row else "train"
+        numbers = {name.removeprefix(f"{kind}_"): x for name, x in row.items() if name.startswith(f"{kind}_")}
+        if kind == "test":
+            scores = "  ".join(f"test {self._text(name, value)}" for name, value in numbers.items())
+            self.say(f"epoch {row['epoch']:6.2f}  {scores}  ({row['seconds']:.0f} s)")
+        else:
+            rate = row[f"{self._task.unit}_per_s"]
+            shown = [self._text(name, value) for name, value in numbers.items()]
+            self._bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} {self._task.unit}/s"]), refresh=False)
 
-    def test(self, step: int, score: Score, seconds: float) -> None:
-        """The network was evaluated."""
-        epoch = step / self._per_epoch
-        self.say(
-            f"epoch {epoch:6.2f}  test loss {score.loss:.4f}  test accuracy {score.accuracy:.2%}  ({seconds:.0f} s)"
-        )
-        self._write(step, test_loss=score.loss, test_accuracy=score.accuracy, seconds=seconds)
-
-    def saved(self, step: int) -> None:
-        """A checkpoint is complete."""
-
-    def _write(self, step: int, **values: float) -> None:
-        epoch = round(step / self._per_epoch, 6)
-        self._log.write({"step": step, "epoch": epoch, **values, "dataset": self._session.dataset.name})
-
-
-class Silent:
-    """The ``Reporter`` of the processes that do not report."""
-
-    def training(self, step: int, loss: float, accuracy: float, images_per_s: float, seconds: float) -> None:
-        """A training row is complete."""
-
-    def test(self, step: int, score: Score, seconds: float) -> None:
-        """The network was evaluated."""
-
-    def advanced(self, step: int) -> None:
-        """A step's metrics were read."""
-
-    def saved(self, step: int) -> None:
-        """A checkpoint is complete."""
+    def _text(self, name: str, value: float) -> str:
+        headline = self._task.headline
+        return f"{name.replace('_', ' ')} {headline.text(value) if name == headline.name else format(value, '.4f')}"

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fr_jax.data.image_sets import Dataset
-from fr_jax.experiments._cli.checks import differences, resolve
+from fr_jax.experiments._cli.checks import differences
 from fr_jax.experiments._cli.command_line import Program
 from fr_jax.experiments._cli.devices import request_devices
 from fr_jax.experiments._cli.harness import DIVERGED, FINISHED
 from fr_jax.experiments._cli.settings import TrainSettings, as_json
 from fr_jax.experiments._run import program
 from fr_jax.experiments._run.session import make_layers
+from fr_jax.experiments._run.tasks import Data, resolve_for
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 
@@ -23,7 +23,7 @@ __all__ = ["is_finished", "train_all"]
 def train_all(
     runs: Mapping[str, TrainSettings],
     home: Path,
-    dataset: Dataset,
+    data: Data,
     *,
     caller: str,
     again: str,
@@ -35,7 +35,7 @@ def train_all(
     Args:
       runs: checked settings by the name of the run's folder in ``home``, in order.
       home: the folder of all runs.
-      dataset: the data.
+      data: the data set that all runs have in common.
       caller: the name of the program.
       again: the command that continues.
       overwrite: delete these runs first. All at once: what is stopped later must not leave old runs behind.
@@ -51,22 +51,22 @@ def train_all(
     request_devices(max(s.devices or s.K * s.data_parallel for s in runs.values()))
     folders = {name: RunFolder(home / name) for name in runs}
     for name, settings in runs.items():  # errors come before anything is trained
-        make_layers(resolve(settings, dataset.name, len(dataset.train_labels)), dataset.num_classes)
+        make_layers(resolve_for(settings, data), data)
         folders[name].check_free(resume=True, overwrite=True)
     if overwrite:
         for folder in folders.values():
             with folder.locked():
                 folder.clear()
-    over = {name for name, settings in runs.items() if is_finished(folders[name], settings, dataset)}
-    this = Program(caller, dataset.name, TrainSettings())
+    over = {name for name, settings in runs.items() if is_finished(folders[name], settings, data)}
+    this = Program(caller, data.name, TrainSettings())
     with StopRequest() as stop:
         for number, (name, settings) in enumerate(runs.items(), start=1):
             print(f"[{number}/{len(runs)}] {name}{' is finished already.' * (name in over)}", flush=True)
             if name in over:
                 continue
             folder = folders[name]
-            placed = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=folder.holds_run())
-            code = program.run(this, placed, dataset=dataset, again=again, stop=stop)
+            placed = dataclasses.replace(settings, dataset=data.name, workdir=folder.path, resume=folder.holds_run())
+            code = program.run(this, placed, data=data, again=again, stop=stop)
             report()
             if code not in (FINISHED, DIVERGED):
                 return code
@@ -77,7 +77,7 @@ def train_all(
     return FINISHED
 
 
-def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) -> bool:
+def is_finished(folder: RunFolder, settings: TrainSettings, data: Data) -> bool:
     """Whether the folder holds this very run, over.
 
     Raises:
@@ -86,7 +86,7 @@ def is_finished(folder: RunFolder, settings: TrainSettings, dataset: Dataset) ->
     saved = folder.saved_config()
     if saved is None:
         return False
-    resolved = resolve(settings, dataset.name, len(dataset.train_labels))
+    resolved = resolve_for(settings, data)
     expected = as_json(resolved) | {"resolved_cuts": saved.get("resolved_cuts")}
     different = differences(saved, expected)
     if different:

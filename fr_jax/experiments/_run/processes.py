@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from fr_jax import distributed
-from fr_jax.data import image_sets as data
 from fr_jax.distributed.launch import LAUNCHED_BY
 from fr_jax.experiments._cli.settings import TrainSettings, as_json
 from fr_jax.experiments._fields import SettingsError, guard
+from fr_jax.experiments._run.tasks import kind_of
 
 __all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_data"]
 
@@ -53,25 +53,21 @@ def launched(command: str) -> str:
     return f"{os.environ[LAUNCHED_BY]} -- {command.removeprefix('python ')}"
 
 
-def load_data(settings: TrainSettings, preferred: str) -> data.Dataset:
+def load_data(settings: TrainSettings, preferred: str) -> Any:
     """The data set, the same in every process; process 0 looks for it first, and may fetch it.
 
     Raises:
       DataError: it is missing or damaged.
       GroupError: the processes found different ones.
     """
-    group = distributed.group()
-
-    def load() -> data.Dataset:
-        quietly: dict[str, Any] = {} if group.index == 0 else {"log": lambda line: None}
-        return data.load(settings.dataset, settings.data_dir, preferred=preferred, **quietly)
-
-    dataset = group.first_goes_first(load)
+    group, load = distributed.group(), kind_of(settings.model).load
+    quietly: dict[str, Any] = {} if group.index == 0 else {"log": lambda line: None}
+    found = group.first_goes_first(lambda: load(settings.dataset, settings.data_dir, preferred=preferred, **quietly))
     if group.size > 1:
-        arrays = [np.ascontiguousarray(x) for x in dataset if isinstance(x, np.ndarray)]
+        arrays = [np.ascontiguousarray(x) for x in found if isinstance(x, np.ndarray)]
         checksums = [zlib.crc32(x.reshape(-1).view(np.uint8).data) for x in arrays]
-        group.check_same("data set", [dataset.name, *checksums])
-    return dataset
+        group.check_same("data set", [found.name, *checksums])
+    return found
 
 
 def check_same_settings(config: Mapping[str, Any]) -> None:

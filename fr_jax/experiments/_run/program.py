@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 
 from fr_jax import distributed
 from fr_jax._files import write_json
-from fr_jax.data import image_sets as data
 from fr_jax.experiments._cli import command_line, harness
-from fr_jax.experiments._cli.checks import check, differences, resolve
+from fr_jax.experiments._cli.checks import check, differences
 from fr_jax.experiments._cli.command_line import Program
 from fr_jax.experiments._cli.devices import request_devices
 from fr_jax.experiments._cli.harness import DIVERGED, FINISHED, fail
@@ -22,22 +21,22 @@ from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
-from fr_jax.experiments._run.console import Console, Silent, announce, unread
+from fr_jax.experiments._run.console import Console, announce, unread
 from fr_jax.experiments._run.records import make_config, make_summary
 from fr_jax.experiments._run.session import Session, build, initial_state
+from fr_jax.experiments._run.tasks import Data, resolve_for
 from fr_jax.plotting.curves import plot_curves
 from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.interrupt import StopRequest
-from fr_jax.training.loop import Outcome, Schedule, Totals, train
+from fr_jax.training.loop import Hook, Intervals, Outcome, Reporter, Totals, train
 from fr_jax.training.metrics_log import MetricsLog, read_rows
-from fr_jax.training.metrics_reader import Reporter
+from fr_jax.training.profiler import Profiler
 from fr_jax.training.run_folder import RunFolder, WorkdirError
-from fr_jax.types import Algorithm
 
 __all__ = ["main", "run"]
 
-Watching: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager[Algorithm]]
-"""``(session, folder, first step)``: gives the method to train with, one that also looks at what it is given."""
+MakeHook: TypeAlias = Callable[[Session, RunFolder, int], AbstractContextManager[Hook]]
+"""``(session, folder, first step)``: the hook of a run; it is left when training ends, however it ends."""
 
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +54,10 @@ def run(
     program: Program,
     settings: TrainSettings,
     *,
-    dataset: data.Dataset | None = None,
+    data: Any = None,
     again: str | None = None,
     stop: StopRequest | None = None,
-    watching: Watching | None = None,
+    hook: MakeHook | None = None,
 ) -> int:
     """Trains as ``settings`` say, and returns the exit code.
 
@@ -67,10 +66,10 @@ def run(
     Args:
       program: whose run it is.
       settings: of the run.
-      dataset: the data, where they have been loaded already.
+      data: the data set, if it was loaded already.
       again: the command that continues a run that is stopped, where it is not the program's own.
       stop: an active request to stop, where several runs share one.
-      watching: looks on while the method trains.
+      hook: looks on while the method trains.
 
     Raises:
       ValueError: a setting cannot be used, data are missing, or the folder holds another run.
@@ -84,15 +83,15 @@ def run(
     request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
     early = RunFolder(settings.workdir) if settings.workdir is not None else None
     group.from_first(lambda: early and early.check_free(resume=settings.resume, overwrite=settings.overwrite))
-    dataset = dataset or processes.load_data(settings, program.dataset)
-    resolved = resolve(settings, dataset.name, len(dataset.train_labels))
+    data = data or processes.load_data(settings, program.dataset)
+    resolved = resolve_for(settings, data)
     folder = RunFolder(resolved.workdir)
     group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
-    session = _build(resolved, dataset, folder)
+    session = _build(resolved, data, folder)
     config = as_json(settings) | make_config(session)
     processes.check_same_settings(config)
     if again is None:
-        same = dataclasses.replace(settings, dataset=dataset.name, workdir=folder.path, resume=True, overwrite=False)
+        same = dataclasses.replace(settings, dataset=data.name, workdir=folder.path, resume=True, overwrite=False)
         again = processes.launched(harness.command(program.name, program.defaults, same))
     lock = folder.locked() if distributed.is_first() else contextlib.nullcontext()
     with lock, contextlib.nullcontext(stop) if stop else StopRequest() as request:
@@ -100,18 +99,18 @@ def run(
         group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
         if settings.resume:
             group.from_first(lambda: folder.check_same(config, differences))
-        code = _train(session, folder, config, again, request, watching)
+        code = _train(session, folder, config, again, request, hook)
         group.exchange(code)  # nobody leaves while process 0 still draws
         return code
 
 
-def _build(settings: Resolved, dataset: data.Dataset, folder: RunFolder) -> Session:
+def _build(settings: Resolved, data: Data, folder: RunFolder) -> Session:
     """The session; a run that is resumed keeps its cuts, unless others were given."""
     saved = distributed.group().from_first(lambda: folder.saved_config() if settings.resume else None) or {}
     same_network = (saved.get("model"), saved.get("K")) == (settings.model, settings.K)
     cuts = saved.get("resolved_cuts") if same_network and settings.cuts is None else None
     try:
-        return build(settings, dataset, cuts)
+        return build(settings, data, cuts)
     except ValueError as error:  # of the library, whose messages fit the flags
         raise SettingsError(str(error)) from error
 
@@ -122,7 +121,7 @@ def _train(
     config: dict[str, Any],
     again: str,
     stop: StopRequest,
-    watching: Watching | None,
+    hook: MakeHook | None,
 ) -> int:
     settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
     state, totals = initial_state(session), Totals()
@@ -132,7 +131,7 @@ def _train(
             if restored is None:
                 say(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
             else:
-                state, totals = restored.state, Totals(**restored.metadata["totals"])
+                state, totals = restored.state, Totals.from_metadata(restored.metadata)
                 step = restored.step
                 if group.from_first(lambda: is_over(folder, step, settings)):
                     return FINISHED
@@ -140,18 +139,19 @@ def _train(
         group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
         with unread():
             say(announce(session, state), flush=True)
-        looking = watching(session, folder, state.step) if watching else contextlib.nullcontext(session.algorithm)
-        with reporting(session, folder, state.step) as report, looking as algorithm:
+        with contextlib.ExitStack() as stack:
+            report = stack.enter_context(reporting(session, folder, state.step))
+            hooks = [stack.enter_context(made) for made in _hooks(session, folder, state.step, hook)]
             outcome = train(
-                algorithm,
+                session.algorithm,
+                session.task,
                 state,
-                session.pipeline,
-                make_schedule(session, folder),
-                report=report,
+                make_intervals(settings),
                 checkpoints=checkpoints,
-                metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
-                totals=totals,
                 stop=stop,
+                report=report,
+                hooks=hooks,
+                totals=totals,
             )
         stopped = stop.signal is not None and not outcome.finished and outcome.divergence is None
         if not distributed.is_first():
@@ -166,11 +166,21 @@ def _train(
         return _close(session, folder, outcome, checkpoints)
 
 
+def _hooks(
+    session: Session, folder: RunFolder, first_step: int, hook: MakeHook | None
+) -> Iterator[AbstractContextManager[Hook]]:
+    s = session.settings
+    if s.profile and distributed.is_first():
+        yield Profiler(folder.profile, first_step, s.steps, warm_up=4 * s.K)
+    if hook is not None:
+        yield hook(session, folder, first_step)
+
+
 @contextlib.contextmanager
-def reporting(session: Session, folder: RunFolder, first_step: int) -> Iterator[Reporter]:
-    """Who hears of the run: in process 0 the screen and the folder's files, in the others nobody."""
+def reporting(session: Session, folder: RunFolder, first_step: int) -> Iterator[Reporter | None]:
+    """The screen and the folder's files in process 0, nothing in the others."""
     if not distributed.is_first():
-        yield Silent()
+        yield None
         return
     settings = session.settings
     events = folder.events if settings.tensorboard else None
@@ -200,26 +210,18 @@ def is_over(folder: RunFolder, step: int, settings: Resolved) -> bool:
         )
     over = step == settings.steps and folder.summary.exists()
     if over:
-        milestones = " ".join(map(str, settings.milestones))
-        print(
-            f"The run in {folder.path} is finished: {step:,} of {settings.steps:,} steps. Nothing was changed.\n"
-            f"To train for longer, ask for more --epochs or --steps, and add --milestones {milestones}"
-        )
+        print(f"The run in {folder.path} is finished: {step:,} of {settings.steps:,} steps. Nothing was changed.")
+        if settings.schedule != "cosine":
+            milestones = " ".join(map(str, settings.milestones))
+            same = f", and add --milestones {milestones}" if settings.schedule == "steps" else ""
+            print(f"To train for longer, ask for more --epochs or --steps{same}")
     return over
 
 
-def make_schedule(session: Session, folder: RunFolder) -> Schedule:
+def make_intervals(settings: Resolved) -> Intervals:
     """The loop's intervals."""
-    s = session.settings
-    return Schedule(
-        steps=s.steps,
-        batch_size=s.batch_size,
-        log_every=s.log_every,
-        eval_every=s.eval_every,
-        checkpoint_every=s.checkpoint_every,
-        ahead=2 * s.K,
-        profile=folder.profile if s.profile and distributed.is_first() else None,
-    )
+    s = settings
+    return Intervals(s.steps, s.log_every, s.eval_every, s.checkpoint_every, ahead=2 * s.K)
 
 
 def draw(session: Session, folder: RunFolder) -> None:
@@ -227,7 +229,9 @@ def draw(session: Session, folder: RunFolder) -> None:
     s = session.settings
     title = f"{s.model} on {s.dataset}, {METHODS[s.method].title}, K = {s.K}"
     label = f"{s.method.upper()}, K = {s.K}"
-    plot_curves({label: read_rows(folder.metrics)}, folder.curves, title=title, data_source=session.dataset.source)
+    task = session.task
+    rows = {label: read_rows(folder.metrics)}
+    plot_curves(rows, folder.curves, title=title, data_source=task.source, headline=task.headline)
 
 
 def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
@@ -244,9 +248,10 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
             f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
             DIVERGED,
         )
-    t = outcome.totals
+    headline, t = session.task.headline, outcome.totals
+    score, best = (headline.text(t.scores[f"{prefix}test_{headline.name}"]) for prefix in ("", "best_"))
     print(
-        f"Done: test accuracy {t.test_accuracy:.2%} (best {t.best_test_accuracy:.2%}) on {session.dataset.name} "
+        f"Done: test {headline.words} {score} (best {best}) on {session.task.dataset} "
         f"after {outcome.step:,} steps in {t.seconds:.0f} s."
     )
     peaks = summary.get("device_peak_bytes", {})

@@ -20,9 +20,10 @@ def make_config(session: Session) -> dict[str, Any]:
     """What ``config.json`` holds: the settings, and what they came to."""
     packages = ("fr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return as_json(session.settings) | {
-        "data_source": session.dataset.source,
+        "data_source": session.task.source,
+        "headline": session.task.headline._asdict(),
         "resolved_cuts": list(session.cuts),
-        "steps_per_epoch": session.pipeline.steps_per_epoch,
+        "steps_per_epoch": session.task.pipeline.steps_per_epoch,
         "devices_used": [str(device) for sharding in session.placement for device in sharding.device_set],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
@@ -38,19 +39,19 @@ def _version(package: str) -> str | None:
 
 def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
     """What ``summary.json`` holds."""
-    s, t = session.settings, outcome.totals
+    s, t, headline = session.settings, outcome.totals, session.task.headline.name
     devices = {device for sharding in session.placement for device in sharding.device_set}
     return {
-        "dataset": session.dataset.name,
-        "data_source": session.dataset.source,
+        "dataset": session.task.dataset,
+        "data_source": session.task.source,
         "model": s.model,
         "method": s.method,
         "K": s.K,
         "cuts": list(session.cuts),
         "seed": s.seed,
         "steps": outcome.step,
-        "test_accuracy": t.test_accuracy,
-        "best_test_accuracy": t.best_test_accuracy,
+        **dict.fromkeys(("test_loss", f"test_{headline}", f"best_test_{headline}")),
+        **t.scores,
         "seconds": round(t.seconds, 3),
         "step_seconds_median": outcome.step_seconds_median,
         "device": f"{len(devices)} x {jax.devices()[0].device_kind}",

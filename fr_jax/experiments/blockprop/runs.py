@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,16 +13,17 @@ from fr_jax.data.image_sets import Dataset
 from fr_jax.experiments._cli.checks import differences, resolve
 from fr_jax.experiments._cli.settings import TrainSettings, as_json, own_of_method
 from fr_jax.experiments._run.console import Console
-from fr_jax.experiments._run.program import make_schedule
+from fr_jax.experiments._run.optimizers import make_optimizer
+from fr_jax.experiments._run.program import make_intervals
 from fr_jax.experiments._run.records import make_config, make_summary
-from fr_jax.experiments._run.session import Session, build, initial_state, make_optimizer
+from fr_jax.experiments._run.session import Session, build, initial_state
 from fr_jax.training.checkpoints import Checkpoints
-from fr_jax.training.classification import Score, cross_entropy, training_metrics
+from fr_jax.training.classification import cross_entropy, training_metrics
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Outcome, Totals, train
 from fr_jax.training.metrics_log import MetricsLog
 from fr_jax.training.run_folder import RunFolder, WorkdirError
-from fr_jax.types import Algorithm, Info
+from fr_jax.types import Algorithm
 
 __all__ = ["Run", "first_block_factor", "is_finished", "train_run"]
 
@@ -84,39 +83,21 @@ def first_block_factor(penalty: float, h_learning_rate: float, h_steps: int) -> 
 
 
 class GluingConsole(Console):
-    """The console of a run whose training rows also have the mean gluing loss of their steps."""
+    """The console of a run whose training rows have their gluing loss under a name without a stage."""
 
-    def __init__(self, session: Session, log: MetricsLog, first_step: int) -> None:
-        super().__init__(session, log, first_step)
-        self._gluing: deque[tuple[int, Any]] = deque()
-
-    def recorded(self, algorithm: Algorithm) -> Algorithm:
-        """The algorithm, whose gluing losses are kept (on the device) until the row of their steps is written."""
-
-        def step(state: Any, batch: fr.Batch) -> tuple[Any, Info]:
-            state, info = algorithm.step(state, batch)
-            if "gluing_loss/1" in info.metrics:
-                self._gluing.append((state.step, info.metrics["gluing_loss/1"]))
-            return state, info
-
-        return algorithm._replace(step=step)
-
-    def test(self, step: int, score: Score, seconds: float) -> None:
-        """The network was evaluated; with dozens of runs that is worth a row, not a line on the screen."""
-        self._write(step, test_loss=score.loss, test_accuracy=score.accuracy, seconds=seconds)
-
-    def _write(self, step: int, **values: float) -> None:
-        if "train_loss" in values and self._gluing:
-            losses = []
-            while self._gluing and self._gluing[0][0] <= step:  # these steps have been read: nothing waits here
-                losses.append(float(self._gluing.popleft()[1]))
-            values["gluing_loss"] = statistics.fmean(losses)
-        super()._write(step, **values)
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of ``metrics.jsonl``; with dozens of runs, a test row is not worth a line on the screen."""
+        if "gluing_loss/1" in row:
+            row = row | {"gluing_loss": row["gluing_loss/1"]}
+        if "test_loss" in row:
+            self._log.write(row)
+        else:
+            super().row(row)
 
 
 def make_algorithm(session: Session, rates: Sequence[float]) -> Algorithm:
     """The method of the session's settings with a step size for each block."""
-    s, per_epoch = session.settings, session.pipeline.steps_per_epoch
+    s, per_epoch = session.settings, session.task.pipeline.steps_per_epoch
     stages = fr.partition(session.layers, session.cuts)
     each = [make_optimizer(dataclasses.replace(s, learning_rate=rate), per_epoch) for rate in rates]
     common: dict[str, Any] = {"placement": session.placement, "donate": True, "metrics_fn": training_metrics}
@@ -182,19 +163,18 @@ def train_run(run: Run, dataset: Dataset, folder: RunFolder, stop: StopRequest) 
         folder.check_same(config, _differences)
         state, totals, first = initial_state(session), Totals(), None
         if folder.holds_run() and (restored := checkpoints.restore(state)) is not None:
-            state, totals, first = restored.state, Totals(**restored.metadata["totals"]), restored.step
+            state, totals, first = restored.state, Totals.from_metadata(restored.metadata), restored.step
         folder.claim(config, overwrite=folder.holds_run() and first is None)
         with _console(session, folder, first) as console:
             outcome = train(
-                console.recorded(session.algorithm),
+                session.algorithm,
+                session.task,
                 state,
-                session.pipeline,
-                make_schedule(session, folder),
-                report=console,
+                make_intervals(session.settings),
                 checkpoints=checkpoints,
-                metadata=lambda totals: {"totals": totals._asdict(), "dataset": session.dataset.name},
-                totals=totals,
                 stop=stop,
+                report=console,
+                totals=totals,
             )
         if outcome.finished or outcome.divergence is not None:
             write_json(folder.summary, make_summary(session, outcome))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fr_jax.data import image_sets as data
 from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.checks import check, check_shared
 from fr_jax.experiments._cli.command_line import parse
@@ -22,6 +21,7 @@ from fr_jax.experiments._cli.settings import PRESETS, SharedSettings, TrainSetti
 from fr_jax.experiments._fields import LARGEST_SEED, SettingsError, documented, flag, guard, setting
 from fr_jax.experiments._methods import METHODS, listed
 from fr_jax.experiments._run.many_runs import train_all
+from fr_jax.experiments._run.tasks import kind_of
 from fr_jax.experiments.compare.report import Entry, report
 
 __all__ = ["CompareSettings", "main", "run"]
@@ -159,17 +159,17 @@ def run(settings: CompareSettings) -> int:
         "Start it without fr_jax.launch, or launch fr_jax.experiments.cifar or mnist.",
     )
     planned = plan(settings)
-    preferred = "mnist" if settings.model == "mlp" else "cifar10"
-    dataset = data.load(settings.dataset, settings.data_dir, preferred=preferred)
-    home = settings.workdir or Path("runs") / f"compare-{dataset.name}-{settings.model}"
+    kind = kind_of(settings.model)
+    data = kind.load(settings.dataset, settings.data_dir, preferred=kind.auto)
+    home = settings.workdir or Path("runs") / f"compare-{data.name}-{settings.model}"
     entries = {one.name: one.entry for one in planned}
-    same = dataclasses.replace(settings, dataset=dataset.name, workdir=home, overwrite=False)
+    same = dataclasses.replace(settings, dataset=data.name, workdir=home, overwrite=False)
     again = harness.command("compare", CompareSettings(), same)
-    write_report = lambda: report(home, entries, dataset, settings.model, again)
+    write_report = lambda: report(home, entries, data, settings.model, again)
     code = train_all(
         {one.name: one.settings for one in planned},
         home,
-        dataset,
+        data,
         caller="compare",
         again=again,
         overwrite=settings.overwrite,

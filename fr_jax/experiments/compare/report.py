@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fr_jax._files import write_atomically, write_json
-from fr_jax.data.image_sets import Dataset
 from fr_jax.experiments._cli.tables import markdown_table, mean_and_deviation
 from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run.tasks import Data
 from fr_jax.plotting.comparison import Line, plot_comparison
 from fr_jax.plotting.style import COLOURS
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder, WorkdirError
+from fr_jax.training.task import ACCURACY, Headline
 
 __all__ = ["Entry", "report"]
 
@@ -57,7 +58,7 @@ class Run(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: str, command: str) -> str:
+def report(home: Path, planned: Mapping[str, Entry], data: Data, model: str, command: str) -> str:
     """Writes ``comparison.json``, ``table.md`` and ``comparison.png`` of the runs that are over; returns the table.
 
     Runs of earlier comparisons in the same folder stay in the table.
@@ -65,7 +66,7 @@ def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: st
     Args:
       home: the folder of the comparison.
       planned: its runs, by the names of their folders.
-      dataset: the data.
+      data: the data set.
       model: the network's name.
       command: what gives this comparison.
 
@@ -78,13 +79,14 @@ def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: st
     lines: dict[tuple, list[Run]] = {}
     for run in runs:
         lines.setdefault(run.entry.line, []).append(run)
-    rows = [_row(members) for members in lines.values()]
-    heading = f"{model} on {dataset.source}; {len(runs)} of {len(entries)} runs are over."
+    headline = Headline.of(runs[0].config if runs else {})
+    rows = [_row(members, headline) for members in lines.values()]
+    heading = f"{model} on {data.source}; {len(runs)} of {len(entries)} runs are over."
     notes = [note for note in dict.fromkeys(METHODS[row["method"]].note for row in rows) if note]
-    text = "\n\n".join([heading, table(rows), " ".join([HOW_TO_READ, *notes])])
+    text = "\n\n".join([heading, table(rows, headline), " ".join([_how_to_read(headline), *notes])])
     content = {
         "command": command,
-        "data": dataset.source,
+        "data": data.source,
         "model": model,
         "runs": {run.name: list(run.entry) for run in runs},
         "lines": rows,
@@ -98,16 +100,19 @@ def report(home: Path, planned: Mapping[str, Entry], dataset: Dataset, model: st
             Line(members[0].entry.label, [run.rows for run in members], *look)
             for members, look in zip(lines.values(), looks, strict=True)
         ]
-        title = f"{model} on {dataset.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
-        plot_comparison(pictured, home / "comparison.png", title=title, data_source=". ".join([dataset.source, *notes]))
+        title = f"{model} on {data.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
+        source = ". ".join([data.source, *notes])
+        plot_comparison(pictured, home / "comparison.png", title=title, data_source=source, headline=headline)
     return text
 
 
-HOW_TO_READ = (
-    "Errors are those on the test set after the last step, and at the best evaluation; the training loss is the mean "
-    "of the last tenth of its rows; seconds are those of training, compilation included; ± is the standard deviation "
-    "over seeds. Seeds that diverged are left out."
-)
+def _how_to_read(headline: Headline) -> str:
+    what = "Errors are" if headline.fraction else f"The {headline.words} are"
+    return (
+        f"{what} those on the test set after the last step, and at the best evaluation; the training loss is the mean "
+        "of the last tenth of its rows; seconds are those of training, compilation included; ± is the standard "
+        "deviation over seeds. Seeds that diverged are left out."
+    )
 
 
 def _earlier(home: Path) -> dict[str, Entry]:
@@ -146,9 +151,16 @@ def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     return looks
 
 
-def _row(members: Sequence[Run]) -> dict[str, Any]:
+def _row(members: Sequence[Run], headline: Headline) -> dict[str, Any]:
     """One line of the table: over its seeds."""
     entry, summaries = members[0].entry, [run.summary for run in members]
+    scores = {
+        f"{prefix}test_{headline.compared_name}": [
+            None if (x := summary.get(f"{prefix}test_{headline.name}")) is None else round(headline.compared(x), 4)
+            for summary in summaries
+        ]
+        for prefix in ("", "best_")
+    }
     return {
         "method": entry.method,
         "K": entry.K,
@@ -158,17 +170,12 @@ def _row(members: Sequence[Run]) -> dict[str, Any]:
         "learning_rate": members[0].config.get("learning_rate"),
         "steps": [summary["steps"] for summary in summaries],
         "diverged": [summary["diverged"] for summary in summaries],
-        "test_error": [_error(summary["test_accuracy"]) for summary in summaries],
-        "best_test_error": [_error(summary["best_test_accuracy"]) for summary in summaries],
+        **scores,
         "train_loss": [_last(run.rows, "train_loss") for run in members],
         "seconds": [summary["seconds"] for summary in summaries],
         "step_seconds_median": [summary["step_seconds_median"] for summary in summaries],
         "device": summaries[0]["device"],
     }
-
-
-def _error(accuracy: float | None) -> float | None:
-    return None if accuracy is None else round(100 * (1 - accuracy), 4)
 
 
 def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -178,13 +185,13 @@ def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
     return round(statistics.fmean(tail), 6) if tail else None
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], headline: Headline = ACCURACY) -> str:
     """The lines as a Markdown table, readable as plain text too."""
     head = (
         "method",
         "lr",
-        "test error %",
-        "best %",
+        f"test {headline.label}".replace("(%)", "%"),
+        "best %" if headline.fraction else "best",
         "training loss",
         "steps",
         "seconds",
@@ -192,12 +199,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "seeds",
         "devices",
     )
+    digits = 2 if headline.fraction else 4
     body = [
         (
             row["label"] + _divergences(row["diverged"]),
             f"{row['learning_rate']:g}" if row["learning_rate"] is not None else "-",
-            _spread(row, "test_error", 2),
-            _spread(row, "best_test_error", 2),
+            *(_spread(row, f"{prefix}test_{headline.compared_name}", digits) for prefix in ("", "best_")),
             _spread(row, "train_loss", 4),
             f"{max(row['steps']):,}",
             _spread(row, "seconds", 0),

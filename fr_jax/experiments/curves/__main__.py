@@ -1,7 +1,7 @@
 """Draws the curves of several runs in one figure: ``python -m fr_jax.experiments.curves --runs runs/A runs/B``.
 
-Loss against epoch and against time, and test error against epoch, from the folders that the training programs wrote,
-however and wherever they were started: by ``fr_jax.launch``, on one core, on another machine.
+Loss against epoch and against time, and the headline number (test error) against epoch, from the folders that the
+training programs wrote, however and wherever they were started: by ``fr_jax.launch``, on one core, on another machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fr_jax.experiments.curves import reached
 from fr_jax.plotting.comparison import Line, plot_comparison
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder
+from fr_jax.training.task import Headline
 
 __all__ = ["CurvesSettings", "main", "run"]
 
@@ -86,7 +87,9 @@ def run(settings: CurvesSettings) -> int:
     pictured = [Line(label, [rows for _, rows in runs], *_look(label, methods)) for label, runs in lines.items()]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
-    plot_comparison(pictured, settings.output, title=title, data_source="; ".join(sources), **own)
+    plot_comparison(
+        pictured, settings.output, title=title, data_source="; ".join(sources), headline=Headline.of(first), **own
+    )
     print(f"Picture: {settings.output}")
     if settings.losses:
         table, losses_file = reached.table(lines, settings.losses), settings.output.with_suffix(".csv")

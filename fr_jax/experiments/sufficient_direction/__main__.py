@@ -33,10 +33,9 @@ from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import program
 from fr_jax.experiments._run.session import Session, make_algorithm
 from fr_jax.experiments.sufficient_direction.picture import plot_directions, standing_out
-from fr_jax.training.classification import cross_entropy
 from fr_jax.training.metrics_log import MetricsLog, read_rows
 from fr_jax.training.run_folder import RunFolder
-from fr_jax.types import Algorithm, Batch, Info, PyTree
+from fr_jax.types import Batch, Info, PyTree
 
 __all__ = ["SufficientDirectionSettings", "main", "run"]
 
@@ -72,34 +71,32 @@ class Measurement(NamedTuple):
 
 
 class Watcher:
-    """The method of a session, and the measurements made between its steps.
+    """The measurements of a session, made between the steps of its method: a ``Hook`` of the training loop.
 
     A row is written when the next measurement begins, so that no step waits for one.
     """
 
     def __init__(self, settings: SufficientDirectionSettings, session: Session, log: MetricsLog) -> None:
         s = session.settings
-        self._session, self._log = session, log
+        self._session, self._log, self._steps = session, log, s.steps
         self._every = settings.every or max(1, s.steps // 20)
         self._count = _gradient_batches(settings, session)
         stages = fr.partition(session.layers, session.cuts)
-        common = (s, stages, session.placement, session.pipeline.steps_per_epoch, session.dataset)
-        self._looked_at = make_algorithm(*common, return_grads=True)
-        example = session.pipeline.train_batch(0)
-        self._gradient = sampled_gradient(stages, cross_entropy, example, placement=session.placement)
+        self._inspected = make_algorithm(s, stages, session.placement, session.task, return_grads=True)
+        example = session.task.pipeline.train_batch(0)
+        self._gradient = sampled_gradient(stages, session.task.loss, example, placement=session.placement)
         self._pending: Measurement | None = None
 
-    def step(self, state: Any, batch: Batch) -> tuple[Any, Info]:
-        """A step of the method, after a measurement where one is due."""
-        if state.step % self._every == 0:
+    def __call__(self, state: Any, info: Info | None) -> None:
+        """Measures, if it is due, at the state from which the next step starts."""
+        if state.step % self._every == 0 and state.step < self._steps:
             self.write()
-            self._pending = self._measure(state, batch)
-        return self._session.algorithm.step(state, batch)
+            self._pending = self._measure(state, self._session.task.pipeline.train_batch(state.step))
 
     def _measure(self, state: Any, batch: Batch) -> Measurement:
-        one_step = self._looked_at.step(state, batch)[1].grads
+        one_step = self._inspected.step(state, batch)[1].grads
         assert one_step is not None
-        pipeline = self._session.pipeline
+        pipeline = self._session.task.pipeline
         first = SAMPLED_EPOCH * pipeline.steps_per_epoch
         sample = self._gradient(state, (pipeline.train_batch(first + number) for number in range(self._count)))
         is_whole = self._count == pipeline.steps_per_epoch
@@ -112,14 +109,14 @@ class Watcher:
         if self._pending is None:
             return
         at, self._pending = self._pending, None
-        epoch = round(at.step / self._session.pipeline.steps_per_epoch, 6)
+        epoch = round(at.step / self._session.task.pipeline.steps_per_epoch, 6)
         row = {"step": at.step, "epoch": epoch, **_numbers(at.method)}
         self._log.write(row | {"one_batch": _numbers(at.one_batch)})
 
 
 def _gradient_batches(settings: SufficientDirectionSettings, session: Session) -> int:
     """Over how many mini-batches the gradient is: an epoch's at most."""
-    epoch = session.pipeline.steps_per_epoch
+    epoch = session.task.pipeline.steps_per_epoch
     return min(settings.gradient_batches or epoch, epoch)
 
 
@@ -132,15 +129,15 @@ def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def watching(
+def measuring(
     settings: SufficientDirectionSettings, session: Session, folder: RunFolder, first_step: int
-) -> Iterator[Algorithm]:
-    """Gives the method to train with; in the end, however that comes, the numbers are on disk and drawn."""
+) -> Iterator[Watcher]:
+    """The hook of a run; at its end, however it comes, the numbers are on disk and drawn."""
     resume_step = first_step - 1 if session.settings.resume else None  # that of the first step is made again
     with MetricsLog(folder.directions, resume_step=resume_step) as log:
         watcher = Watcher(settings, session, log)
         try:
-            yield session.algorithm._replace(step=watcher.step)
+            yield watcher
         finally:
             watcher.write()
             rows = read_rows(folder.directions)
@@ -175,7 +172,7 @@ def _draw(
     s = session.settings
     title = f"{METHODS[s.method].title}, K = {s.K}, {s.model} on {s.dataset}: each module's direction and the gradient"
     over = f"{_gradient_batches(settings, session)} mini-batches of {s.batch_size}"
-    note = f"Gradient over {over}. Data: {session.dataset.source}"
+    note = f"Gradient over {over}. Data: {session.task.source}"
     plot_directions(rows, folder.directions_picture, title=title, note=note, milestones=s.milestones)
 
 
@@ -204,7 +201,7 @@ def run(settings: SufficientDirectionSettings) -> int:
       ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments._run.program.run` does.
     """
     check(settings)
-    return program.run(SUFFICIENT_DIRECTION, settings, watching=functools.partial(watching, settings))
+    return program.run(SUFFICIENT_DIRECTION, settings, hook=functools.partial(measuring, settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

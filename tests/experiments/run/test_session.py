@@ -1,8 +1,4 @@
-import fractions
-
 import jax
-import numpy as np
-import optax
 import pytest
 
 import fr_jax as fr
@@ -12,81 +8,12 @@ from fr_jax.experiments._cli.devices import request_devices
 from fr_jax.experiments._cli.settings import Resolved, TrainSettings
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run import session as session_module
-from fr_jax.experiments._run.session import (
-    build,
-    choose_devices,
-    learning_rate_schedule,
-    make_optimizer,
-    stage_work,
-)
+from fr_jax.experiments._run.session import build, choose_devices, stage_work
 from fr_jax.partitioning.costs import LayerCost
 
 
 def resolved(**settings: object) -> Resolved:
     return resolve(TrainSettings(**settings), "digits", 1433)
-
-
-@pytest.mark.parametrize(
-    ("milestones", "steps_per_epoch"),
-    [
-        (("2", "4"), 5),
-        (("0.7", "0.3"), 10),  # 0.7 * 10 is 7.000000000000001 in floating point
-        (("0.5", "0.75"), 7),
-        (("1", "1"), 3),
-        (("0",), 4),
-        ((), 4),
-    ],
-)
-def test_learning_rate_schedule_is_the_naive_one(milestones, steps_per_epoch):
-    settings = resolved(learning_rate=0.2, milestones=tuple(map(float, milestones)))
-    schedule = learning_rate_schedule(settings, steps_per_epoch)
-    for step in range(6 * steps_per_epoch):
-        done = fractions.Fraction(step, steps_per_epoch)
-        passed = sum(done >= fractions.Fraction(milestone) for milestone in milestones)
-        np.testing.assert_allclose(schedule(step), 0.2 * 0.1**passed, rtol=1e-5)
-
-
-def test_with_accumulation_the_schedule_counts_updates():
-    schedule = learning_rate_schedule(resolved(learning_rate=0.2, milestones=(2.0,), accumulate=4), 10)
-    np.testing.assert_allclose([schedule(4), schedule(5)], [0.2, 0.02], rtol=1e-5)  # 20 mini-batches are 5 updates
-
-
-@pytest.mark.parametrize("steps", [3, 4, 100, 333])
-def test_default_milestones_are_half_and_three_quarters_of_the_steps(steps):
-    settings = resolve(TrainSettings(steps=steps, learning_rate=1.0), "cifar10", 50_000)
-    schedule = learning_rate_schedule(settings, 390)
-    rates = np.array([schedule(step) for step in range(steps)])
-    naive = [0.1 ** ((step >= steps / 2) + (step >= steps * 3 / 4)) for step in range(steps)]
-    np.testing.assert_allclose(rates, naive, rtol=1e-5)
-
-
-def torch_sgd(w, gradients, rates, momentum, nesterov, weight_decay):
-    """torch.optim.SGD, line by line."""
-    buffer = None
-    for gradient, rate in zip(gradients, rates, strict=True):
-        gradient = gradient + weight_decay * w
-        if momentum:
-            buffer = gradient if buffer is None else momentum * buffer + gradient
-            gradient = gradient + momentum * buffer if nesterov else buffer
-        w = w - rate * gradient
-    return w
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_optimizer_is_that_of_torch(momentum, nesterov, weight_decay):
-    settings = resolved(
-        learning_rate=0.1, milestones=(1.0,), momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
-    )
-    optimizer = make_optimizer(settings, steps_per_epoch=3)
-    gradients = [0.5, -1.0, 2.0, 0.25, 1.5]
-    w, state = jax.numpy.float32(1.5), None
-    state = optimizer.init(w)
-    for gradient in gradients:
-        updates, state = optimizer.update(jax.numpy.float32(gradient), state, w)
-        w = optax.apply_updates(w, updates)
-    expected = torch_sgd(1.5, gradients, [0.1] * 3 + [0.01] * 2, momentum, nesterov, weight_decay)
-    np.testing.assert_allclose(w, expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""Optimizer and learning rate of the training programs, from their settings."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from fr_jax.experiments._cli.settings import Resolved, own_of_method
+from fr_jax.types import Array, PyTree
+
+__all__ = ["learning_rate_schedule", "make_optimizer"]
+
+
+def learning_rate_schedule(settings: Resolved, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by number of updates; with ``accumulate`` there is one for every m mini-batches.
+
+    ``steps`` divides the initial rate by 10 after each milestone (epochs); ``cosine`` lets it fall from the end of the
+    warm-up to 0 at the end of the run. During the warm-up the rate is (t + 1) / W of that in update t = 0, 1, ...
+    """
+    s, per_update = settings, own_of_method(settings, settings.method).get("accumulate", 1)
+    warmup = math.ceil(s.warmup / per_update)
+    if s.schedule == "constant":
+        rate = optax.constant_schedule(s.learning_rate)
+    elif s.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(s.learning_rate, max(1, s.steps // per_update - warmup))
+        rate = lambda count: falling(jnp.maximum(count - warmup, 0))
+    else:
+        # The hundredth of a step keeps 0.7 x 10 = 7.000000000000001 from becoming 8.
+        boundaries = [math.ceil(epoch * steps_per_epoch / per_update - 0.01) for epoch in s.milestones]
+        scales = {boundary: 0.1 ** boundaries.count(boundary) for boundary in boundaries}
+        rate = optax.piecewise_constant_schedule(s.learning_rate, scales)
+    return (lambda count: rate(count) * jnp.minimum(1.0, (count + 1) / warmup)) if warmup else rate
+
+
+def make_optimizer(settings: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The optimizer of every stage; each stage has a state of its own, and clips by the norm of its own gradient.
+
+    ``sgd`` adds the weight decay to the gradient, as in the papers' PyTorch code; ``adamw`` and ``muon`` decouple it.
+    ``muon`` orthogonalizes the updates of all weight matrices: dense kernels, and convolution kernels as matrices of
+    (height x width x inputs, outputs). Biases and the parameters of normalization have no such form; Adam trains them,
+    with the same learning rate and no weight decay.
+    """
+    s, rate = settings, learning_rate_schedule(settings, steps_per_epoch)
+    if s.optimizer == "adamw":
+        optimizer = optax.adamw(rate, weight_decay=s.weight_decay)
+    elif s.optimizer == "muon":
+        optimizer = muon(
+            rate,
+            weight_decay=s.weight_decay,
+            muon_weight_dimension_numbers=_as_matrices,
+            consistent_rms=0.2,  # an update as large as Adam's, so that both bear the same learning rate
+        )
+    else:
+        optimizer = optax.sgd(rate, momentum=s.momentum or None, nesterov=s.nesterov)
+        if s.weight_decay:
+            optimizer = optax.chain(optax.add_decayed_weights(s.weight_decay), optimizer)
+    return optimizer if s.clip is None else optax.chain(optax.clip_by_global_norm(s.clip), optimizer)
+
+
+def _as_matrices(params: PyTree) -> PyTree:
+    """For each weight the axes that muon takes for a matrix's rows and columns, or None for Adam."""
+
+    def axes(weight: Array) -> MuonDimensionNumbers | None:
+        return MuonDimensionNumbers(tuple(range(weight.ndim - 1)), weight.ndim - 1) if weight.ndim > 1 else None
+
+    return jax.tree.map(axes, params)
