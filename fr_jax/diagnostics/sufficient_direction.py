@@ -1,23 +1,23 @@
-"""How far a method's direction is from the gradient, module by module: Assumption 1 of Huo, Gu, Huang 2018.
+"""How far a method's direction is from the gradient, stage by stage: Assumption 1 of Huo, Gu, Huang 2018.
 
-With f the loss over many mini-batches, ∇f_k its gradient with respect to module k's weights at w^t, and g_k the
-direction in which the method moves that module at iteration t:
+With f the loss over many mini-batches, ∇f_k its gradient with respect to the weights of stage k at w^t, and g_k the
+direction in which the method moves that stage at iteration t:
 
     σ_k      = <∇f_k, g_k> / ||∇f_k||²           eq. (8), figure 3
     cosine_k = <∇f_k, g_k> / (||∇f_k|| ||g_k||)
     ratio_k  = ||g_k|| / ||∇f_k||
 
-σ = cosine · ratio. Back-propagation on all of f has 1, 1, 1; on one mini-batch σ is 1 in the mean, the cosine is
-smaller and the ratio larger. The assumption is about the whole network: :func:`whole` adds the modules up.
+σ = cosine · ratio. Back-propagation on all of f has 1, 1, 1; on one mini-batch the expectation of σ is 1, the cosine is
+smaller and the ratio larger. The assumption is about the whole network: :func:`whole` combines the stages.
 
-Where ∇f is itself estimated from n of its mini-batches with gradients g^(i), the norm of their mean is too large by the
-mean's noise, and σ too small. :func:`sampled_gradient` takes the mean over all pairs of different mini-batches instead,
+If ∇f is itself estimated from n mini-batches with gradients g^(i), the norm of their mean is too large by the noise of
+the mean, and σ too small. :func:`sampled_gradient` takes the mean over all pairs of different mini-batches instead,
 
     ||∇f||² ≈ s = Σ_{i≠j} <g^(i), g^(j)> / n(n-1) = 2 Σ_i a_i / n(n-1),    a_i = <g^(i), g^(1) + ... + g^(i-1)>
 
-which is right in the mean. It may be negative where the noise outweighs the gradient. There the a_i have mean zero and
-no correlation (a martingale's differences), so the standard error of s can be taken from the sizes of a_i - (i-1) s.
-An s that is not above twice its error says nothing, nor do the σ, cosine and ratio that divide by it.
+which is unbiased, and may be negative if the noise outweighs the gradient. In that case the a_i have mean zero and are
+uncorrelated (differences of a martingale), so the sizes of a_i - (i-1) s give the standard error of s. An s below twice
+its error says nothing, nor do the σ, cosine and ratio that divide by it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = ["Direction", "SampledGradient", "directions", "full_gradient", "sampl
 
 
 class Direction(NamedTuple):
-    """Of one module, or of the whole network; device scalars until :meth:`read`.
+    """The direction of one stage, or of the whole network; device scalars until :meth:`read`.
 
     Attributes:
       product: <∇f_k, g_k>.
       gradient_square: ||∇f_k||², or an estimate of it, which may be negative.
       direction_norm: ||g_k||.
-      square_noise: standard error of ``gradient_square``, as far as it comes from the noise of the sample; 0 for a
-        gradient that is not of a sample, NaN where the sample is too small to tell (less than three mini-batches).
+      square_noise: standard error of ``gradient_square`` because of sampling; 0 for a gradient that is not sampled, NaN
+        for a sample of fewer than three mini-batches.
     """
 
     product: Array | float
@@ -56,31 +56,31 @@ class Direction(NamedTuple):
 
     @property
     def stands_out(self) -> Array | bool:
-        """False where ``gradient_square`` is not above twice its noise: the numbers below mean nothing then."""
-        drowned = self.gradient_square <= 2 * self.square_noise  # an unknown noise (NaN) drowns nothing
+        """False if ``gradient_square`` is not above twice its noise: the numbers below mean nothing then."""
+        drowned = self.gradient_square <= 2 * self.square_noise  # False for an unknown noise (NaN)
         return not drowned if isinstance(drowned, bool) else ~drowned
 
     @property
     def gradient_norm(self) -> Array | float:
-        """||∇f_k||; NaN where the estimate of its square is negative."""
+        """||∇f_k||; NaN if the estimate of its square is negative."""
         if isinstance(self.gradient_square, float):
             return math.sqrt(self.gradient_square) if self.gradient_square >= 0 else math.nan
         return jnp.sqrt(self.gradient_square)
 
     @property
     def sigma(self) -> Array | float:
-        """σ_k = <∇f_k, g_k> / ||∇f_k||²; NaN where the gradient is zero, or cannot be told from it."""
+        """σ_k = <∇f_k, g_k> / ||∇f_k||²; NaN if the gradient is zero, or the estimate of its square negative."""
         norm = self.gradient_norm
         return _quotient(self.product, norm * norm)
 
     @property
     def cosine(self) -> Array | float:
-        """Of the angle between the two; NaN where one of them is zero."""
+        """The cosine of the angle between the two; NaN if one of them is zero."""
         return _quotient(self.product, self.gradient_norm * self.direction_norm)
 
     @property
     def norm_ratio(self) -> Array | float:
-        """||g_k|| / ||∇f_k||; NaN where the gradient is zero."""
+        """||g_k|| / ||∇f_k||; NaN if the gradient is zero."""
         return _quotient(self.direction_norm, self.gradient_norm)
 
     def read(self) -> Direction:
@@ -89,12 +89,12 @@ class Direction(NamedTuple):
 
 
 class SampledGradient(NamedTuple):
-    """∇f estimated from mini-batches, module by module.
+    """∇f estimated from mini-batches, stage by stage.
 
     Attributes:
       mean: K pytrees like ``state.params``.
       square: K scalars, the unbiased estimates of ||∇f_k||²; from a single mini-batch the square of its norm.
-      square_noise: K scalars, the standard errors of these; NaN from less than three mini-batches.
+      square_noise: K scalars, the standard errors of ``square``; NaN from fewer than three mini-batches.
     """
 
     mean: tuple[PyTree, ...]
@@ -113,19 +113,19 @@ def full_gradient(
 ) -> Callable[[Any, Iterable[Batch]], tuple[PyTree, ...]]:
     """Makes the function that computes ∇f at a state's weights, where f is the mean loss of given mini-batches.
 
-    The network runs as in training: batch normalisation uses each mini-batch's own statistics, dropout draws masks of
-    its own. What the optimizer adds to a gradient (weight decay) is not in f. The state is only read.
+    The network runs as in training: batch normalisation uses the statistics of each mini-batch, and dropout draws new
+    masks. What the optimizer adds to a gradient (weight decay) is not in f. The state is only read.
 
     Args:
-      stages: the K modules.
-      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      stages: the K stages.
+      loss_fn: as for ``fr_jax.backprop``.
       batch: a mini-batch; only its shapes count.
-      placement: one sharding a module; None puts all on the default device.
+      placement: one sharding per stage; None puts all on the default device.
 
     Returns:
-      ``(state, batches) -> gradients``: a state of any method of these stages, and one or more mini-batches of equal
-      size; a tuple of K pytrees like ``state.params``, each on its module's device. Nothing waits for the devices. It
-      holds the activations of one mini-batch, and two gradients, at a time. It raises a ValueError without batches.
+      ``(state, batches) -> gradients``: from a state of any method for these stages, and one or more mini-batches of
+      equal size, a tuple of K pytrees like ``state.params``, each on its stage's device. It does not wait for devices,
+      holds the activations of one mini-batch and two gradients at a time, and raises a ValueError without batches.
 
     Raises:
       ValueError: a wrong number of stages or shardings.
@@ -150,9 +150,9 @@ def full_gradient(
 def sampled_gradient(
     stages: Sequence[Stage], loss_fn: LossFn, batch: Batch, *, placement: Sequence[Sharding] | None = None
 ) -> Callable[[Any, Iterable[Batch]], SampledGradient]:
-    """Like :func:`full_gradient`, where the mini-batches are a sample of those that f is the mean of.
+    """Like :func:`full_gradient`, for mini-batches that are a sample of those whose mean is f.
 
-    Its result is given to :func:`directions` as a gradient is.
+    :func:`directions` takes its result instead of a gradient.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -203,7 +203,7 @@ def _mean(total: PyTree, products: list[Array]) -> tuple[PyTree, Array, Array]:
         return total, square, jnp.full_like(square, math.nan)
     a = jnp.stack(products)
     square = 2 * jnp.sum(a) / (n * (n - 1))
-    residuals = a - jnp.arange(1, n, dtype=a.dtype) * square  # n - 1 of them, of which the mean took one freedom
+    residuals = a - jnp.arange(1, n, dtype=a.dtype) * square  # n - 1 of them, with n - 2 degrees of freedom
     freedom = (n - 1) / (n - 2) if n > 2 else math.nan
     noise = 2 * jnp.sqrt(freedom * jnp.sum(residuals**2)) / (n * (n - 1))
     return jax.tree.map(lambda x: x / n, total), square, noise
@@ -223,13 +223,13 @@ def _direction(gradient: PyTree, square: Array | None, noise: Array | None, dire
 
 
 def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[PyTree]) -> tuple[Direction, ...]:
-    """Compares the direction of every module with its gradient, on the module's device; nothing waits.
+    """Compares the direction of every stage with its gradient, on the stage's device; nothing waits.
 
     Args:
       gradients: ∇f_k at w^t, from :func:`full_gradient` or :func:`sampled_gradient`.
-      grads: g_k of iteration t, which is ``Info.grads`` of a method with ``return_grads=True``. A module that does not
-        update yet has None there, and σ = 0. Where ``gradients`` are of a sample, g_k must not be of one of its
-        mini-batches, or σ is too large.
+      grads: g_k of iteration t: ``Info.grads`` of a method with ``return_grads=True``. A stage that does not update yet
+        has None, and σ = 0. With a sampled gradient, g_k must not belong to a mini-batch of the sample, or σ is too
+        large.
 
     Raises:
       ValueError: their numbers differ, or ``grads`` is None.
@@ -239,21 +239,21 @@ def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[Py
     if grads is None or len(means) != len(grads):
         given = "None" if grads is None else len(grads)
         raise ValueError(
-            f"{len(means)} gradients were given with {given} directions; give as many, one a module. Info.grads is "
+            f"{len(means)} gradients were given with {given} directions; give one per stage for both. Info.grads is "
             "None unless the method was made with return_grads=True."
         )
     return tuple(map(_direction, means, squares, noises, grads))
 
 
-def whole(modules: Sequence[Direction]) -> Direction:
-    """The whole network's direction from its modules'; reads them, and so waits for their devices.
+def whole(stages: Sequence[Direction]) -> Direction:
+    """The direction of the whole network from those of its stages; reads them, and so waits for their devices.
 
-    The noise of its square takes the modules' as independent.
+    The noise of its square is that of independent stages.
 
     Example:
       >>> both = whole([Direction(9.0, 9.0, 6.0), Direction(16.0, 16.0, 8.0)])
       >>> both.sigma, both.cosine, both.norm_ratio
       (1.0, 0.5, 2.0)
     """
-    products, squares, found, noises = zip(*(one.read() for one in modules), strict=True)
+    products, squares, found, noises = zip(*(one.read() for one in stages), strict=True)
     return Direction(math.fsum(products), math.fsum(squares), math.hypot(*found), math.hypot(*noises))

@@ -1,4 +1,4 @@
-"""Gantt charts of timelines: a row a device, a colour a kind of work, and the bubble in per cent."""
+"""Gantt charts of timelines: one row per device, one colour per kind of work, and the bubble in per cent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LOOKS", "Look", "gantt_figure"]
 
 
 class Look(NamedTuple):
-    """How the kinds of work in ``kinds`` are shown; ``ink`` is the colour of the number on them."""
+    """How the kinds of work in ``kinds`` are drawn; ``ink`` is the colour of the number on them."""
 
     label: str
     colour: str
@@ -39,7 +39,7 @@ OTHER = Look("other work", "#999999", ())
 LOOK_OF = {kind: look for look in LOOKS for kind in look.kinds}
 
 DEVICES_WITH_ROOM, BARS_WITH_ROOM = 12, 150
-"""Devices of a chart, and bars a device, up to which it shows mini-batch numbers and single transfers."""
+"""Numbers of devices, and of bars per device, up to which a chart shows mini-batch numbers and single transfers."""
 WIDTH_INCHES, LEFT_INCHES, RIGHT_INCHES = 13.0, 0.75, 0.15
 POINTS_PER_DIGIT = 4.6
 
@@ -52,21 +52,21 @@ def gantt_figure(
     unit: str = "s",
     reference: float | None = None,
 ) -> Figure:
-    """One chart a timeline, above each other with one time axis, from the first task on.
+    """One chart per timeline, on a common time axis.
 
-    Above each chart stand the seconds a step and the bubble in steady state, as :func:`summarise` finds them; the
-    chart itself shows how the devices fill at the start as well. Numbers are mini-batches (GPipe: microbatches). Kinds
-    of tasks that are not in :data:`LOOKS` are grey.
+    The title of each chart gives the seconds per step and the bubble in steady state (:func:`summarise`); the chart
+    itself also shows how the pipeline fills. Numbers on the bars are mini-batches, or micro-batches of GPipe. Kinds of
+    tasks that are not in :data:`LOOKS` are grey.
 
     Args:
       timelines: by label, each of at least two steps.
-      title: one line over the figure.
+      title: one line above the figure.
       seconds: the end of the time axis; by default the end of the shortest timeline.
-      unit: of the timelines' times; ``"s"`` where they are seconds.
-      reference: a step of back-propagation on one device, to say how many times as fast each is.
+      unit: the unit of the times, such as ``"s"``.
+      reference: the time of a step of back-propagation on one device, to state the speed of each timeline.
 
     Raises:
-      ValueError: for no timelines, or one without a steady state.
+      ValueError: there is no timeline, or one without a steady state.
 
     Example:
       >>> from fr_jax.diagnostics.simulation.schedules import ddg
@@ -74,7 +74,7 @@ def gantt_figure(
       >>> from fr_jax.diagnostics.simulation.times import times_of_costs
       >>> drawing = gantt_figure({"DDG": simulate(ddg(times_of_costs([1.5, 1.5]), steps=8))}, title="K = 2")
       >>> drawing.axes[0].get_title(loc="left")
-      'DDG: 1.5 s a step, bubble 0.0 %'
+      'DDG: 1.5 s per step, bubble 0.0 %'
     """
     if not timelines:
         raise ValueError("no timelines to draw: give at least one, with its label.")
@@ -95,7 +95,7 @@ def gantt_figure(
         lower = upper - heights[number]
         axes = drawing.add_axes((left, lower / height, width, heights[number] / height))
         shown |= _draw(axes, timeline, end)
-        axes.set_title(f"{label}: {_said(timeline, unit, reference)}", loc="left", fontsize=10, pad=3)
+        axes.set_title(f"{label}: {_summary(timeline, unit, reference)}", loc="left", fontsize=10, pad=3)
         if number == len(rows) - 1:
             axes.set_xlabel(f"time ({unit})")
         else:
@@ -107,14 +107,14 @@ def gantt_figure(
     return drawing
 
 
-def _said(timeline: Timeline, unit: str, reference: float | None) -> str:
+def _summary(timeline: Timeline, unit: str, reference: float | None) -> str:
     found = summarise(timeline)
     faster = f", {reference / found.step_seconds:.2f} times as fast as one device" if reference else ""
-    return f"{found.step_seconds:.4g} {unit} a step{faster}, bubble {100 * found.bubble:.1f} %"
+    return f"{found.step_seconds:.4g} {unit} per step{faster}, bubble {100 * found.bubble:.1f} %"
 
 
 def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:
-    """The labels of the looks that were drawn."""
+    """Draws a timeline, and returns the labels of the looks that it needs."""
     devices = 1 + max(task.device for task in timeline.schedule)
     visible = [
         (task, start, stop)

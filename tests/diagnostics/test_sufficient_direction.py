@@ -18,6 +18,8 @@ from fr_jax.diagnostics.sufficient_direction import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, ROWS = 3, 6
 
 
@@ -104,7 +106,7 @@ def test_a_direction_that_is_the_gradient_has_ones(factory):
         np.testing.assert_allclose([got.sigma, got.cosine, got.norm_ratio], 1, rtol=1e-5)
 
 
-def test_modules_that_do_not_move_yet_have_zero():
+def test_stages_that_do_not_move_yet_have_zero():
     stages, (one,) = dense_stages(), batches(1)
     method = fr.features_replay(stages, squared, optax.sgd(0.1), return_grads=True)
     state = method.init(jax.random.key(0), one)

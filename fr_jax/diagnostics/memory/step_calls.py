@@ -1,7 +1,7 @@
 """The jitted functions that one step of a method issues, found and compiled without running anything.
 
-``step`` is Python that calls jitted functions and sends arrays to devices. Traced with shapes instead of arrays, it
-leaves exactly that: a list of calls, in the order of issue, each with the buffers that it reads and makes.
+``step`` is Python that calls jitted functions and sends arrays to devices. Tracing it with shapes instead of arrays
+gives the list of these calls in the order of issue, each with the buffers that it reads and makes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Buffer", "Call", "StepCalls", "step_calls"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buffer:
-    """An array on its devices; two that are the same object share their memory.
+    """An array on its devices. Each object is one allocation.
 
     Attributes:
       aval: shape and dtype.
@@ -41,7 +41,7 @@ class Buffer:
 
     @property
     def spec(self) -> jax.ShapeDtypeStruct:
-        """What ``jit`` is told of it."""
+        """Shape, dtype and sharding for ``jit``."""
         return jax.ShapeDtypeStruct(self.aval.shape, self.aval.dtype, sharding=self.sharding)
 
 
@@ -51,12 +51,12 @@ class Call:
 
     Attributes:
       name: of the function: ``play``, ``replay``, ...
-      devices: where it runs, or what receives the transfer.
+      devices: where it runs, or the receivers of the transfer.
       inputs: what it reads.
-      donated: those inputs whose memory it is given.
-      outputs: what it makes: new buffers.
-      aliased: bytes on each device of the outputs that lie in donated memory.
-      temporaries: bytes on each device that XLA needs besides inputs and outputs.
+      donated: the inputs whose memory it may reuse.
+      outputs: new buffers.
+      aliased: bytes per device of the outputs in donated memory.
+      temporaries: bytes per device that XLA needs in addition to inputs and outputs.
     """
 
     name: str
@@ -74,10 +74,8 @@ class StepCalls:
 
     Attributes:
       calls: in the order of issue.
-      state: the state before the step, a pytree of :class:`Buffer`, whose ``step`` is None.
-      batch: the mini-batch.
-      new_state: the state after it.
-      info: what the step reports.
+      state, batch: the arguments of the step, pytrees of :class:`Buffer`; ``state.step`` is None.
+      new_state, info: its results.
     """
 
     calls: tuple[Call, ...]
@@ -94,18 +92,17 @@ def step_calls(
     progress: Callable[[str], None] | None = None,
     analyses: dict[Any, Any] | None = None,
 ) -> StepCalls:
-    """Traces ``init`` and a step in which every module updates, and compiles the functions that the step issues.
+    """Traces ``init`` and a step in which every stage updates, and compiles the functions that the step issues.
 
     Args:
-      algorithm: any method. Its functions must not look at the values of arrays, which none of fr_jax's does.
-      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them. What has no device stands for an array on the
-        default device.
+      algorithm: any method. Its functions must not read the values of arrays; those of fr_jax do not.
+      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them, for an array on the default device.
       progress: called with the name of each function before it is compiled.
-      analyses: what is known of functions by the hash of their code, read and added to. Given to several calls, the
-        functions that they have in common are compiled once.
+      analyses: a cache from code to memory analyses, read and added to. Functions that several calls with the same
+        cache have in common are compiled once.
 
     Returns:
-      The calls, with the sizes that XLA gives for the backend in use.
+      The calls, with the sizes for the backend in use.
 
     Raises:
       ValueError: the batch does not suit the algorithm.
@@ -130,7 +127,8 @@ def step_calls(
     traced, state_spec = jax.make_jaxpr(without_step, return_shape=True)(key, spec)
     _, state_buffers = walk.follow(traced, [Buffer(jax.typeof(key), walk.default), *batch_buffers], compiling=False)
 
-    # The first iteration in which nothing of the start is in flight any more, and no two entries share their memory.
+    # Iteration K is the first in which all stages update. init may have put one zeros buffer into several entries; by
+    # now each has its own.
     t, state_buffers = len(state_spec.params), [dataclasses.replace(buffer) for buffer in state_buffers]
     step = lambda state, batch: _without_step(algorithm.step(state._replace(step=t), batch))
     traced, (new_spec, info_spec) = jax.make_jaxpr(step, return_shape=True)(state_spec, spec)
@@ -174,7 +172,7 @@ class _Walk:
             elif kind in ("jit", "pjit"):
                 call = self._call(equation, inputs, compiling)
                 outputs = call.outputs
-            else:  # something that a step does outside of jit is a small function of its own
+            else:  # an operation outside of jit is compiled as a function of its own
                 outputs = tuple(Buffer(var.aval, _place(inputs, self.default)) for var in equation.outvars)
                 call = Call(kind, frozenset(outputs[0].sharding.device_set), inputs, (), outputs, 0, 0)
             calls += [] if call is None else [call]
@@ -186,10 +184,10 @@ class _Walk:
         asked = [s if isinstance(s, Sharding) else None for s in params["out_shardings"]]
         placed = tuple(s or place for s in asked)
         memory = None
-        # What is not placed by the function goes where XLA puts it: on one device there is no choice.
+        # Outputs without an out_sharding go where XLA puts them; on one device there is only one place.
         if len(place.device_set) > 1 and (compiling or None in asked):
             memory, placed = self._compile(params, [buffer.spec for buffer in inputs], asked)
-        elif compiling:  # for the default device, which is like any other
+        elif compiling:  # for the default device: one compilation serves all devices
             specs = [jax.ShapeDtypeStruct(buffer.aval.shape, buffer.aval.dtype) for buffer in inputs]
             memory, _ = self._compile(params, specs, [None] * len(asked))
         return Call(
@@ -226,7 +224,7 @@ def _place(inputs: tuple[Buffer, ...], default: Sharding) -> Sharding:
 
 
 def _transfer(equation: Any, inputs: tuple[Buffer, ...]) -> tuple[Call | None, tuple[Buffer, ...]]:
-    """New buffers where an array moves; the same where it is there already."""
+    """New buffers for arrays that move, the same buffers for those that are in place."""
     outputs = []
     for buffer, target in zip(inputs, equation.params["devices"], strict=True):
         sharding = SingleDeviceSharding(target) if isinstance(target, jax.Device) else target

@@ -1,13 +1,13 @@
-"""What a training method keeps in memory: on each device at the peak of a step, and for each stage between steps.
+"""The memory of a training method: on each device at the peak of a step, and for each stage between steps.
 
-A step is a list of jitted calls (:mod:`fr_jax.diagnostics.memory.step_calls`). Call i runs while these are alive:
+A step is a list of jitted calls (:mod:`fr_jax.diagnostics.memory.step_calls`). While call i runs, a device holds
 
-    live_i   the buffers that were there before call i and are still to be read, by a later call or by the caller
-    out_i    its outputs, less those that lie in donated memory
-    temp_i   what XLA needs inside the call (from the memory analysis of the compiled function)
+    live_i   buffers that existed before call i and are still to be read, by this or a later call or by the caller
+    out_i    the call's outputs, except those in donated memory
+    temp_i   what XLA needs inside the call, from the memory analysis of the compiled function
 
-and the device's peak is max_i (live_i + out_i + temp_i). The caller holds the old state until the step returns.
-Nothing is run or allocated: a network that fits no machine can be examined on any.
+and its peak is max_i (live_i + out_i + temp_i). The caller holds the old state until the step returns. Nothing runs and
+nothing is allocated, so a network that fits on no machine can be examined on any.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ KINDS = {
     "parameters": "weights",
     "optimizer": "states of the optimizers",
     "statistics": "running statistics, keys and counts",
-    "history": "what the state keeps of past mini-batches: features, VJPs, gradients on their way",
-    "batch": "the mini-batch, as it was given",
-    "residuals": "what is made and used up within a step: VJPs, features, gradients",
+    "history": "what the state keeps of past mini-batches: features, VJPs, gradients in flight",
+    "batch": "the mini-batch",
+    "residuals": "what a step makes and uses up: VJPs, features, gradients",
     "temporaries": "what XLA needs inside a function, such as the activations of a replay",
 }
 ACTIVATIONS = ("history", "batch", "residuals", "temporaries")
@@ -44,12 +44,7 @@ _KIND_OF_FIELD = {
 
 
 class StageMemory(NamedTuple):
-    """Bytes that one stage holds between steps, on each of its devices.
-
-    Attributes:
-      parameters, optimizer, statistics: of the stage.
-      history: of past mini-batches, in ``State``'s other fields.
-    """
+    """Bytes that one stage holds between steps, on each of its devices, by kind (:data:`KINDS`)."""
 
     parameters: int
     optimizer: int
@@ -61,10 +56,10 @@ class DeviceMemory(NamedTuple):
     """One device at the moment of a step at which it holds the most.
 
     Attributes:
-      device: ``cpu:0``.
+      device: such as ``cpu:0``.
       stages: the stages on it, k = 1..K.
       peak: bytes by kind (:data:`KINDS`) at that moment.
-      during: the function that runs then.
+      during: the function that runs at that moment.
       between_steps: bytes by kind that the new state holds.
     """
 
@@ -81,7 +76,7 @@ class DeviceMemory(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """Bytes at the peak without weights, optimizer and statistics: the quantity of the papers' table 1."""
+        """Bytes at the peak without weights, optimizer and statistics: the quantity of table 1 of the paper."""
         return sum(self.peak[kind] for kind in ACTIVATIONS)
 
 
@@ -91,9 +86,9 @@ class CallMemory(NamedTuple):
     Attributes:
       name: ``play``, ``replay``, ...
       device: where it runs; the first of several.
-      live: bytes on that device when it starts, its inputs included.
-      inputs, outputs, aliased, temporaries: bytes on that device; ``aliased`` is the part of the outputs that lies in
-        donated inputs.
+      live: bytes on that device when it starts, including its inputs.
+      inputs, outputs, aliased, temporaries: bytes on that device; ``aliased`` is the part of the outputs in donated
+        inputs.
     """
 
     name: str
@@ -109,9 +104,9 @@ class MemoryReport(NamedTuple):
     """The memory of one training method.
 
     Attributes:
-      devices: one entry a device that is used, sorted.
+      devices: the devices that are used, sorted.
       stages: K entries.
-      calls: everything that a step issues, in this order.
+      calls: everything that a step issues, in order.
     """
 
     devices: tuple[DeviceMemory, ...]
@@ -136,14 +131,14 @@ def step_memory(
     progress: Callable[[str], None] | None = None,
     analyses: dict[Any, Any] | None = None,
 ) -> MemoryReport:
-    """Memory of a method in full swing, from XLA's analysis of the functions that a step issues.
+    """Memory of a step in which all stages update, from XLA's analysis of the functions that it issues.
 
-    It is what the program asks of the device: an allocator rounds up, a convolution library may take workspace of its
-    own, and a host that runs several steps ahead keeps their features alive. See :func:`device_peaks` for what a device
-    says afterwards. The sizes are of the backend in use: XLA plans differently for a CPU and for a GPU.
+    It is what the program requests for the backend in use: XLA plans differently for a CPU and for a GPU. A device may
+    use more: an allocator rounds up, a convolution library takes workspace, and a host that runs several steps ahead
+    keeps their features alive. :func:`device_peaks` reads the device's own count after a run.
 
     Args:
-      algorithm: any method, made with ``donate=True`` as the programs do, or without.
+      algorithm: any method; the programs use ``donate=True``.
       batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them.
       progress: called with the name of each function before it is compiled.
       analyses: as for :func:`fr_jax.diagnostics.memory.step_calls.step_calls`.
@@ -181,23 +176,16 @@ def step_memory(
 
 
 def device_peaks(devices: Iterable[jax.Device] | None = None) -> dict[str, int | None]:
-    """The most bytes that each device has had in use since the program started, where it keeps count.
+    """The most bytes that each device has had in use since the program started; waits for nothing.
 
     Args:
       devices: those of this process by default.
 
     Returns:
-      ``{"gpu:0": bytes}``; None where the backend does not count (a CPU). It reads a counter, and waits for nothing.
-
-    Example:
-      >>> from fr_jax.diagnostics.memory.step_memory import device_peaks
-      >>> peaks = device_peaks()
+      ``{"gpu:0": bytes}``; None if the backend does not count (a CPU).
     """
-    found = {}
-    for device in jax.local_devices() if devices is None else devices:
-        counts = device.memory_stats() or {}
-        found[_name(device)] = counts.get("peak_bytes_in_use")
-    return found
+    devices = jax.local_devices() if devices is None else devices
+    return {_name(device): (device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices}
 
 
 def _name(device: jax.Device) -> str:
@@ -234,7 +222,7 @@ def _kinds(step: StepCalls) -> dict[Buffer, str]:
 
 
 def _stages(state: Any) -> tuple[StageMemory, ...]:
-    """Every field of a state but its ``step`` has one entry a stage."""
+    """Every field of a state except ``step`` has one entry per stage."""
     K = len(state.params)
     held = [Counter() for _ in range(K)]
     for path, buffer in jax.tree.leaves_with_path(state):
@@ -248,10 +236,10 @@ def _stages_of(state: Any) -> list[set[jax.Device]]:
 
 
 def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
-    """Each call with the buffers that are alive when it starts, its inputs included."""
+    """Each call with the buffers that are alive when it starts, including its inputs."""
     end = len(step.calls)
     last_use = {buffer: i for i, call in enumerate(step.calls) for buffer in call.inputs}
-    # The caller holds the old state, but for what it has donated, and is given the new one.
+    # The caller holds the old state, except for what it has donated, and receives the new one.
     last_use |= dict.fromkeys(jax.tree.leaves((step.state, step.batch)), end)
     last_use |= {buffer: i for i, call in enumerate(step.calls) for buffer in call.donated}
     last_use |= dict.fromkeys(jax.tree.leaves((step.new_state, step.info)), end)
@@ -262,13 +250,13 @@ def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
 
 
 def _peaks(step: StepCalls, kinds: dict[Buffer, str]) -> dict[jax.Device, tuple[str, dict[str, int]]]:
-    """For each device, the call at which it holds the most, and that by kind."""
+    """For each device, the call at which it holds the most, and the bytes by kind."""
     peaks: dict[jax.Device, tuple[str, dict[str, int]]] = {}
     for call, live in _alive(step):
         given = set(call.donated)
         for device in call.devices:
             now = Counter(dict.fromkeys(KINDS, 0))
-            left_over = -call.aliased  # outputs take the place of donated inputs, as far as they fit
+            left_over = -call.aliased  # outputs replace donated inputs as far as they fit; XLA keeps the rest
             for buffer in (*live, *call.outputs):
                 size = buffer.nbytes if device in buffer.sharding.device_set else 0
                 if buffer in given:
