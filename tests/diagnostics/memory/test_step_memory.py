@@ -10,9 +10,12 @@ from fr_jax.diagnostics.memory.activations import StageActivations, closed_form,
 from fr_jax.diagnostics.memory.step_calls import step_calls
 from fr_jax.diagnostics.memory.step_memory import KINDS, device_peaks, step_memory
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, B, WIDTH = 3, 8, 16
 FLOAT = 4
 BATCH = fr.Batch(jax.ShapeDtypeStruct((B, WIDTH), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32))
+ANALYSES = {}  # of functions that several tests compile
 
 
 def loss_fn(y, targets):
@@ -30,7 +33,7 @@ def make():
 
 
 def test_features_replay_by_hand(make):
-    report = step_memory(make(fr.features_replay), BATCH)
+    report = step_memory(make(fr.features_replay), BATCH, analyses=ANALYSES)
     weights, feature = (WIDTH * WIDTH + WIDTH) * FLOAT, B * WIDTH * FLOAT
     for k, stage in enumerate(report.stages, start=1):
         assert stage.parameters == weights
@@ -53,7 +56,7 @@ def test_features_replay_by_hand(make):
 def test_fused_backpropagation_is_what_xla_says(make):
     """The whole step on one device, compiled as one function from outside: what it holds and what it adds."""
     algorithm = make(fr.backprop, fr.placement(K, jax.devices()[:1]))
-    (device,) = step_memory(algorithm, BATCH).devices
+    (device,) = step_memory(algorithm, BATCH, analyses=ANALYSES).devices
     batch = fr.Batch(jnp.zeros((B, WIDTH)), jnp.zeros(B, jnp.int32))
     state = algorithm.init(jax.random.key(0), batch)
     inside = (state.params, state.model_state, state.opt_state)
@@ -73,7 +76,7 @@ def test_fused_backpropagation_is_what_xla_says(make):
 
 
 def test_ddg_counts_every_vjp_that_is_kept(make):
-    bp, ddg = (step_memory(make(method), BATCH) for method in (fr.backprop, fr.ddg))
+    bp, ddg = (step_memory(make(method), BATCH, analyses=ANALYSES) for method in (fr.backprop, fr.ddg))
     assert [stage.history for stage in bp.stages] == [0] * K
     first, second, last = (stage.history for stage in ddg.stages)
     assert last == 0
@@ -84,9 +87,9 @@ def test_ddg_counts_every_vjp_that_is_kept(make):
 
 
 def test_data_parallel_counts_one_devices_share(make):
-    alone = step_memory(make(fr.features_replay), BATCH)
+    alone = step_memory(make(fr.features_replay), BATCH, analyses=ANALYSES)
     shardings = fr.placement(K, jax.devices()[: 2 * K], data_parallel=2)
-    split = step_memory(make(fr.features_replay, shardings), BATCH)
+    split = step_memory(make(fr.features_replay, shardings), BATCH, analyses=ANALYSES)
     assert len(split.devices) == 2 * K
     for one, both in zip(alone.stages, split.stages, strict=True):
         assert (both.parameters, both.optimizer) == (one.parameters, one.optimizer)
@@ -103,7 +106,7 @@ def test_data_parallel_counts_one_devices_share(make):
     ids=["gpipe", "dni", "ddg with prediction"],
 )
 def test_every_method_can_be_examined(make, method):
-    report = step_memory(make(method), BATCH)
+    report = step_memory(make(method), BATCH, analyses=ANALYSES)
     assert len(report.devices) == K and all(device.total > 0 for device in report.devices)
     assert all(device.between_steps["residuals"] == 0 for device in report.devices)
 
