@@ -8,6 +8,7 @@ A network is cut into K stages (``partition``), each placed on its own device (`
 from fr_jax import distributed, models
 from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
+from fr_jax.algorithms._layers import layer_params
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
 from fr_jax.algorithms.ddg import ddg
@@ -40,6 +41,7 @@ __all__ = [
     "gpipe",
     "layer_costs",
     "layer_flops",
+    "layer_params",
     "layer_times",
     "models",
     "partition",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-__all__ = ["check_placement", "data_parallel_size", "placement", "replicated"]
+__all__ = ["check_placement", "data_parallel_size", "default_sharding", "placement", "replicated"]
 
 
 def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
@@ -80,18 +80,29 @@ def data_parallel_size(sharding: Sharding | None) -> int:
     return sharding.num_devices if isinstance(sharding, NamedSharding) else 1
 
 
-def check_placement(shardings: Sequence[Sharding] | None, K: int) -> tuple[Sharding, ...]:
-    """One sharding per stage; for None the default device, also if the mini-batch is on another one.
+def default_sharding() -> Sharding:
+    """JAX's default device, as it is now.
+
+    Example:
+      >>> default_sharding() == placement(1, [jax.local_devices()[0]])[0]
+      True
+    """
+    default: Any = jax.config.values["jax_default_device"]  # None, a device, or the name of a platform
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    return SingleDeviceSharding(default)
+
+
+def check_placement(shardings: Sequence[Sharding], K: int) -> tuple[Sharding, ...]:
+    """One sharding for each of K stages.
 
     Raises:
       ValueError: the placement does not have K entries, or an entry is not a sharding.
 
     Example:
-      >>> check_placement(None, 2) == placement(2, [jax.local_devices()[0]])
-      True
+      >>> len(check_placement(placement(2), 2))
+      2
     """
-    if shardings is None:
-        return (jnp.zeros(()).sharding,) * K
     if isinstance(shardings, Sharding):
         raise ValueError(
             f"placement is the single sharding {shardings!r}; it needs a sequence of K = {K}, one per stage. "

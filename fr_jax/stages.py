@@ -1,11 +1,11 @@
-"""Stages: wrap a Flax module, chain layers into a module, cut a list of layers into K modules."""
+"""Stages: wrap a Flax module, chain layers into a stage, cut a list of layers into K stages."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,35 +16,10 @@ from fr_jax.types import Array, PyTree, Stage
 if TYPE_CHECKING:
     from flax import linen as nn
 
-__all__ = ["Chain", "chain", "from_linen", "partition", "traced_once"]
+__all__ = ["chain", "from_linen", "partition", "traced_once"]
 
 
-class Chain(Stage):
-    """A stage made of layers that run one after another; made by :func:`chain`.
-
-    It is an ordinary :class:`Stage` that remembers its ``layers``. Its ``params`` and
-    ``state`` are tuples with one entry a layer.
-    """
-
-    layers: tuple[Stage, ...]
-
-    def __new__(cls, layers: Any, apply: Callable | None = None) -> Any:
-        if apply is not None:  # as jax.tree.map makes it anew, from changed fields: no longer these layers
-            return Stage(layers, apply)
-        layers = tuple(layers)
-        self = super().__new__(cls, functools.partial(_init_chain, layers), functools.partial(_apply_chain, layers))
-        self.layers = layers
-        return self
-
-    @classmethod
-    def _make(cls, iterable: Iterable[Any]) -> Any:  # as _replace makes it anew
-        return Stage._make(iterable)
-
-    def __getnewargs__(self) -> Any:  # copies and pickles
-        return (self.layers,)
-
-
-def chain(*stages: Stage) -> Chain:
+def chain(*stages: Stage) -> Stage:
     """Composes stages: ``chain(a, b).apply`` runs ``a``, then ``b``.
 
     Layer j is initialised with ``fold_in(key, j)`` and applied with ``fold_in(key, j)``.
@@ -55,10 +30,10 @@ def chain(*stages: Stage) -> Chain:
       *stages: at least one stage, first to last.
 
     Returns:
-      A stage whose ``params`` and ``state`` are tuples, one entry a layer.
+      A stage whose ``params`` and ``state`` are tuples with one entry per layer; its ``layers`` are the given stages.
 
     Raises:
-      ValueError: no stage was given, or something that is none.
+      ValueError: no stage was given, or something that is not a Stage.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -71,11 +46,11 @@ def chain(*stages: Stage) -> Chain:
     if not stages:
         raise ValueError("chain() was given no stage; a stage needs at least one layer. Pass one or more stages.")
     check_stages(stages, "layer")
-    return Chain(stages)
+    return Stage(functools.partial(_init_chain, stages), functools.partial(_apply_chain, stages), stages)
 
 
 def check_stages(stages: Sequence[Any], name: str) -> None:
-    """Raises ValueError, with the number of the first that is no Stage, and with how to make one."""
+    """Raises ValueError, with the number of the first entry that is not a Stage, and how to make one."""
     for k, stage in enumerate(stages, start=1):
         if not isinstance(stage, Stage):
             raise ValueError(
@@ -84,7 +59,7 @@ def check_stages(stages: Sequence[Any], name: str) -> None:
             )
 
 
-def _init_chain(layers: tuple[Stage, ...], key: Array, x: Array) -> tuple[PyTree, PyTree]:
+def _init_chain(layers: tuple[Stage, ...], key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
     params, state = [], []
     for j, layer in enumerate(layers):
         layer_params, layer_state = layer.init(jax.random.fold_in(key, j), x)
@@ -96,8 +71,8 @@ def _init_chain(layers: tuple[Stage, ...], key: Array, x: Array) -> tuple[PyTree
 
 
 def _apply_chain(
-    layers: tuple[Stage, ...], params: PyTree, state: PyTree, x: Array, *, key: Array | None = None, train: bool = True
-) -> tuple[Array, PyTree]:
+    layers: tuple[Stage, ...], params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True
+) -> tuple[PyTree, PyTree]:
     new_state = []
     for j, layer in enumerate(layers):
         layer_key = None if key is None else jax.random.fold_in(key, j)
@@ -133,8 +108,8 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
         return made.get("params", {}), {name: collection for name, collection in made.items() if name != "params"}
 
     def apply(
-        params: PyTree, state: PyTree, x: Array, *, key: Array | None = None, train: bool = True
-    ) -> tuple[Array, PyTree]:
+        params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True
+    ) -> tuple[PyTree, PyTree]:
         variables = {"params": params, **state}
         rngs = None if key is None else {"dropout": key}
         run: Any = functools.partial(module.apply, variables, x, rngs=rngs, **flags(train))
@@ -160,7 +135,7 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
       The stage.
 
     Raises:
-      ValueError: ``module`` is no Linen module.
+      ValueError: ``module`` is not a Linen module.
 
     The flags go by keyword. A module that must have them by position, such as ``nn.remat(Block, static_argnums=2)``,
     is called so inside a small module of your own.
@@ -188,11 +163,11 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     return _wrap_linen(*arguments)
 
 
-def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Chain, ...]:
+def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Stage, ...]:
     """Cuts a list of layers into ``len(cuts) + 1`` stages.
 
     Args:
-      layers: the network, one stage a layer, first to last.
+      layers: the network, one stage per layer, first to last.
       cuts: increasing positions in ``1 .. len(layers) - 1``; stage k is ``layers[cuts[k-1]:cuts[k]]``.
         Empty for K = 1.
 

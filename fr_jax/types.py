@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -15,29 +13,29 @@ PyTree: TypeAlias = Any
 class InitStage(Protocol):
     """``(key, x) -> (params, state)``: fresh weights for an input shaped like ``x``."""
 
-    def __call__(self, key: Array, x: Array, /) -> tuple[PyTree, PyTree]: ...
+    def __call__(self, key: Array, x: PyTree, /) -> tuple[PyTree, PyTree]: ...
 
 
 class ApplyStage(Protocol):
     """``(params, state, x, *, key, train) -> (y, new_state)``: a pure forward pass."""
 
     def __call__(
-        self, params: PyTree, state: PyTree, x: Array, /, *, key: Array | None = None, train: bool = True
-    ) -> tuple[Array, PyTree]: ...
+        self, params: PyTree, state: PyTree, x: PyTree, /, *, key: Array | None = None, train: bool = True
+    ) -> tuple[PyTree, PyTree]: ...
 
 
 class Stage(NamedTuple):
     """A piece of a feedforward network as two pure functions.
 
-    A layer is the smallest stage; a module of the papers is a chain of layers
-    (:func:`fr_jax.chain`).
+    A layer is the smallest stage; a stage of the papers ("module") is a chain of layers (:func:`fr_jax.chain`).
 
     Attributes:
-      init: ``(key, x) -> (params, state)``. ``params`` are trained, ``state`` is
-        everything else that the stage carries along, such as the running statistics of
-        batch normalisation; ``()`` where there is none.
-      apply: ``(params, state, x, *, key=None, train=True) -> (y, new_state)``.
-        ``key`` feeds dropout; a stage without randomness ignores it.
+      init: ``(key, x) -> (params, state)``. ``params`` are trained; ``state`` is everything else that the stage carries
+        along, such as the running statistics of batch normalisation, or ``()``.
+      apply: ``(params, state, x, *, key=None, train=True) -> (y, new_state)``. ``key`` feeds dropout; a stage without
+        randomness ignores it.
+      layers: the layers that the stage is a chain of; its ``params`` and ``state`` are then tuples with one entry per
+        layer. Empty for a layer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,49 +49,61 @@ class Stage(NamedTuple):
 
     init: InitStage
     apply: ApplyStage
+    layers: tuple[Stage, ...] = ()
 
 
 class Batch(NamedTuple):
-    """One mini-batch.
+    """One mini-batch of B examples.
 
     Attributes:
-      inputs: ``(B, ...)``, what the first stage reads.
-      targets: ``(B, ...)``, what the loss compares with.
-      index: ``(B,)`` int32, the examples' places in the data set; needed only by methods
-        that keep something for every example (cached BlockProp).
+      inputs: what the first stage reads; an array, or a pytree of arrays, with leaves ``(B, ...)``.
+      targets: what the loss compares with; leaves ``(B, ...)``.
+      index: ``(B,)`` int32, the examples' places in the data set; needed only by methods that keep something for every
+        example (cached BlockProp).
     """
 
-    inputs: Array
-    targets: Array
+    inputs: PyTree
+    targets: PyTree
     index: Array | None = None
 
 
 class State(Protocol):
-    """What every method carries from step to step; each adds fields of its own.
+    """What a method carries from step to step: an immutable pytree, a NamedTuple of the method's own.
 
-    ``params``, ``model_state`` and ``opt_state`` are tuples of K pytrees, one a stage,
-    each on its stage's device. ``step`` is a Python int: the number of mini-batches seen.
+    Every state has these fields; each method adds what it has in flight between steps. The tuples have one entry per
+    stage, each on its stage's devices.
     """
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """The number of mini-batches seen, a Python int."""
+        ...
+
     @property
-    def params(self) -> tuple[PyTree, ...]: ...
+    def params(self) -> tuple[PyTree, ...]:
+        """The weights of the K stages."""
+        ...
+
     @property
-    def model_state(self) -> tuple[PyTree, ...]: ...
+    def model_state(self) -> tuple[PyTree, ...]:
+        """What the stages carry along besides weights, such as running statistics of batch normalisation."""
+        ...
+
     @property
-    def opt_state(self) -> tuple[PyTree, ...]: ...
+    def opt_state(self) -> tuple[PyTree, ...]:
+        """The states of the K optimizers."""
+        ...
 
 
 class Info(NamedTuple):
-    """What a step reports and the next step does not need. Nothing in it was waited for.
+    """What a step reports and the next step does not need. No value in it was waited for.
 
     Attributes:
-      loss: scalar, the loss of the mini-batch of this step at the last module.
-      grads: tuple of K pytrees (``None`` for a stage that did not update in this step), or
-        ``None`` without ``return_grads=True``.
-      metrics: ``gradient_norm/k`` for each stage k = 1..K that updated, and whatever the
-        ``metrics_fn`` of the method returned for this mini-batch.
+      loss: scalar, the loss of the mini-batch of this step at the last stage.
+      grads: tuple of K pytrees (``None`` for a stage that did not update in this step), or ``None`` without
+        ``return_grads=True``.
+      metrics: ``gradient_norm/k`` for each stage k = 1..K that updated, and whatever the ``metrics_fn`` of the method
+        returned for this mini-batch.
     """
 
     loss: Array
@@ -101,30 +111,86 @@ class Info(NamedTuple):
     metrics: dict[str, Array]
 
 
+class LossFn(Protocol):
+    """``(outputs, targets) -> scalar``: the loss of a mini-batch, the mean over its examples."""
+
+    def __call__(self, outputs: PyTree, targets: PyTree, /) -> Array: ...
+
+
+class MetricsFn(Protocol):
+    """``(outputs, targets) -> {name: array}``: what the last stage reports of a mini-batch beside the loss."""
+
+    def __call__(self, outputs: PyTree, targets: PyTree, /) -> dict[str, Array]: ...
+
+
+class InitAlgorithm(Protocol):
+    """``(key, batch, params=None, model_state=None) -> State``: the state before the first step.
+
+    Args:
+      key: a ``jax.random.key``. The weights of layer i depend on the key and on i, not on the cuts.
+      batch: a mini-batch; only the shapes and dtypes of its leaves ``(B, ...)`` matter.
+      params: weights to start from instead of fresh ones: a tuple of K pytrees, as in a state, or of one pytree per
+        layer of the network (:func:`fr_jax.layer_params`). They are copied, and the optimizer states made from them.
+      model_state: likewise for what stages carry along.
+
+    Returns:
+      The state, each stage's part on the stage's devices.
+
+    Raises:
+      ValueError: the batch is not a mini-batch, or does not fit the network or the devices; the weights have another
+        structure or other shapes than the network's.
+    """
+
+    def __call__(
+        self, key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None
+    ) -> Any: ...
+
+
+class Step(Protocol):
+    """``(state, batch) -> (State, Info)``: one iteration t of the method.
+
+    It only issues work, and never waits for a device: it is a Python loop over jitted functions, and not to be jitted
+    itself. With ``donate=False`` (the default) the old state stays valid.
+
+    Args:
+      state: from ``init``, or from the step before.
+      batch: leaves ``(B, ...)`` of the dtypes that ``init`` was given. Methods that keep nothing in flight between
+        steps accept another B.
+
+    Returns:
+      The next state, and what the step reports.
+
+    Raises:
+      ValueError: the batch does not fit the state.
+      TypeError: the step is called inside ``jax.jit`` or the like.
+    """
+
+    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Info]: ...
+
+
+class Predict(Protocol):
+    """``(state, inputs) -> outputs``: the network in inference mode, each stage on its devices.
+
+    Args:
+      state: any state of the method.
+      inputs: leaves ``(N, ...)``, for any N.
+
+    Returns:
+      The outputs of the last stage, leaves ``(N, ...)``.
+    """
+
+    def __call__(self, state: Any, inputs: PyTree, /) -> PyTree: ...
+
+
 class Algorithm(NamedTuple):
     """A training method as pure functions closed over their settings.
 
     Attributes:
-      init: ``(key, batch) -> State``; ``key`` is a ``jax.random.key``, ``batch`` gives shapes.
-      step: ``(state, batch) -> (State, Info)``: one iteration t of the method. It never waits
-        for a device.
-      predict: ``(state, inputs) -> outputs``: the network in inference mode, on the same devices.
+      init: :class:`InitAlgorithm`, ``(key, batch, params=None, model_state=None) -> State``.
+      step: :class:`Step`, ``(state, batch) -> (State, Info)``.
+      predict: :class:`Predict`, ``(state, inputs) -> outputs``.
     """
 
-    init: Callable[[Array, Batch], Any]
-    step: Callable[[Any, Batch], tuple[Any, Info]]
-    predict: Callable[[Any, Array], Array]
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class BatchSpec:
-    """Shapes and dtypes of the mini-batches a state was made for (a pytree without leaves)."""
-
-    inputs: tuple[tuple[int, ...], str]
-    targets: tuple[tuple[int, ...], str]
-
-    @classmethod
-    def of(cls, batch: Batch) -> BatchSpec:
-        """The spec of ``batch``, read from its metadata alone; dtypes are those that it has on a device."""
-        return cls(*((tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype))) for x in batch[:2]))
+    init: InitAlgorithm
+    step: Step
+    predict: Predict

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fr_jax.types import Array, PyTree
+from fr_jax.types import Array, LossFn, MetricsFn, PyTree
 
-__all__ = ["LossFn", "MetricsFn", "gradient_norm", "loss_of", "metrics_of", "wide"]
-
-LossFn: TypeAlias = Callable[[Array, Array], Array]
-MetricsFn: TypeAlias = Callable[[Array, Array], dict[str, Array]]
+__all__ = ["gradient_norm", "loss_of", "metrics_of", "wide"]
 
 
 def loss_of(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Array:
-    """``loss_fn(outputs, targets)``; raises ValueError where that is no real number. For use under ``jit``."""
+    """``loss_fn(outputs, targets)``; raises ValueError if that is not one real number. For use under ``jit``."""
     loss = loss_fn(outputs, targets)
     if not isinstance(loss, jax.Array) or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         given = f"{loss.dtype} of shape {loss.shape}" if isinstance(loss, jax.Array) else f"a {type(loss).__name__}"
@@ -30,7 +27,7 @@ def loss_of(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Array:
 
 
 def metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -> dict[str, Array]:
-    """``metrics_fn(outputs, targets)``; raises ValueError where that is no dict or takes a method's own names."""
+    """``metrics_fn(outputs, targets)``; raises ValueError if that is not a dict or takes a method's own names."""
     if metrics_fn is None:
         return {}
     metrics = metrics_fn(outputs, targets)
@@ -49,7 +46,7 @@ def metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -
 
 
 def wide(dtype: Any) -> Any:
-    """The type to add up in: float32 at least. Also where JAX is told to promote no types by itself."""
+    """The type to add up in: float32 at least, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 

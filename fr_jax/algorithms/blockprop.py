@@ -26,22 +26,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._arrays import put
 from fr_jax._placement import replicated
-from fr_jax.algorithms import _example_memory as memory
-from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms import _example_cache as cache
+from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import loss_of, wide
-from fr_jax.algorithms._stages import (
-    KeyStream,
-    Optimizers,
-    Setup,
-    check_batch,
-    check_count,
-    check_setup,
-    init_modules,
-    zeros,
-)
-from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
+from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_count, check_setup
+from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["BlockPropState", "blockprop"]
 
@@ -57,7 +49,7 @@ class Gluing(NamedTuple):
 
 
 class BlockPropState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry a block, on the block's device.
+    """Nothing is in flight between steps; tuples have one entry per block, on the block's devices.
 
     Attributes:
       step: t, mini-batches seen so far.
@@ -80,27 +72,26 @@ class BlockPropState(NamedTuple):
     batch_spec: BatchSpec
 
 
-def init(setup: Setup, own: Gluing, key: Array, batch: Batch) -> BlockPropState:
+def init(
+    own: Gluing,
+    setup: Setup,
+    parts: BlockPropParts,
+    key: Array,
+    batch: Batch,
+    params: tuple | None,
+    model_state: tuple | None,
+) -> BlockPropState:
     """Weights w^0; no example has been seen."""
-    modules = init_modules(setup, key, batch)
-    memory.check_index(own.cache_size, batch)
-    cache, visits = [], []
-    for k, (sharding, features) in enumerate(zip(setup.shardings, modules.features, strict=True)):
+    stages = init_stages(setup, key, batch, params, model_state)
+    cache.check_index(own.cache_size, batch)
+    kept, visits = [], []
+    for k, (sharding, features) in enumerate(zip(setup.shardings, stages.features, strict=True)):
         N, here = own.cache_size, replicated(sharding)
         row = lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), wide(h.dtype))
         rows = jax.tree.map(row, features) if N else ()
-        cache.append(zeros(rows, here) if k > 0 else ())
+        kept.append(zeros(rows, here) if k > 0 else ())
         visits.append(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), here) if N else ())
-    return BlockPropState(
-        step=0,
-        params=modules.params,
-        model_state=modules.model_state,
-        opt_state=modules.opt_state,
-        cache=tuple(cache),
-        visits=tuple(visits),
-        streams=modules.streams,
-        batch_spec=modules.batch_spec,
-    )
+    return BlockPropState(**stages.fields(), cache=tuple(kept), visits=tuple(visits))
 
 
 def gluing_loss(h: PyTree, other: PyTree) -> Array:
@@ -110,7 +101,7 @@ def gluing_loss(h: PyTree, other: PyTree) -> Array:
     return sum(jnp.sum(jnp.square(d)) for d in differences) / differences[0].shape[0]
 
 
-class Parts(NamedTuple):
+class BlockPropParts(NamedTuple):
     """The jitted functions of the blocks; ``forwards`` are those of 1..K-1, ``h_steps`` those of 2..K."""
 
     forwards: tuple[Callable, ...]
@@ -119,22 +110,22 @@ class Parts(NamedTuple):
     learns: tuple[Callable, ...]
 
 
-def make_parts(
-    setup: Setup, own: Gluing, loss_fn: Callable, metrics_fn: Callable | None, *, return_grads: bool, donate: bool
-) -> Parts:
+def make_parts(setup: Setup, own: Gluing) -> BlockPropParts:
     """Forward pass, kept values, h-step and W-step of every block. ``J[k]`` is what its output is trained with."""
-    stages, optimizers, shardings = setup
+    stages, optimizers, shardings, donate = setup.stages, setup.optimizers, setup.shardings, setup.donate
     blocks, skip = range(len(stages)), own.h_every > 1
-    J = [*(lambda out, h, c=c: c * gluing_loss(out, h) for c in own.penalty), functools.partial(loss_of, loss_fn)]
+    J = [*(lambda out, h, c=c: c * gluing_loss(out, h) for c in own.penalty), functools.partial(loss_of, setup.loss_fn)]
     metrics = [
         *(lambda out, h, k=k: {f"gluing_loss/{k}": gluing_loss(out, h)} for k in blocks[1:]),
-        metrics_fn,
+        setup.metrics_fn,
     ]
-    play = functools.partial(steps.make_play, update_stats=False, donate=donate)
-    learn = functools.partial(steps.make_train, input_gradient=False, return_grads=return_grads, donate=donate)
-    return Parts(
-        forwards=tuple(play(memory.make_gluing(stages[k], if_due=skip), shardings[k]) for k in blocks[:-1]),
-        memories=tuple(memory.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
+    play = functools.partial(functions.make_play, update_stats=False, donate=donate)
+    learn = functools.partial(
+        functions.make_train, input_gradient=False, return_grads=setup.return_grads, donate=donate
+    )
+    return BlockPropParts(
+        forwards=tuple(play(cache.make_gluing(stages[k], if_due=skip), shardings[k]) for k in blocks[:-1]),
+        memories=tuple(cache.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
         h_steps=tuple(make_h_step(stages[k], J[k], own, k, shardings[k]) for k in blocks[1:]),
         learns=tuple(
             learn(stages[k : k + 1], J[k], optimizers[k : k + 1], shardings[k], metrics_fn=metrics[k]) for k in blocks
@@ -145,12 +136,12 @@ def make_parts(
 def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Sharding | None) -> Callable:
     """``(params, model_state, stream, h, above, p, due) -> h``: one gradient step on L_k, equation (5); k from 0.
 
-    ``above`` is h*_{k+1}, or the targets. Where ``due`` is given, only the examples that are due move.
+    ``above`` is h*_{k+1}, or the targets. If ``due`` is given, only the examples that are due move.
     """
     penalty_below, rate = own.penalty[k - 1], own.rates[k - 1]
 
     def h_step(params: Any, model_state: Any, stream: KeyStream, h: Any, above: Any, p: Any, due: Any) -> PyTree:
-        key = jax.random.fold_in(stream.key, stream.count)
+        key = stream.at()
 
         def L(h: PyTree) -> Array:
             out, _ = stage.apply(params, model_state, h, key=key, train=True)
@@ -158,56 +149,47 @@ def make_h_step(stage: Stage, J: Callable, own: Gluing, k: int, sharding: Shardi
             return jax.tree.leaves(h)[0].shape[0] * (loss.astype(wide(loss.dtype)) + penalty_below * gluing_loss(h, p))
 
         move = lambda h: jax.tree.map(lambda a, slope: a - rate * slope, h, jax.grad(L)(h))
-        return move(h) if due is None else memory.move_due(due, move, h, skip=own.h_every > 1)
+        return move(h) if due is None else cache.move_due(due, move, h, skip=own.h_every > 1)
 
     return jax.jit(h_step, out_shardings=sharding)
 
 
-def step(parts: Parts, setup: Setup, own: Gluing, state: BlockPropState, batch: Batch) -> tuple[BlockPropState, Info]:
+def step(
+    own: Gluing, setup: Setup, parts: BlockPropParts, state: BlockPropState, batch: Batch
+) -> tuple[BlockPropState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_batch(state.batch_spec, batch)
-    memory.check_index(own.cache_size, batch)
-    K, shardings = len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    cache, visits, streams = list(state.cache), list(state.visits), list(state.streams)
+    now, K = Iteration(setup, state, batch, any_size=True), len(setup.stages)
+    cache.check_index(own.cache_size, batch)
+    kept, visits = list(state.cache), list(state.visits)
     unset: list[Any] = [None] * K
     index, due, p, h, above = (unset.copy() for _ in range(5))
 
     # Forward. Block 1 has nothing to recall: its cache and its p are empty.
-    h[0], p[0] = put(batch.inputs, shardings[0]), ()
+    h[0], p[0] = now.send(batch.inputs, 0), ()
     for k in range(K):
         if k > 0:
             x = (h[k - 1], due[k - 1]) if own.h_every > 1 else h[k - 1]
-            out, *_ = parts.forwards[k - 1](params[k - 1], model_state[k - 1], streams[k - 1], x)
-            h[k] = p[k] = put(out, shardings[k])
+            out, *_ = parts.forwards[k - 1](now.params[k - 1], now.model_state[k - 1], now.streams[k - 1], x)
+            h[k] = p[k] = now.send(out, k)
         if own.cache_size:
-            index[k], (recall, _) = put(batch.index, shardings[k]), parts.memories[k]
-            kept, due[k], visits[k] = recall(visits[k], cache[k], index[k], p[k])
-            h[k] = kept if k > 0 else h[k]
+            index[k], (recall, _) = now.send(batch.index, k), parts.memories[k]
+            recalled, due[k], visits[k] = recall(visits[k], kept[k], index[k], p[k])
+            h[k] = recalled if k > 0 else h[k]
 
     # h-step, from the last block to the second; each result is sent to the block below.
-    above[-1] = put(batch.targets, shardings[-1])
+    above[-1] = now.send(batch.targets, K - 1)
     for k in reversed(range(1, K)):
         for _ in range(own.h_steps):
-            h[k] = parts.h_steps[k - 1](params[k], model_state[k], streams[k], h[k], above[k], p[k], due[k])
-        above[k - 1] = put(h[k], shardings[k - 1])
+            h[k] = parts.h_steps[k - 1](now.params[k], now.model_state[k], now.streams[k], h[k], above[k], p[k], due[k])
+        above[k - 1] = now.send(h[k], k - 1)
 
-    # W-step: no block waits for another's.
-    learned = []
+    # W-step: no block waits for another's. The last one's loss is the step's.
     for k in range(K):
-        one = slice(k, k + 1)
-        new = parts.learns[k](params[one], model_state[one], opt_state[one], streams[one], h[k], above[k])
-        (params[k],), (model_state[k],), (opt_state[k],) = new.params, new.model_state, new.opt_state
-        streams[k] = streams[k]._replace(count=new.counts[0])
-        learned.append(new)
+        now.train(parts.learns[k], h[k], above[k], stages=slice(k, k + 1))
         if own.cache_size and k > 0:
-            cache[k] = parts.memories[k][1](cache[k], index[k], h[k])
+            kept[k] = parts.memories[k][1](kept[k], index[k], h[k])
 
-    state = state._replace(params=tuple(params), model_state=tuple(model_state), opt_state=tuple(opt_state))
-    state = state._replace(step=state.step + 1, cache=tuple(cache), visits=tuple(visits), streams=tuple(streams))
-    grads = None if learned[-1].grads is None else tuple(new.grads[0] for new in learned)
-    gluing = {name: value for new in learned for name, value in new.metrics.items()}
-    return state, Info(learned[-1].loss, grads, steps.named_norms([new.gradient_norms[0] for new in learned]) | gluing)
+    return now.finish(state, cache=kept, visits=visits)
 
 
 def _for_each_cut(name: str, value: Any, K: int) -> tuple[float, ...]:
@@ -237,7 +219,7 @@ def check_own(K: int, penalty: Any, h_steps: int, h_learning_rate: Any, cache_si
 
 def blockprop(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     *,
     penalty: float | Sequence[float] = 1.0,
@@ -248,7 +230,7 @@ def blockprop(
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
-    metrics_fn: steps.MetricsFn | None = None,
+    metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
     """BlockProp (Gotmare, Thomas, Brea, Jaggi 2018), Algorithm 1; with ``cache_size`` Algorithm 2.
 
@@ -292,11 +274,16 @@ def blockprop(
       >>> sorted(info.metrics)
       ['gluing_loss/1', 'gradient_norm/1', 'gradient_norm/2']
     """
-    setup = check_setup(stages, optimizer, placement)
+    setup = check_setup(
+        stages,
+        optimizer,
+        placement,
+        loss_fn=loss_fn,
+        metrics_fn=metrics_fn,
+        return_grads=return_grads,
+        donate=donate,
+    )
     own = check_own(len(setup.stages), penalty, h_steps, h_learning_rate, cache_size, h_every)
-    parts = make_parts(setup, own, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
-    return Algorithm(
-        init=functools.partial(init, setup, own),
-        step=functools.partial(step, parts, setup, own),
-        predict=steps.make_predict(setup.stages, setup.shardings),
+    return make_algorithm(
+        setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)
     )

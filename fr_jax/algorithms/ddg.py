@@ -1,60 +1,52 @@
 """Decoupled parallel back-propagation with delayed gradients (Huo, Gu, Yang, Huang, ICML 2018): DDG keeps old VJPs.
 
-At iteration t, for modules k = 1..K with weights w_k and inputs h_{k-1} (h_0 = x), and s = t+k-K:
+At iteration t, for stages k = 1..K with weights w_k and inputs h_{k-1} (h_0 = x), and s = t+k-K:
 
-    forward   h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to module k+1; its VJP at w_k^t is kept
+    forward   h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to stage k+1; its VJP at w_k^t is kept
     gradient  g_k^t = (dh_k^s / dw_k^s) . delta_k^t,  by the VJP kept at iteration s
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t
-    send      delta_{k-1}^{t+1} = (dh_k^s / dh_{k-1}^s) . delta_k^t  to module k-1
+    send      delta_{k-1}^{t+1} = (dh_k^s / dh_{k-1}^s) . delta_k^t  to stage k-1
 
-Module K's delta is the gradient of the loss itself. delta_k^t was sent at t-1 and belongs to mini-batch s too, so g_k^t
-is the gradient of back-propagation for mini-batch s at the weights w^s, K-k iterations late. While s < 0, module k has
-nothing to apply and does not update. In code modules count from 0, so the staleness of module k is K-1-k.
+Stage K's delta is the gradient of the loss itself. delta_k^t was sent at t-1 and belongs to mini-batch s too, so g_k^t
+is the gradient of back-propagation for mini-batch s at the weights w^s, K-k iterations late. While s < 0, stage k has
+nothing to apply and does not update. In code stages count from 0, so the staleness of stage k is K-1-k.
 
 With weight prediction, the forward pass and its VJP use ŵ_k^t instead, a prediction of w_k^{t+K-k}.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Sharding
 
-from fr_jax._arrays import put
-from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms import _delayed as delayed
+from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms import _history as fifo
-from fr_jax.algorithms import staleness
 from fr_jax.algorithms._history import History
-from fr_jax.algorithms._stages import (
-    KeyStream,
-    Optimizers,
-    Setup,
-    check_batch,
-    check_setup,
-    init_modules,
-    iteration,
-    zeros,
-)
-from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
+from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
+from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["DDGState", "ddg"]
 
 
 class DDGState(NamedTuple):
-    """Everything in flight; tuples have one entry a module, on the module's device.
+    """Everything in flight; tuples have one entry per stage, on the stage's devices.
 
     Attributes:
       step: t, mini-batches seen so far.
       params: w_k^t.
       model_state: running statistics of batch normalisation and the like.
       opt_state: the optimizers' states.
-      history: the VJPs of the iterations s = t+k-K .. t-1 that module k has not applied yet: K-k between steps, and
+      history: the VJPs of the iterations s = t+k-K .. t-1 that stage k has not applied yet: K-k between steps, and
         one more inside a step. Their leaves are the stored activations, and the weights of that time.
-      deltas: delta_k^t for k < K, as sent by module k+1 at t-1; zeros before the first arrives.
-      streams: the modules' dropout keys and mini-batch counts.
+      deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
+      losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
+      streams: the stages' dropout keys and mini-batch counts.
       batch_spec: the shapes that a batch must have.
     """
 
@@ -64,36 +56,29 @@ class DDGState(NamedTuple):
     opt_state: tuple[PyTree, ...]
     history: tuple[History, ...]
     deltas: tuple[PyTree, ...]
+    losses: tuple[PyTree, ...]
     streams: tuple[KeyStream, ...]
     batch_spec: BatchSpec
 
 
-def init(parts: Parts, setup: Setup, key: Array, batch: Batch) -> DDGState:
+def init(
+    setup: Setup, parts: DDGParts, key: Array, batch: Batch, params: tuple | None, model_state: tuple | None
+) -> DDGState:
     """Weights w^0; deltas are zeros, and the VJPs are those of an input of zeros, which is never applied."""
-    modules = init_modules(setup, key, batch)
+    stages = init_stages(setup, key, batch, params, model_state)
     K = len(setup.stages)
-    history, deltas = [], []
+    history = []
     for k in range(K - 1):
-        here = setup.shardings[k]
-        h_in = zeros(modules.features[k], here)
+        h_in = zeros(stages.features[k], setup.shardings[k])
         with jax.debug_nans(False):  # a stage need not be defined there
-            _, vjp, _, _ = parts.forwards[k](modules.params[k], modules.model_state[k], modules.streams[k], h_in)
+            _, vjp, _, _ = parts.forwards[k](stages.params[k], stages.model_state[k], stages.streams[k], h_in)
         history.append(fifo.empty(K - 1 - k, lambda vjp=vjp: vjp))
-        deltas.append(zeros(modules.features[k + 1], here))
-    return DDGState(
-        step=0,
-        params=modules.params,
-        model_state=modules.model_state,
-        opt_state=modules.opt_state,
-        history=tuple(history),
-        deltas=tuple(deltas),
-        streams=modules.streams,
-        batch_spec=modules.batch_spec,
-    )
+    deltas, losses = delayed.nothing_sent(setup, stages, batch)
+    return DDGState(**stages.fields(), history=tuple(history), deltas=deltas, losses=losses)
 
 
-class Parts(NamedTuple):
-    """The jitted functions of the modules: K-1 of each of four, and the last module's one pass."""
+class DDGParts(NamedTuple):
+    """The jitted functions: K-1 of each of four, and the last stage's one pass."""
 
     ahead: tuple[Callable, ...]
     forwards: tuple[Callable, ...]
@@ -102,102 +87,64 @@ class Parts(NamedTuple):
     last: Callable
 
 
-def make_parts(
-    setup: Setup,
-    loss_fn: steps.LossFn,
-    metrics_fn: steps.MetricsFn | None,
-    *,
-    weight_prediction: float,
-    return_grads: bool,
-    donate: bool,
-) -> Parts:
-    """Prediction, forward, backward and update for each module k < K, and the last module.
+def make_parts(setup: Setup, weight_prediction: float) -> DDGParts:
+    """Prediction, forward, backward and update for each stage k < K, and the last stage.
 
     The weights are not donated: kept VJPs hold those of their time, and may share their buffers.
     """
-    stages, optimizers, shardings = setup
+    stages, shardings = setup.stages, setup.shardings
     below = range(len(stages) - 1)
-    last = steps.make_train(
-        stages[-1:],
-        loss_fn,
-        optimizers[-1:],
-        shardings[-1],
-        metrics_fn=metrics_fn,
-        input_gradient=len(stages) > 1,
-        return_grads=return_grads,
-        donate=donate,
-    )
-    return Parts(
-        ahead=staleness.make_ahead(shardings, weight_prediction),
-        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
-        pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        updates=tuple(steps.make_update(optimizers[k], shardings[k], donate=donate, keep_params=True) for k in below),
-        last=last,
+    return DDGParts(
+        ahead=delayed.make_ahead(shardings, weight_prediction),
+        forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0) for k in below),
+        pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
+        updates=tuple(
+            functions.make_update(setup.optimizers[k], shardings[k], donate=setup.donate, keep_params=True)
+            for k in below
+        ),
+        last=functions.make_last(setup),
     )
 
 
-def step(parts: Parts, setup: Setup, state: DDGState, batch: Batch) -> tuple[DDGState, Info]:
+def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[DDGState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_batch(state.batch_spec, batch)
-    t, K, shardings = iteration(state.step), len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    history, deltas, streams = list(state.history), list(state.deltas), list(state.streams)
-    grads: list[PyTree | None] = [None] * K
-    norms: list[Array | None] = [None] * K
+    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
+    history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
 
     # Forward; the VJP is kept.
-    h = put(batch.inputs, shardings[0])
+    h = now.send(batch.inputs, 0)
     for k in range(K - 1):
-        w_hat = parts.ahead[k](params[k], opt_state[k])
-        h, vjp, model_state[k], count = parts.forwards[k](w_hat, model_state[k], streams[k], h)
+        h, vjp = now.forward(k, parts.forwards[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
         history[k] = fifo.push(history[k], vjp)
-        h = put(h, shardings[k + 1])
-        streams[k] = streams[k]._replace(count=count)
+        h = now.send(h, k + 1)
 
-    # Module K: forward, backward and update in one pass.
-    top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
-    params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
-    streams[-1] = streams[-1]._replace(count=top.counts[0])
-    grads[-1], norms[-1], delta = top.grads and top.grads[0], top.gradient_norms[0], top.delta
-    h = vjp = w_hat = None  # nothing here keeps alive what has been used
-    top = top._replace(delta=None)
+    # Stage K: forward, backward and update in one pass. Nothing here keeps alive what has been used.
+    delta, h, vjp, loss = now.train(parts.last, h, batch.targets), None, None, now.loss
 
     # The others: gradient by the oldest VJP, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
         if delta is not None:
-            deltas[k] = put(delta, shardings[k])
+            deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
         vjp, history[k] = fifo.pop(history[k])
-        delta = None
-        if t + (k + 1) - K >= 0:
-            found, delta = parts.pulls[k](vjp, state.deltas[k])
-            params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
-            grads[k] = top.grads and found
-            found = None
+        delta, loss = None, state.losses[k]
+        if now.t + (k + 1) - K >= 0:
+            grads, delta = parts.pulls[k](vjp, state.deltas[k])
+            now.update(k, parts.updates[k], grads, loss)
+            grads = None
 
-    state = DDGState(
-        step=t + 1,
-        params=tuple(params),
-        model_state=tuple(model_state),
-        opt_state=tuple(opt_state),
-        history=tuple(history),
-        deltas=tuple(deltas),
-        streams=tuple(streams),
-        batch_spec=state.batch_spec,
-    )
-    returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, top.metrics | steps.named_norms(norms))
+    return now.finish(state, history=history, deltas=deltas, losses=losses)
 
 
 def ddg(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     *,
     weight_prediction: float = 0.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
-    metrics_fn: steps.MetricsFn | None = None,
+    metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
     """Decoupled parallel back-propagation with delayed gradients, DDG (Huo, Gu, Yang, Huang, ICML 2018).
 
@@ -238,17 +185,14 @@ def ddg(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = staleness.with_prediction(check_setup(stages, optimizer, placement), weight_prediction)
-    parts = make_parts(
-        setup,
-        loss_fn,
-        metrics_fn,
-        weight_prediction=weight_prediction,
+    setup = check_setup(
+        stages,
+        optimizer,
+        placement,
+        loss_fn=loss_fn,
+        metrics_fn=metrics_fn,
         return_grads=return_grads,
         donate=donate,
     )
-    return Algorithm(
-        init=functools.partial(init, parts, setup),
-        step=functools.partial(step, parts, setup),
-        predict=steps.make_predict(setup.stages, setup.shardings),
-    )
+    setup = delayed.with_prediction(setup, weight_prediction)
+    return make_algorithm(setup, init, step, lambda: make_parts(setup, weight_prediction))

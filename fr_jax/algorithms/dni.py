@@ -1,15 +1,15 @@
-"""Decoupled neural interfaces (Jaderberg et al. 2016, arXiv:1608.05343): modules update by synthetic gradients.
+"""Decoupled neural interfaces (Jaderberg et al. 2016, arXiv:1608.05343): stages update by synthetic gradients.
 
-At iteration t, for modules k = 1..K with weights w_k, inputs h_{k-1} (h_0 = x) and synthesizers M_k, k < K:
+At iteration t, for stages k = 1..K with weights w_k, inputs h_{k-1} (h_0 = x) and synthesizers M_k, k < K:
 
-    forward      h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to module k+1
+    forward      h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to stage k+1
     synthesize   d_k^t = M_k(h_k^t),  or M_k(h_k^t, y) where it is conditioned on the labels (cDNI)
     gradient     g_k^t = (dh_k^t / dw_k) . d_k^t
     update       w_k^{t+1} = w_k^t - gamma_t g_k^t
-    send         delta_{k-1}^t = (dh_k^t / dh_{k-1}) . d_k^t  to module k-1
+    send         delta_{k-1}^t = (dh_k^t / dh_{k-1}) . d_k^t  to stage k-1
     learn        M_k takes a step of its own optimizer on  B ||d_k^t - delta_k^t||^2
 
-Module K's d is the gradient of the loss itself. Modules do not wait for what the module above sends; synthesizers do.
+Stage K's d is the gradient of the loss itself. Stages do not wait for what the stage above sends; synthesizers do.
 Their error is a sum over features and a mean over examples of (B d_k - B delta_k)^2, so its size does not depend on B.
 """
 
@@ -24,17 +24,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax._arrays import place, put
+from fr_jax._arrays import place
 from fr_jax._placement import replicated
-from fr_jax.algorithms import _functions as steps
-from fr_jax.algorithms._stages import KeyStream, Optimizers, Setup, check_batch, check_setup, init_modules, init_stage
-from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+from fr_jax.algorithms import _functions as functions
+from fr_jax.algorithms._stages import KeyStream, init_layer, init_stages
+from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
+from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["DNIState", "dni"]
 
 
 class Synthesizer(NamedTuple):
-    """M_k on module k's device: its weights, running statistics, optimizer state and dropout keys."""
+    """M_k on stage k's devices: its weights, running statistics, optimizer state and dropout keys."""
 
     params: PyTree
     model_state: PyTree
@@ -43,7 +45,7 @@ class Synthesizer(NamedTuple):
 
 
 class DNIState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry a module, on the module's device.
+    """Nothing is in flight between steps; tuples have one entry per stage, on the stage's devices.
 
     Attributes:
       step: t, mini-batches seen so far.
@@ -51,7 +53,7 @@ class DNIState(NamedTuple):
       model_state: running statistics of batch normalisation and the like.
       opt_state: the optimizers' states.
       synthesizers: M_k for k < K.
-      streams: the modules' dropout keys and mini-batch counts.
+      streams: the stages' dropout keys and mini-batch counts.
       batch_spec: the shapes that a batch must have.
     """
 
@@ -72,30 +74,32 @@ class SynthesizerSetup(NamedTuple):
     label_conditioning: bool
 
 
-def init(setup: Setup, own: SynthesizerSetup, key: Array, batch: Batch) -> DNIState:
+def init(
+    own: SynthesizerSetup,
+    setup: Setup,
+    parts: DNIParts,
+    key: Array,
+    batch: Batch,
+    params: tuple | None,
+    model_state: tuple | None,
+) -> DNIState:
     """Weights w^0, and those of the synthesizers."""
-    modules = init_modules(setup, key, batch)
-    targets = jax.ShapeDtypeStruct(batch.targets.shape, jax.dtypes.canonicalize_dtype(batch.targets.dtype))
+    stages = init_stages(setup, key, batch, params, model_state)
+    targets = jax.tree.map(
+        lambda y: jax.ShapeDtypeStruct(y.shape, jax.dtypes.canonicalize_dtype(y.dtype)), batch.targets
+    )
     synthesizers = []
     for k, stage in enumerate(own.stages):
-        here, h = replicated(setup.shardings[k]), modules.features[k + 1]
+        here, h = replicated(setup.shardings[k]), stages.features[k + 1]
         seen = (h, targets) if own.label_conditioning else h
-        weights_key, dropout_key = jax.random.split(jax.random.fold_in(modules.key, k))
+        weights_key, dropout_key = jax.random.split(jax.random.fold_in(stages.key, k))
         weights_key, stream = place((weights_key, KeyStream(dropout_key, jnp.zeros((), jnp.int32))), here)
-        params, model_state = init_stage(stage, weights_key, seen, here)
-        predicted, _ = jax.eval_shape(stage.apply, params, model_state, seen, key=dropout_key)
+        M_params, M_state = init_layer(stage, weights_key, seen, here)
+        predicted, _ = jax.eval_shape(stage.apply, M_params, M_state, seen, key=dropout_key)
         _check_prediction(predicted, h, k + 1)
-        opt_state = jax.jit(own.optimizer.init, out_shardings=here)(params)
-        synthesizers.append(Synthesizer(params, model_state, opt_state, stream))
-    return DNIState(
-        step=0,
-        params=modules.params,
-        model_state=modules.model_state,
-        opt_state=modules.opt_state,
-        synthesizers=tuple(synthesizers),
-        streams=modules.streams,
-        batch_spec=modules.batch_spec,
-    )
+        opt_state = jax.jit(own.optimizer.init, out_shardings=here)(M_params)
+        synthesizers.append(Synthesizer(M_params, M_state, opt_state, stream))
+    return DNIState(**stages.fields(), synthesizers=tuple(synthesizers))
 
 
 def _check_prediction(predicted: PyTree, h: PyTree, k: int) -> None:
@@ -107,8 +111,8 @@ def _check_prediction(predicted: PyTree, h: PyTree, k: int) -> None:
         )
 
 
-class Parts(NamedTuple):
-    """The jitted functions of the modules k < K, of their synthesizers, and the last module's one pass."""
+class DNIParts(NamedTuple):
+    """The jitted functions of the stages k < K, of their synthesizers, and the last stage's one pass."""
 
     forwards: tuple[Callable, ...]
     pulls: tuple[Callable, ...]
@@ -119,37 +123,18 @@ class Parts(NamedTuple):
     last: Callable
 
 
-def make_parts(
-    setup: Setup,
-    own: SynthesizerSetup,
-    loss_fn: steps.LossFn,
-    metrics_fn: steps.MetricsFn | None,
-    *,
-    return_grads: bool,
-    donate: bool,
-) -> Parts:
-    """Forward, backward and update for each module k < K and for its synthesizer, and the last module."""
-    stages, optimizers, shardings = setup
+def make_parts(setup: Setup, own: SynthesizerSetup) -> DNIParts:
+    """Forward, backward and update for each stage k < K and for its synthesizer, and the last stage."""
+    stages, shardings, donate = setup.stages, setup.shardings, setup.donate
     below = range(len(stages) - 1)
-    last = steps.make_train(
-        stages[-1:],
-        loss_fn,
-        optimizers[-1:],
-        shardings[-1],
-        metrics_fn=metrics_fn,
-        input_gradient=len(stages) > 1,
-        keep_input=True,  # the VJP of M_{K-1} may share its buffer
-        return_grads=return_grads,
-        donate=donate,
-    )
-    return Parts(
-        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0) for k in below),
-        pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        updates=tuple(steps.make_update(optimizers[k], shardings[k], donate=donate) for k in below),
-        synthesizes=tuple(steps.make_forward(stage, input_gradient=False) for stage in own.stages),
+    return DNIParts(
+        forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0) for k in below),
+        pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
+        updates=tuple(functions.make_update(setup.optimizers[k], shardings[k], donate=donate) for k in below),
+        synthesizes=tuple(functions.make_forward(stage, input_gradient=False) for stage in own.stages),
         errors=tuple(make_error(shardings[k]) for k in below),
-        learns=tuple(steps.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
-        last=last,
+        learns=tuple(functions.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
+        last=functions.make_last(setup, keep_input=True),  # the VJP of M_{K-1} may share its buffer
     )
 
 
@@ -165,57 +150,37 @@ def make_error(sharding: Sharding | None) -> Callable:
     return jax.jit(error, out_shardings=replicated(sharding))
 
 
-def step(
-    parts: Parts, setup: Setup, own: SynthesizerSetup, return_grads: bool, state: DNIState, batch: Batch
-) -> tuple[DNIState, Info]:
+def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, batch: Batch) -> tuple[DNIState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_batch(state.batch_spec, batch)
-    K, shardings = len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    synthesizers, streams, lessons, errors = list(state.synthesizers), list(state.streams), [], {}
-    grads: list[PyTree | None] = [None] * K
-    norms: list[Array | None] = [None] * K
+    now, K = Iteration(setup, state, batch, any_size=True), len(setup.stages)
+    synthesizers, lessons = list(state.synthesizers), []
     sent: list[PyTree] = [None] * K
 
-    # Modules k < K: forward, send; synthesize, gradient, update, send.
-    h = put(batch.inputs, shardings[0])
+    # Stages k < K: forward, send; synthesize, gradient, update, send.
+    h = now.send(batch.inputs, 0)
     for k in range(K - 1):
-        h_out, vjp, model_state[k], count = parts.forwards[k](params[k], model_state[k], streams[k], h)
-        h = put(h_out, shardings[k + 1])
-        streams[k] = streams[k]._replace(count=count)
-        seen = (h_out, put(batch.targets, shardings[k])) if own.label_conditioning else h_out
+        h_out, vjp = now.forward(k, parts.forwards[k], h)
+        h = now.send(h_out, k + 1)
+        seen = (h_out, now.send(batch.targets, k)) if own.label_conditioning else h_out
         M = synthesizers[k]
         d, vjp_M, M_state, count = parts.synthesizes[k](M.params, M.model_state, M.stream, seen)
         synthesizers[k] = M._replace(model_state=M_state, stream=M.stream._replace(count=count))
         lessons.append((vjp_M, d))
-        found, sent[k] = parts.pulls[k](vjp, d)
-        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], found)
-        grads[k] = found if return_grads else None
-        vjp = seen = h_out = found = None  # nothing here keeps alive what has been used
+        grads, sent[k] = parts.pulls[k](vjp, d)
+        now.update(k, parts.updates[k], grads)
+        vjp = seen = h_out = grads = None  # nothing here keeps alive what has been used
 
-    # Module K: forward, backward and update in one pass.
-    top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
-    params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
-    streams[-1] = streams[-1]._replace(count=top.counts[0])
-    grads[-1], norms[-1], sent[-1] = top.grads and top.grads[0], top.gradient_norms[0], top.delta
+    # Stage K: forward, backward and update in one pass.
+    sent[-1] = now.train(parts.last, h, batch.targets)
 
-    # Synthesizers learn from what the module above sent in this iteration.
+    # Synthesizers learn from what the stage above sent in this iteration.
     for k, (vjp_M, d) in enumerate(lessons):
-        M_grads, errors[f"synthesizer_error/{k + 1}"] = parts.errors[k](vjp_M, d, put(sent[k + 1], shardings[k]))
-        M_params, M_opt_state, _ = parts.learns[k](synthesizers[k].params, synthesizers[k].opt_state, M_grads)
-        synthesizers[k] = synthesizers[k]._replace(params=M_params, opt_state=M_opt_state)
+        M, delta = synthesizers[k], now.send(sent[k + 1], k)
+        M_grads, now.metrics[f"synthesizer_error/{k + 1}"] = parts.errors[k](vjp_M, d, delta)
+        M_params, M_opt_state, _ = parts.learns[k](M.params, M.opt_state, M_grads)
+        synthesizers[k] = M._replace(params=M_params, opt_state=M_opt_state)
 
-    state = DNIState(
-        step=state.step + 1,
-        params=tuple(params),
-        model_state=tuple(model_state),
-        opt_state=tuple(opt_state),
-        synthesizers=tuple(synthesizers),
-        streams=tuple(streams),
-        batch_spec=state.batch_spec,
-    )
-    returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, top.metrics | errors | steps.named_norms(norms))
+    return now.finish(state, synthesizers=synthesizers)
 
 
 def check_synthesizers(
@@ -242,7 +207,7 @@ def check_synthesizers(
 
 def dni(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     synthesizers: Stage | Sequence[Stage],
     synthesizer_optimizer: optax.GradientTransformation,
@@ -251,7 +216,7 @@ def dni(
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
-    metrics_fn: steps.MetricsFn | None = None,
+    metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
     """Decoupled neural interfaces, DNI (Jaderberg et al. 2016), as compared with in the features replay paper.
 
@@ -290,11 +255,16 @@ def dni(
       >>> sorted(info.metrics)
       ['gradient_norm/1', 'gradient_norm/2', 'synthesizer_error/1']
     """
-    setup = check_setup(stages, optimizer, placement)
+    setup = check_setup(
+        stages,
+        optimizer,
+        placement,
+        loss_fn=loss_fn,
+        metrics_fn=metrics_fn,
+        return_grads=return_grads,
+        donate=donate,
+    )
     own = check_synthesizers(synthesizers, synthesizer_optimizer, label_conditioning, len(setup.stages))
-    parts = make_parts(setup, own, loss_fn, metrics_fn, return_grads=return_grads, donate=donate)
-    return Algorithm(
-        init=functools.partial(init, setup, own),
-        step=functools.partial(step, parts, setup, own, return_grads),
-        predict=steps.make_predict(setup.stages, setup.shardings),
+    return make_algorithm(
+        setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)
     )

@@ -1,44 +1,35 @@
-"""Features replay (Huo, Gu, Huang 2018), Algorithm 1: module k replays old features through today's weights.
+"""Features replay (Huo, Gu, Huang 2018), Algorithm 1: stage k replays old features through today's weights.
 
-At iteration t, for modules k = 1..K with weights w_k and inputs h_{k-1} (h_0 = x):
+At iteration t, for stages k = 1..K with weights w_k and inputs h_{k-1} (h_0 = x):
 
-    play      h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to module k+1                       (lines 4-8)
+    play      h_k^t = F_k(h_{k-1}^t; w_k^t),  sent to stage k+1                       (lines 4-8)
     replay    h~_k^t = F_k(h_{k-1}^{t+k-K}; w_k^t)                                      (line 11)
     gradient  g_k^t = (dh~_k^t / dw_k) . delta_k^t                                      (line 12, eq. 7)
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t                                         (line 13)
-    send      delta_{k-1}^{t+1} = (dh~_k^t / dh_{k-1}) . delta_k^t  to module k-1       (line 14, eq. 6)
+    send      delta_{k-1}^{t+1} = (dh~_k^t / dh_{k-1}) . delta_k^t  to stage k-1       (line 14, eq. 6)
 
-Module K's delta is the gradient of the loss itself, and its play is its replay. Modules do not wait for
-each other inside an iteration: delta_k^t was sent at t-1. While t+k-K < 0, module k has nothing to replay
-and does not update. In code modules count from 0, so the staleness of module k is K-1-k.
+Stage K's delta is the gradient of the loss itself, and its play is its replay. Stages do not wait for
+each other inside an iteration: delta_k^t was sent at t-1. While t+k-K < 0, stage k has nothing to replay
+and does not update. In code stages count from 0, so the staleness of stage k is K-1-k.
 
 With weight prediction, lines 4-8 play with ŵ_k^t instead, a prediction of w_k^{t+K-k}, the weights of the replay.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from jax.sharding import Sharding
 
-from fr_jax._arrays import put
-from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms import _delayed as delayed
+from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms import _history as fifo
-from fr_jax.algorithms import staleness
 from fr_jax.algorithms._history import History
-from fr_jax.algorithms._stages import (
-    KeyStream,
-    Optimizers,
-    Setup,
-    check_batch,
-    check_setup,
-    init_modules,
-    iteration,
-    zeros,
-)
-from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
+from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
+from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["FeaturesReplayState", "features_replay"]
 
@@ -46,17 +37,18 @@ BATCH_STATS = ("play", "replay", "both")
 
 
 class FeaturesReplayState(NamedTuple):
-    """Everything in flight; tuples have one entry a module, on the module's device.
+    """Everything in flight; tuples have one entry per stage, on the stage's devices.
 
     Attributes:
       step: t, mini-batches seen so far.
       params: w_k^t.
       model_state: running statistics of batch normalisation and the like.
       opt_state: the optimizers' states.
-      history: the inputs h_{k-1}^{s}, s = t+k-K .. t-1, that module k has played and not yet replayed: K-k
-        between steps, and one more, the paper's K-k+1, inside a step.
-      deltas: delta_k^t for k < K, as sent by module k+1 at t-1; zeros before the first arrives.
-      streams: the modules' dropout keys and mini-batch counts.
+      history: the inputs h_{k-1}^{s}, s = t+k-K .. t-1, that stage k has played and not yet replayed: K-k between
+        steps, and one more, the paper's K-k+1, inside a step.
+      deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
+      losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
+      streams: the stages' dropout keys and mini-batch counts.
       batch_spec: the shapes that a batch must have.
     """
 
@@ -66,33 +58,29 @@ class FeaturesReplayState(NamedTuple):
     opt_state: tuple[PyTree, ...]
     history: tuple[History, ...]
     deltas: tuple[PyTree, ...]
+    losses: tuple[PyTree, ...]
     streams: tuple[KeyStream, ...]
     batch_spec: BatchSpec
 
 
-def init(setup: Setup, key: Array, batch: Batch) -> FeaturesReplayState:
+def init(
+    setup: Setup,
+    parts: FeaturesReplayParts | None,
+    key: Array,
+    batch: Batch,
+    params: tuple | None,
+    model_state: tuple | None,
+) -> FeaturesReplayState:
     """Line 1: weights w^0; histories and deltas are zeros."""
-    modules = init_modules(setup, key, batch)
+    stages = init_stages(setup, key, batch, params, model_state)
     K = len(setup.stages)
-    history, deltas = [], []
-    for k in range(K - 1):
-        here = setup.shardings[k]
-        history.append(fifo.empty(K - 1 - k, lambda h_in=modules.features[k], here=here: zeros(h_in, here)))
-        deltas.append(zeros(modules.features[k + 1], here))
-    return FeaturesReplayState(
-        step=0,
-        params=modules.params,
-        model_state=modules.model_state,
-        opt_state=modules.opt_state,
-        history=tuple(history),
-        deltas=tuple(deltas),
-        streams=modules.streams,
-        batch_spec=modules.batch_spec,
-    )
+    history = [fifo.empty(K - 1 - k, lambda k=k: zeros(stages.features[k], setup.shardings[k])) for k in range(K - 1)]
+    deltas, losses = delayed.nothing_sent(setup, stages, batch)
+    return FeaturesReplayState(**stages.fields(), history=tuple(history), deltas=deltas, losses=losses)
 
 
-class Parts(NamedTuple):
-    """The jitted functions of the modules: K-1 predictions, plays and replays, and the last module's one pass."""
+class FeaturesReplayParts(NamedTuple):
+    """The jitted functions: K-1 predictions, plays and replays, and the last stage's one pass."""
 
     ahead: tuple[Callable, ...]
     plays: tuple[Callable, ...]
@@ -100,103 +88,64 @@ class Parts(NamedTuple):
     last: Callable
 
 
-def make_parts(
-    setup: Setup,
-    loss_fn: steps.LossFn,
-    metrics_fn: steps.MetricsFn | None,
-    *,
-    batch_stats: str,
-    weight_prediction: float,
-    return_grads: bool,
-    donate: bool,
-) -> Parts:
-    """One prediction, play and replay for each module k < K, and the last module."""
-    stages, optimizers, shardings = setup
-    K = len(stages)
-    plays, replays = [], []
-    for k in range(K - 1):
-        plays.append(steps.make_play(stages[k], shardings[k], update_stats=batch_stats != "replay", donate=donate))
-        replays.append(
-            steps.make_replay(
+def make_parts(setup: Setup, batch_stats: str, weight_prediction: float) -> FeaturesReplayParts:
+    """One prediction, play and replay for each stage k < K, and the last stage."""
+    stages, shardings, donate = setup.stages, setup.shardings, setup.donate
+    below = range(len(stages) - 1)
+    return FeaturesReplayParts(
+        ahead=delayed.make_ahead(shardings, weight_prediction),
+        plays=tuple(
+            functions.make_play(stages[k], shardings[k], update_stats=batch_stats != "replay", donate=donate)
+            for k in below
+        ),
+        replays=tuple(
+            functions.make_replay(
                 stages[k],
-                optimizers[k],
+                setup.optimizers[k],
                 shardings[k],
-                staleness=K - 1 - k,
+                staleness=len(below) - k,
                 input_gradient=k > 0,
                 update_stats=batch_stats != "play",
-                return_grads=return_grads,
+                return_grads=setup.return_grads,
                 donate=donate,
             )
-        )
-    last = steps.make_train(
-        stages[-1:],
-        loss_fn,
-        optimizers[-1:],
-        shardings[-1],
-        metrics_fn=metrics_fn,
-        input_gradient=K > 1,
-        return_grads=return_grads,
-        donate=donate,
+            for k in below
+        ),
+        last=functions.make_last(setup),
     )
-    return Parts(staleness.make_ahead(shardings, weight_prediction), tuple(plays), tuple(replays), last)
 
 
-def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -> tuple[FeaturesReplayState, Info]:
+def step(
+    setup: Setup, parts: FeaturesReplayParts, state: FeaturesReplayState, batch: Batch
+) -> tuple[FeaturesReplayState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_batch(state.batch_spec, batch)
-    t, K, shardings = iteration(state.step), len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    history, deltas, streams = list(state.history), list(state.deltas), list(state.streams)
-    grads: list[PyTree | None] = [None] * K
-    norms: list[Array | None] = [None] * K
+    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
+    history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
 
     # Lines 3-8: play.
-    h = put(batch.inputs, shardings[0])
+    h = now.send(batch.inputs, 0)
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
-        w_hat = parts.ahead[k](params[k], opt_state[k])
-        h, moved, count = parts.plays[k](w_hat, model_state[k], streams[k], h)
-        model_state[k] = model_state[k] if moved is None else moved
-        h = put(h, shardings[k + 1])
-        streams[k] = streams[k]._replace(count=count)
+        h = now.play(k, parts.plays[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
 
-    # Lines 6, 9 and 11-14 of module K, in one pass.
-    top = parts.last(params[-1:], model_state[-1:], opt_state[-1:], streams[-1:], h, put(batch.targets, shardings[-1]))
-    params[-1:], model_state[-1:], opt_state[-1:] = top.params, top.model_state, top.opt_state
-    streams[-1] = streams[-1]._replace(count=top.counts[0])
-    grads[-1], norms[-1], delta = top.grads and top.grads[0], top.gradient_norms[0], top.delta
-    h = w_hat = None  # nothing here keeps alive what has been used
-    top = top._replace(delta=None)
+    # Lines 6, 9 and 11-14 of stage K, in one pass.
+    delta, h, loss = now.train(parts.last, h, batch.targets), None, now.loss
 
     # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
         if delta is not None:
-            deltas[k] = put(delta, shardings[k])
+            deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
         h_s, history[k] = fifo.pop(history[k])
-        delta = None
-        if t + (k + 1) - K >= 0:
-            params[k], moved, opt_state[k], delta, grads[k], norms[k] = parts.replays[k](
-                params[k], model_state[k], opt_state[k], streams[k], h_s, state.deltas[k]
-            )
-            model_state[k] = model_state[k] if moved is None else moved
+        delta, loss = None, state.losses[k]
+        if now.t + (k + 1) - K >= 0:
+            delta = now.replay(k, parts.replays[k], h_s, state.deltas[k], loss)
 
-    state = FeaturesReplayState(
-        step=t + 1,
-        params=tuple(params),
-        model_state=tuple(model_state),
-        opt_state=tuple(opt_state),
-        history=tuple(history),
-        deltas=tuple(deltas),
-        streams=tuple(streams),
-        batch_spec=state.batch_spec,
-    )
-    returned = None if top.grads is None else tuple(grads)
-    return state, Info(top.loss, returned, top.metrics | steps.named_norms(norms))
+    return now.finish(state, history=history, deltas=deltas, losses=losses)
 
 
 def features_replay(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     *,
     batch_stats: Literal["play", "replay", "both"] = "play",
@@ -204,7 +153,7 @@ def features_replay(
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
-    metrics_fn: steps.MetricsFn | None = None,
+    metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
     """Features replay, Algorithm 1 of Huo, Gu, Huang 2018 (arXiv:1807.04511).
 
@@ -247,18 +196,14 @@ def features_replay(
     """
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
-    setup = staleness.with_prediction(check_setup(stages, optimizer, placement), weight_prediction)
-    parts = make_parts(
-        setup,
-        loss_fn,
-        metrics_fn,
-        batch_stats=batch_stats,
-        weight_prediction=weight_prediction,
+    setup = check_setup(
+        stages,
+        optimizer,
+        placement,
+        loss_fn=loss_fn,
+        metrics_fn=metrics_fn,
         return_grads=return_grads,
         donate=donate,
     )
-    return Algorithm(
-        init=functools.partial(init, setup),
-        step=functools.partial(step, parts, setup),
-        predict=steps.make_predict(setup.stages, setup.shardings),
-    )
+    setup = delayed.with_prediction(setup, weight_prediction)
+    return make_algorithm(setup, init, step, lambda: make_parts(setup, batch_stats, weight_prediction))

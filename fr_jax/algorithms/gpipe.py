@@ -1,46 +1,35 @@
-"""GPipe (Huang et al. 2019, arXiv:1811.06965): back-propagation over K modules, with the mini-batch in M microbatches.
+"""GPipe (Huang et al. 2019, arXiv:1811.06965): back-propagation over K stages, with the mini-batch in M microbatches.
 
-At iteration t, for modules k = 1..K with weights w_k, microbatches m = 0..M-1 and inputs h_{k-1,m} (h_{0,m} = x_m):
+At iteration t, for stages k = 1..K with weights w_k, microbatches m = 0..M-1 and inputs h_{k-1,m} (h_{0,m} = x_m):
 
-    forward   h_{k,m}^t = F_k(h_{k-1,m}^t; w_k^t),  sent to module k+1;                  for all m
-    send      delta_{k-1,m}^t = (dh_{k,m}^t / dh_{k-1,m}) . delta_{k,m}^t  to module k-1;  then for all m
+    forward   h_{k,m}^t = F_k(h_{k-1,m}^t; w_k^t),  sent to stage k+1;                  for all m
+    send      delta_{k-1,m}^t = (dh_{k,m}^t / dh_{k-1,m}) . delta_{k,m}^t  to stage k-1;  then for all m
     gradient  g_k^t = 1/M sum_m (dh_{k,m}^t / dw_k) . delta_{k,m}^t
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t,  once
 
-delta_{K,m} is the gradient of the loss of microbatch m. Modules work on different microbatches at the same time, and
+delta_{K,m} is the gradient of the loss of microbatch m. Stages work on different microbatches at the same time, and
 are idle only while the pipeline fills and empties: with f and b the time of a forward and a backward pass of one
-microbatch through one module, an iteration takes (M+K-1)(f+b), a speedup over one device of KM/(M+K-1). g_k^t is the
+microbatch through one stage, an iteration takes (M+K-1)(f+b), a speedup over one device of KM/(M+K-1). g_k^t is the
 gradient of back-propagation, with which the method is identical but for batch normalisation.
 
-Module K does both of its passes over microbatch m at once, which takes no longer. The others keep M VJPs inside a
+Stage K does both of its passes over microbatch m at once, which takes no longer. The others keep M VJPs inside a
 step, without weights, which do not change until its end; nothing between steps.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Sharding
 
-from fr_jax._arrays import put
-from fr_jax._placement import data_parallel_size, replicated
-from fr_jax.algorithms import _functions as steps
-from fr_jax.algorithms._losses import wide
-from fr_jax.algorithms._stages import (
-    KeyStream,
-    Optimizers,
-    Setup,
-    check_batch,
-    check_count,
-    check_example,
-    check_setup,
-    init_modules,
-)
-from fr_jax.types import Algorithm, Array, Batch, BatchSpec, Info, PyTree, Stage
+from fr_jax.algorithms import _functions as functions
+from fr_jax.algorithms._microbatches import check_split, make_accumulate, make_split
+from fr_jax.algorithms._stages import KeyStream, init_stages
+from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_count, check_setup
+from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["GPipeState", "gpipe"]
 
@@ -50,14 +39,14 @@ MICROBATCHES = (
 
 
 class GPipeState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry a module, on the module's device.
+    """Nothing is in flight between steps; tuples have one entry per stage, on the stage's devices.
 
     Attributes:
       step: t, mini-batches seen so far.
       params: w_k^t.
       model_state: running statistics of batch normalisation and the like.
       opt_state: the optimizers' states.
-      streams: the modules' dropout keys and counts: of microbatches, t M between steps.
+      streams: the stages' dropout keys and counts: of microbatches, t M between steps.
       batch_spec: the shapes that a batch (not a microbatch) must have.
     """
 
@@ -69,22 +58,22 @@ class GPipeState(NamedTuple):
     batch_spec: BatchSpec
 
 
-def init(setup: Setup, M: int, key: Array, batch: Batch) -> GPipeState:
+def init(
+    M: int,
+    setup: Setup,
+    parts: GPipeParts,
+    key: Array,
+    batch: Batch,
+    params: tuple | None,
+    model_state: tuple | None,
+) -> GPipeState:
     """Weights w^0."""
     check_split(batch, M, setup.shardings)
-    modules = init_modules(setup, key, batch)
-    return GPipeState(
-        step=0,
-        params=modules.params,
-        model_state=modules.model_state,
-        opt_state=modules.opt_state,
-        streams=modules.streams,
-        batch_spec=modules.batch_spec,
-    )
+    return GPipeState(**init_stages(setup, key, batch, params, model_state).fields())
 
 
-class Parts(NamedTuple):
-    """The jitted functions: K-1 forwards and pulls, the last module's one pass, K means and updates, two splits."""
+class GPipeParts(NamedTuple):
+    """The jitted functions: K-1 forwards and pulls, the last stage's one pass, K means and updates, two splits."""
 
     split_inputs: Callable
     split_targets: Callable
@@ -95,126 +84,77 @@ class Parts(NamedTuple):
     updates: tuple[Callable, ...]
 
 
-def make_parts(
-    setup: Setup, M: int, loss_fn: steps.LossFn, metrics_fn: steps.MetricsFn | None, *, donate: bool
-) -> Parts:
-    """Forward and backward for each module k < K, both in one for module K; mean and update for all."""
-    stages, optimizers, shardings = setup
+def make_parts(setup: Setup, M: int) -> GPipeParts:
+    """Forward and backward for each stage k < K, both in one for stage K; mean and update for all."""
+    stages, shardings = setup.stages, setup.shardings
     below = range(len(stages) - 1)
-    return Parts(
+    return GPipeParts(
         split_inputs=make_split(shardings[0], M),
         split_targets=make_split(shardings[-1], M),
-        forwards=tuple(steps.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
-        pulls=tuple(steps.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        last=steps.make_loss_gradient(
-            stages[-1], loss_fn, shardings[-1], metrics_fn=metrics_fn, input_gradient=len(stages) > 1
+        forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
+        pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
+        last=functions.make_loss_gradient(
+            stages[-1],
+            setup.loss_fn,
+            shardings[-1],
+            metrics_fn=setup.metrics_fn,
+            input_gradient=len(stages) > 1,
         ),
         accumulates=tuple(make_accumulate(sharding, count=M) for sharding in shardings),
-        updates=tuple(steps.make_update(o, s, donate=donate) for o, s in zip(optimizers, shardings, strict=True)),
+        updates=tuple(
+            functions.make_update(optimizer, sharding, donate=setup.donate)
+            for optimizer, sharding in zip(setup.optimizers, shardings, strict=True)
+        ),
     )
 
 
-def make_split(sharding: Sharding | None, M: int) -> Callable:
-    """``x -> (x_0, ..., x_{M-1})``, where x_m has the rows m, m+M, m+2M, ... of x.
-
-    Where contiguous rows of x lie on D devices, each device's own are split, and nothing is sent between devices.
-    """
-
-    def split(x: Array) -> tuple[Array, ...]:
-        rows = x.reshape(x.shape[0] // M, M, *x.shape[1:])
-        return tuple(jax.lax.index_in_dim(rows, m, axis=1, keepdims=False) for m in range(M))
-
-    return jax.jit(split, out_shardings=sharding)
-
-
-def make_accumulate(sharding: Sharding | None, *, count: int) -> Callable:
-    """``(total, x) -> total + x / count``, leaf by leaf: a mean of ``count`` trees, which starts at ``total`` = None.
-
-    It is added up in float32 at least. The buffers of ``total`` are always given back; those of ``x`` never.
-    """
-
-    def accumulate(total: PyTree | None, x: PyTree) -> PyTree:
-        part = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)) / count, x)
-        return part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
-
-    return jax.jit(accumulate, donate_argnames="total", out_shardings=replicated(sharding))
-
-
-def step(
-    parts: Parts, setup: Setup, M: int, return_grads: bool, state: GPipeState, batch: Batch
-) -> tuple[GPipeState, Info]:
+def step(M: int, setup: Setup, parts: GPipeParts, state: GPipeState, batch: Batch) -> tuple[GPipeState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
     check_split(batch, M, setup.shardings, "step()")
-    check_batch(state.batch_spec, batch)
-    K, shardings = len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    streams = list(state.streams)
+    now, K = Iteration(setup, state, batch, any_size=True), len(setup.stages)
     totals: list[Any] = [None] * K
-    norms: list[Array | None] = [None] * K
     vjps: list[list[Any]] = [[] for _ in range(K - 1)]
     deltas: list[PyTree | None] = []
 
-    # Forward, all microbatches; module K also backward.
-    inputs = list(parts.split_inputs(put(batch.inputs, shardings[0])))
-    targets = list(parts.split_targets(put(batch.targets, shardings[-1])))
+    # Forward, all microbatches; stage K also backward.
+    inputs = list(parts.split_inputs(now.send(batch.inputs, 0)))
+    targets = list(parts.split_targets(now.send(batch.targets, K - 1)))
     while inputs:
         h = inputs.pop(0)
         for k in range(K - 1):
-            h, vjp, model_state[k], count = parts.forwards[k](params[k], model_state[k], streams[k], h)
+            h, vjp = now.forward(k, parts.forwards[k], h)
             vjps[k].append(vjp)
-            h, streams[k] = put(h, shardings[k + 1]), streams[k]._replace(count=count)
-        found, delta, model_state[-1], count = parts.last(params[-1], model_state[-1], streams[-1], h, targets.pop(0))
-        streams[-1] = streams[-1]._replace(count=count)
+            h = now.send(h, k + 1)
+        found, delta = now.last(parts.last, h, targets.pop(0))
         totals[-1] = parts.accumulates[-1](totals[-1], found)
         deltas.append(delta)
         h = vjp = found = delta = None  # nothing here keeps alive what has been used
 
-    # Backward, all microbatches, in the order in which module K has sent them.
+    # Backward, all microbatches, in the order in which stage K has sent them.
     while deltas:
         delta = deltas.pop(0)
         for k in reversed(range(K - 1)):
-            found, delta = parts.pulls[k](vjps[k].pop(0), put(delta, shardings[k]), params[k])
+            found, delta = parts.pulls[k](vjps[k].pop(0), now.send(delta, k), now.params[k])
             totals[k], found = parts.accumulates[k](totals[k], found), None
 
-    # One update a module.
-    totals[-1], loss, metrics = totals[-1]
-    grads = tuple(totals) if return_grads else None
+    # One update per stage.
+    totals[-1], now.loss, now.metrics = totals[-1]
     for k in reversed(range(K)):
-        params[k], opt_state[k], norms[k] = parts.updates[k](params[k], opt_state[k], totals.pop())
+        now.update(k, parts.updates[k], totals.pop(), now.loss_for(k))
 
-    state = GPipeState(
-        step=state.step + 1,
-        params=tuple(params),
-        model_state=tuple(model_state),
-        opt_state=tuple(opt_state),
-        streams=tuple(streams),
-        batch_spec=state.batch_spec,
-    )
-    return state, Info(loss, grads, metrics | steps.named_norms(norms))
-
-
-def check_split(batch: Batch, M: int, shardings: Sequence[Sharding | None], called: str = "init()") -> None:
-    """Raises ValueError where a batch cannot be split into M equal microbatches, and these over a stage's devices."""
-    check_example(batch, called)
-    B, D = batch.inputs.shape[0], math.lcm(*(data_parallel_size(sharding) for sharding in shardings))
-    if B % (M * D):
-        raise ValueError(
-            f"a batch of {B} examples cannot be split into microbatches = {M} equal parts, each over data_parallel = "
-            f"{D} device(s); the batch size must be a multiple of {M} * {D} = {M * D}. Change the batch size or the "
-            "number of microbatches; drop or pad a last partial batch."
-        )
+    return now.finish(state)
 
 
 def gpipe(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     *,
     microbatches: int,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
-    metrics_fn: steps.MetricsFn | None = None,
+    metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
     """GPipe (Huang et al. 2019, arXiv:1811.06965): M microbatches forward, then backward, then one update.
 
@@ -257,10 +197,14 @@ def gpipe(
       >>> state.step, int(state.streams[0].count)
       (1, 2)
     """
-    setup, M = check_setup(stages, optimizer, placement), check_count("microbatches", microbatches, why=MICROBATCHES)
-    parts = make_parts(setup, M, loss_fn, metrics_fn, donate=donate)
-    return Algorithm(
-        init=functools.partial(init, setup, M),
-        step=functools.partial(step, parts, setup, M, return_grads),
-        predict=steps.make_predict(setup.stages, setup.shardings),
+    M = check_count("microbatches", microbatches, why=MICROBATCHES)
+    setup = check_setup(
+        stages,
+        optimizer,
+        placement,
+        loss_fn=loss_fn,
+        metrics_fn=metrics_fn,
+        return_grads=return_grads,
+        donate=donate,
     )
+    return make_algorithm(setup, functools.partial(init, M), functools.partial(step, M), lambda: make_parts(setup, M))

@@ -1,6 +1,6 @@
 """Remedies against stale gradients: shrink them, make fewer updates, or play with the weights of the replay.
 
-Module k of K uses at iteration t the gradient of mini-batch s = t+k-K, after K-k updates of its own. Each remedy is
+Stage k of K uses at iteration t the gradient of mini-batch s = t+k-K, after K-k updates of its own. Each remedy is
 independent of the others and of the optimizer, and has a value that gives back the plain method:
 
     shrink_gradients   beta^{K-k} g_k                              1   FDG, Zhuang et al. 2021
@@ -13,19 +13,15 @@ The first two wrap what is passed to a method as its optimizer; the third is an 
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
 from fr_jax.algorithms._losses import wide
-from fr_jax.algorithms._stages import Optimizers, Setup, check_count
+from fr_jax.algorithms._validation import Optimizers, check_count, per_stage
 from fr_jax.types import Array, PyTree
 
 __all__ = ["AccumulateState", "RememberUpdateState", "accumulate", "predicted", "remember_update", "shrink_gradients"]
@@ -33,29 +29,31 @@ __all__ = ["AccumulateState", "RememberUpdateState", "accumulate", "predicted", 
 
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise ValueError(f"{optimizer!r} is no optax transformation, such as optax.sgd(0.1). Wrap several one by one.")
+        raise ValueError(
+            f"{optimizer!r} is not an optax transformation, such as optax.sgd(0.1). Wrap several one by one."
+        )
 
 
 def shrink_gradients(optimizer: Optimizers, factor: float, K: int) -> tuple[optax.GradientTransformation, ...]:
-    """Gradient shrinking: module k's optimizer sees beta^{K-k} g_k.
+    """Gradient shrinking: stage k's optimizer sees beta^{K-k} g_k.
 
     In FDG (Zhuang, Wang, Liu, Lin, "Fully decoupled neural network learning using delayed gradients", IEEE TNNLS 2021,
-    arXiv:1906.09108) a module multiplies the delta that it receives by beta. The backward pass is linear in delta, so
-    module k's gradient is beta^{K-k} times the plain one. Here it is scaled where it enters the optimizer, before
+    arXiv:1906.09108) a stage multiplies the delta that it receives by beta. The backward pass is linear in delta, so
+    stage k's gradient is beta^{K-k} times the plain one. Here it is scaled where it enters the optimizer, before
     weight decay and momentum as in the authors' code; ``Info`` reports gradients and norms as they are before it.
 
     The authors' best beta is 0.2 to 0.8, with SGD and momentum at K = 2..4. Adam and its like divide the factor away.
 
     Args:
-      optimizer: one optax transformation for all modules, or a sequence of K.
+      optimizer: one optax transformation for all stages, or a sequence of K.
       factor: beta, 0 < beta <= 1; 1 returns the optimizers as they are.
-      K: number of modules.
+      K: number of stages.
 
     Returns:
       K transformations, for a method's ``optimizer``.
 
     Raises:
-      ValueError: the factor is outside (0, 1], K is no positive whole number, or there are not K optimizers.
+      ValueError: the factor is outside (0, 1], K is not a positive whole number, or there are not K optimizers.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -67,12 +65,7 @@ def shrink_gradients(optimizer: Optimizers, factor: float, K: int) -> tuple[opta
     check_count("K", K)
     if not isinstance(factor, numbers.Real) or not 0 < factor <= 1:
         raise ValueError(f"factor = {factor!r} was given; it must be above 0 and at most 1, which is no shrinking.")
-    one = isinstance(optimizer, optax.GradientTransformation) or not isinstance(optimizer, Sequence)
-    optimizers = (optimizer,) * K if one else tuple(optimizer)
-    for member in optimizers:
-        _check_optimizer(member)
-    if len(optimizers) != K:
-        raise ValueError(f"{len(optimizers)} optimizers were given for K = {K} modules; pass one for all, or {K}.")
+    optimizers = per_stage(optimizer, K)
     shrink = lambda k: optax.scale(float(factor) ** (K - 1 - k))
     return tuple(o if factor == 1 or k == K - 1 else optax.chain(shrink(k), o) for k, o in enumerate(optimizers))
 
@@ -107,7 +100,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
     ADL (Zhuang et al., "Accumulated decoupled learning", ICML 2021, arXiv:2012.03747): gradients are late by K-k
     mini-batches, but only by about (K-k)/m updates. With K = 1 and no batch normalisation, m mini-batches of B examples
     equal one of m B. The authors' code takes the sum; the mean keeps the learning rate that of a batch of m B. Each
-    module counts the gradients that it has had, so that all modules form the same groups of mini-batches.
+    stage counts the gradients that it has had, so that all stages form the same groups of mini-batches.
 
     A learning-rate schedule inside ``optimizer`` counts updates: divide its boundaries by m. The state holds one more
     copy of the weights, and the optimizer's arithmetic is done for every mini-batch and dropped m-1 times out of m: a
@@ -121,7 +114,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
       A transformation with an :class:`AccumulateState`.
 
     Raises:
-      ValueError: ``every`` is no positive whole number, or the optimizer is none.
+      ValueError: ``every`` is not a positive whole number, or the optimizer is not an optax transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -157,7 +150,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
         )
         return jax.tree.map(lambda u: choose(u, jnp.zeros_like(u)), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return type(optimizer)(init, update)  # whether it takes extra arguments, such as value=loss
 
 
 class RememberUpdateState(NamedTuple):
@@ -200,8 +193,8 @@ def remember_update(optimizer: optax.GradientTransformation) -> optax.GradientTr
       A transformation with a :class:`RememberUpdateState`.
 
     Raises:
-      ValueError: the optimizer is none; from its ``init``, where it accumulates otherwise than by one
-        :func:`accumulate`.
+      ValueError: the optimizer is not an optax transformation; from its ``init``, if it accumulates otherwise than by
+        one :func:`accumulate`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -228,7 +221,7 @@ def remember_update(optimizer: optax.GradientTransformation) -> optax.GradientTr
         last = jax.tree.map(choose, updates, state.last_update)
         return updates, RememberUpdateState(last, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return type(optimizer)(init, update)  # whether it takes extra arguments, such as value=loss
 
 
 def predicted(params: PyTree, opt_state: RememberUpdateState, horizon: int, strength: float = 1.0) -> PyTree:
@@ -268,29 +261,3 @@ def predicted(params: PyTree, opt_state: RememberUpdateState, horizon: int, stre
     n = horizon if accumulation is None else (accumulation.count + horizon) // accumulation.period.mini_batches
     distance = lambda u: jnp.asarray(strength * n, u.dtype)
     return jax.tree.map(lambda w, u: w + distance(u) * u, params, opt_state.last_update)
-
-
-def with_prediction(setup: Setup, weight_prediction: float) -> Setup:
-    """Optimizers that remember their last update, for all modules but the last; unchanged where prediction is off."""
-    if not isinstance(weight_prediction, numbers.Real) or not 0 <= weight_prediction < math.inf:
-        raise ValueError(
-            f"weight_prediction = {weight_prediction!r} was given; it must be a number, 0 or more. 0 is off, 1 plays "
-            "with the weights predicted for the replay, values between them go a part of the way."
-        )
-    if weight_prediction == 0:
-        return setup
-    *stale, last = setup.optimizers
-    return setup._replace(optimizers=(*map(remember_update, stale), last))
-
-
-def make_ahead(shardings: Sequence[Sharding | None], weight_prediction: float) -> tuple[Callable, ...]:
-    """``(params, opt_state) -> w_hat`` for each module k < K: its weights K-k mini-batches ahead, or as they are."""
-    if weight_prediction == 0:
-        return tuple(lambda params, opt_state: params for _ in shardings[:-1])
-
-    def ahead(k: int) -> Callable:
-        staleness = len(shardings) - 1 - k
-        predict = lambda params, opt_state: predicted(params, opt_state, staleness, weight_prediction)
-        return jax.jit(predict, out_shardings=replicated(shardings[k]))
-
-    return tuple(ahead(k) for k in range(len(shardings) - 1))

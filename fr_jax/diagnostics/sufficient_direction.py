@@ -31,9 +31,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms._functions import LossFn
 from fr_jax.algorithms.backprop import backprop
-from fr_jax.types import Array, Batch, PyTree, Stage
+from fr_jax.types import Array, Batch, LossFn, PyTree, Stage
 
 __all__ = ["Direction", "SampledGradient", "directions", "full_gradient", "sampled_gradient", "whole"]
 

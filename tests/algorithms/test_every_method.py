@@ -46,7 +46,7 @@ def test_what_is_no_mini_batch_is_refused(method):
     for bad, said in (
         (good._replace(inputs=jnp.zeros(())), "was (given|made)"),
         ((good.inputs, good.targets), "was given a tuple as batch; it must be fr_jax.Batch"),
-        (good._replace(inputs={"x": good.inputs}), "was given a Batch of dict and ArrayImpl as batch"),
+        (good._replace(inputs={"x": "good"}), "was given a Batch of dict and ArrayImpl as batch"),
         (good._replace(targets=None), "was given a Batch of ArrayImpl and NoneType as batch"),
     ):
         with pytest.raises(ValueError, match=r"init\(\) " + said):

@@ -7,7 +7,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.algorithms import features_replay
-from fr_jax.algorithms._stages import check_setup
+from fr_jax.algorithms._validation import check_setup
 
 STEPS = 12
 close = {"rtol": 1e-11, "atol": 1e-12}
@@ -166,15 +166,14 @@ def test_unknown_policy_is_refused(naive, batch_stats):
 
 @pytest.mark.parametrize("batch_stats", ["play", "replay", "both"])
 def test_only_what_has_changed_is_returned(naive, make_batches, batch_stats):
-    """XLA would copy running statistics that a module returns as it was given them, a kernel for each leaf."""
+    """XLA would copy running statistics that a stage returns as it was given them, a kernel for each leaf."""
     stages = [naive.stage((naive.dense(4), naive.batch_norm())), naive.dense(2).stage]
-    setup = check_setup(stages, optax.sgd(0.1), None)
-    own = {"batch_stats": batch_stats, "weight_prediction": 0.0, "return_grads": False, "donate": False}
-    parts = features_replay.make_parts(setup, naive.squared_error, None, **own)
+    setup = check_setup(stages, optax.sgd(0.1), loss_fn=naive.squared_error)
+    parts = features_replay.make_parts(setup, batch_stats, 0.0)
     (batch,) = make_batches(1)
-    state = features_replay.init(setup, jax.random.key(0), batch)
-    module = state.params[0], state.model_state[0]
-    _, moved, _ = parts.plays[0](*module, state.streams[0], batch.inputs)
+    state = features_replay.init(setup, parts, jax.random.key(0), batch, None, None)
+    stage = state.params[0], state.model_state[0]
+    _, moved, _ = parts.plays[0](*stage, state.streams[0], batch.inputs)
     assert (moved is None) == (batch_stats == "replay")
-    updated = parts.replays[0](*module, state.opt_state[0], state.streams[0], batch.inputs, state.deltas[0])
+    updated = parts.replays[0](*stage, state.opt_state[0], state.streams[0], batch.inputs, state.deltas[0])
     assert (updated.model_state is None) == (batch_stats == "play")

@@ -9,6 +9,7 @@ import fr_jax as fr
 from fr_jax.algorithms._losses import gradient_norm
 
 METHODS = [fr.backprop, fr.features_replay]
+METHODS_IN_FLIGHT = [fr.features_replay, fr.ddg]
 KEY = jax.random.key(3)
 
 
@@ -56,12 +57,12 @@ def test_bad_settings_are_refused(make, method, given, said):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"inputs": np.zeros((5, 3), np.float32)}, r"\(5, 3\), 'float32'.*\(6, 3\), 'float32'.*drop or pad"),
         (
             {"targets": np.zeros((6, 1), np.float32)},
             r"targets \(\(6, 1\).*targets \(\(6, 2\).*init\(\) with the new shapes",
         ),
         ({"inputs": np.zeros((6, 3), np.int32)}, "'int32'.*'float32'"),
+        ({"inputs": {"x": np.zeros((6, 3), np.float32)}}, r"inputs \{'x': .*for inputs \(\(6, 3\)"),
     ],
 )
 def test_a_batch_of_another_shape_or_dtype_is_refused(make, method, changed, said):
@@ -69,6 +70,20 @@ def test_a_batch_of_another_shape_or_dtype_is_refused(make, method, changed, sai
     state = algorithm.init(KEY, BATCH)
     with pytest.raises(ValueError, match=said):
         algorithm.step(state, BATCH._replace(**changed))
+
+
+@pytest.mark.parametrize("method", METHODS_IN_FLIGHT)
+def test_features_in_flight_need_batches_of_one_size(make, method):
+    algorithm = make(method)
+    with pytest.raises(ValueError, match=r"\(5, 3\), 'float32'.*\(6, 3\), 'float32'.*drop or pad"):
+        algorithm.step(algorithm.init(KEY, BATCH), jax.tree.map(lambda x: x[:5], BATCH))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_and_targets_of_different_sizes_are_refused(make, method):
+    algorithm = make(method)
+    with pytest.raises(ValueError, match=r"\(5, 3\)"):
+        algorithm.step(algorithm.init(KEY, BATCH), BATCH._replace(inputs=BATCH.inputs[:5]))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,9 +104,10 @@ def test_numpy_doubles_are_what_they_become_on_a_device(make, method):
         ),
         (jax.tree.map(lambda x: x[:0], BATCH), r"the same number of examples, at least one"),
         (
-            BATCH._replace(inputs={"image": BATCH.inputs}),
+            BATCH._replace(inputs={"image": "a path"}),
             r"a Batch of dict and ndarray.*fr_jax.Batch\(inputs, targets\)",
         ),
+        (BATCH._replace(inputs={"image": BATCH.inputs, "mask": BATCH.inputs[:5]}), "the same number of examples"),
         (tuple(BATCH[:2]), r"a tuple as batch"),
     ],
 )

@@ -19,9 +19,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fr_jax.algorithms._validation import BatchSpec
 from fr_jax.training._orbax import quiet_orbax
 from fr_jax.training.checkpoints import CheckpointError, Checkpoints
-from fr_jax.types import BatchSpec
 
 
 class MadeUpState(NamedTuple):

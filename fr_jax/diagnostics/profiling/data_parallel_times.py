@@ -6,6 +6,7 @@ are of the whole mini-batch and of which each waits for the one before.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import statistics
@@ -20,14 +21,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from fr_jax._arrays import place
-from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import backprop
-from fr_jax.algorithms._stages import Setup, check_count, check_setup
+from fr_jax.algorithms._validation import Setup, check_count, check_setup
 from fr_jax.diagnostics.profiling.stage_calls import Call, calls_of, run_once
 from fr_jax.diagnostics.profiling.stage_times import Measured
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
-from fr_jax.types import Batch, Stage
+from fr_jax.types import Batch, LossFn, Stage
 
 __all__ = ["all_reduces", "data_parallel_timer"]
 
@@ -41,7 +41,7 @@ CALIBRATION = 20  # products before each all-reduce, by which is learnt how long
 
 def data_parallel_timer(
     network: Stage,
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     batch: Batch,
     *,
@@ -120,16 +120,16 @@ def all_reduces(compiled: Any) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
     return found
 
 
-def _compiled_step(setup: Setup, loss_fn: steps.LossFn, batch: Batch) -> Any:
-    last: Any = backprop.make_parts(setup, loss_fn, None, return_grads=False, donate=True).last
-    state = backprop.init(setup, jax.random.key(0), batch)
+def _compiled_step(setup: Setup, loss_fn: LossFn, batch: Batch) -> Any:
+    setup = dataclasses.replace(setup, loss_fn=loss_fn, donate=True)
+    parts = backprop.make_parts(setup)
+    last: Any = parts.last
+    state = backprop.init(setup, parts, jax.random.key(0), batch, None, None)
     own = (state.params, state.model_state, state.opt_state, state.streams)
     return last.lower(*own, batch.inputs, batch.targets).compile()
 
 
-def _part(
-    network: Stage, loss_fn: steps.LossFn, optimizer: optax.GradientTransformation, batch: Batch, here: Any
-) -> Call:
+def _part(network: Stage, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, here: Any) -> Call:
     setup = check_setup([network], optimizer, [here])
     batch = Batch(place(batch.inputs, here), place(batch.targets, here))
     (module,) = run_once(setup, loss_fn, batch, keep_weights=False)

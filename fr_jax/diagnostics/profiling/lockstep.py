@@ -1,34 +1,40 @@
 """Features replay with barriers: the numbers of ``fr_jax.features_replay``, by a step loop that waits.
 
-All K modules play, one after the other, and the loop waits; then module K goes backward while the others replay, and
+All K stages play, one after the other, and the loop waits; then stage K goes backward while the others replay, and
 the loop waits again. Implementations that wait for results in every iteration run like this. It exists to be timed
 beside the data flow (``features_replay_lockstep`` in ``simulation/schedules.py``); do not train with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from fr_jax._arrays import put
 from fr_jax._placement import replicated
 from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import _history as fifo
 from fr_jax.algorithms import features_replay
-from fr_jax.algorithms._stages import Setup
+from fr_jax.algorithms._losses import loss_of
+from fr_jax.algorithms._step import Iteration
+from fr_jax.algorithms._validation import Setup
+from fr_jax.algorithms._vjp import with_weights
 from fr_jax.algorithms.features_replay import FeaturesReplayState
 from fr_jax.distributed import group
-from fr_jax.types import Array, Batch, PyTree
+from fr_jax.types import Array, Batch, LossFn, PyTree
 
 __all__ = ["Parts", "barrier", "init", "make_parts", "step"]
 
-init = features_replay.init
+
+def init(setup: Setup, key: Array, batch: Batch) -> FeaturesReplayState:
+    """The state of features replay before its first step."""
+    return features_replay.init(setup, None, key, batch, None, None)
 
 
 class Parts(NamedTuple):
-    """The jitted functions: K-1 plays and replays, and module K's forward pass, backward pass and update."""
+    """The jitted functions: K-1 plays and replays, and stage K's forward pass, backward pass and update."""
 
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
@@ -37,17 +43,15 @@ class Parts(NamedTuple):
     update: Callable
 
 
-def make_parts(setup: Setup, loss_fn: steps.LossFn) -> Parts:
-    """Those of features replay, with donated buffers, but for module K, whose one pass is divided at the barrier."""
-    stages, optimizers, shardings = setup
+def make_parts(setup: Setup, loss_fn: LossFn) -> Parts:
+    """Those of features replay, with donated buffers, but for stage K, whose one pass is divided at the barrier."""
+    stages, optimizers, shardings = setup.stages, setup.optimizers, setup.shardings
     here, K = replicated(shardings[-1]), len(stages)
-    free = features_replay.make_parts(
-        setup, loss_fn, None, batch_stats="play", weight_prediction=0.0, return_grads=False, donate=True
-    )
+    free = features_replay.make_parts(dataclasses.replace(setup, loss_fn=loss_fn, donate=True), "play", 0.0)
 
     def backward(vjp: Callable, outputs: PyTree, targets: Array, params: PyTree) -> tuple[Array, PyTree, PyTree]:
-        loss, delta = jax.value_and_grad(lambda y: steps.loss_of(loss_fn, y, targets))(outputs)
-        grads, *delta_in = steps.with_weights(vjp, params)(delta)
+        loss, delta = jax.value_and_grad(lambda y: loss_of(loss_fn, y, targets))(outputs)
+        grads, *delta_in = with_weights(vjp, params)(delta)
         return loss, grads, delta_in[0] if K > 1 else None
 
     return Parts(
@@ -61,43 +65,28 @@ def make_parts(setup: Setup, loss_fn: steps.LossFn) -> Parts:
 
 def step(parts: Parts, setup: Setup, state: FeaturesReplayState, batch: Batch) -> tuple[FeaturesReplayState, Array]:
     """Iteration t and its loss; the processes of a group wait for each other, too."""
-    t, K, shardings = state.step, len(setup.stages), setup.shardings
-    params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)
-    history, deltas, streams = list(state.history), list(state.deltas), list(state.streams)
+    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
+    history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
 
-    h = put(batch.inputs, shardings[0])
+    h = now.send(batch.inputs, 0)
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
-        h, model_state[k], count = parts.plays[k](params[k], model_state[k], streams[k], h)
-        h = put(h, shardings[k + 1])
-        streams[k] = streams[k]._replace(count=count)
-    outputs, vjp, model_state[-1], count = parts.forward(params[-1], model_state[-1], streams[-1], h)
-    streams[-1] = streams[-1]._replace(count=count)
-    barrier((outputs, model_state, streams))
+        h = now.play(k, parts.plays[k], h)
+    outputs, vjp = now.forward(K - 1, parts.forward, h)
+    barrier((outputs, now.model_state, now.streams))
 
-    loss, grads, delta = parts.backward(vjp, outputs, put(batch.targets, shardings[-1]), params[-1])
-    params[-1], opt_state[-1], _ = parts.update(params[-1], opt_state[-1], grads)
+    now.loss, grads, delta = parts.backward(vjp, outputs, now.send(batch.targets, K - 1), now.params[-1])
+    now.update(K - 1, parts.update, grads)
     for k in reversed(range(K - 1)):
         if delta is not None:
-            deltas[k] = put(delta, shardings[k])
+            deltas[k] = now.send(delta, k)
         h_s, history[k] = fifo.pop(history[k])
         delta = None
-        if t + (k + 1) - K >= 0:
-            params[k], _, opt_state[k], delta, _, _ = parts.replays[k](
-                params[k], model_state[k], opt_state[k], streams[k], h_s, state.deltas[k]
-            )
-    state = FeaturesReplayState(
-        step=t + 1,
-        params=tuple(params),
-        model_state=tuple(model_state),
-        opt_state=tuple(opt_state),
-        history=tuple(history),
-        deltas=tuple(deltas),
-        streams=tuple(streams),
-        batch_spec=state.batch_spec,
-    )
-    barrier((state, loss))
-    return state, loss
+        if now.t + (k + 1) - K >= 0:
+            delta = now.replay(k, parts.replays[k], h_s, state.deltas[k], state.losses[k])
+    state, info = now.finish(state, history=history, deltas=deltas, losses=losses)
+    barrier((state, info.loss))
+    return state, info.loss
 
 
 def barrier(tree: Any) -> None:

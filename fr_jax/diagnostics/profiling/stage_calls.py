@@ -15,8 +15,9 @@ from fr_jax._arrays import place, put
 from fr_jax._placement import replicated
 from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import dni, gpipe
-from fr_jax.algorithms._stages import KeyStream, Setup, init_modules, init_stage
-from fr_jax.types import Batch, PyTree, Stage
+from fr_jax.algorithms._stages import KeyStream, init_layer, init_stages
+from fr_jax.algorithms._validation import Setup
+from fr_jax.types import Batch, LossFn, PyTree, Stage
 
 __all__ = ["Call", "Module", "Synthesizers", "calls_of", "run_once"]
 
@@ -57,11 +58,11 @@ class Module(NamedTuple):
     grads: PyTree
 
 
-def run_once(setup: Setup, loss_fn: steps.LossFn, batch: Batch, *, keep_weights: bool) -> list[Module]:
+def run_once(setup: Setup, loss_fn: LossFn, batch: Batch, *, keep_weights: bool) -> list[Module]:
     """Every module, after one step of back-propagation without updates; ``keep_weights``: of the VJPs."""
-    stages, _, shardings = setup
+    stages, shardings = setup.stages, setup.shardings
     K = len(stages)
-    made = init_modules(setup, jax.random.key(0), batch)
+    made = init_stages(setup, jax.random.key(0), batch)
     own = list(zip(made.params, made.model_state, made.opt_state, made.streams, strict=True))
     h, sides = batch.inputs, []
     for k in range(K - 1):
@@ -87,7 +88,7 @@ def calls_of(
     k: int,
     setup: Setup,
     module: Module,
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     targets: PyTree,
     synthesizers: Synthesizers | None,
     wanted: set[str],
@@ -137,7 +138,7 @@ def _synthesizer_calls(
     here, h = replicated(sharding), module.h_out
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), h)
     key, count = place((jax.random.key(k), jnp.zeros((), jnp.int32)), here)
-    params, state = init_stage(own.stages[k], key, spec, here)
+    params, state = init_layer(own.stages[k], key, spec, here)
     opt_state = jax.jit(own.optimizer.init, out_shardings=here)(params)
     synthesize = steps.make_forward(own.stages[k], input_gradient=False)
     predicted, vjp, _, _ = synthesize(params, state, KeyStream(key, count), h)

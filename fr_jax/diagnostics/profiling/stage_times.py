@@ -17,13 +17,12 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place, put
-from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import dni
-from fr_jax.algorithms._stages import Optimizers, check_count, check_setup
+from fr_jax.algorithms._validation import Optimizers, check_count, check_setup
 from fr_jax.diagnostics.profiling.stage_calls import Call, Synthesizers, calls_of, run_once
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
-from fr_jax.types import Batch, PyTree, Stage
+from fr_jax.types import Batch, LossFn, PyTree, Stage
 
 __all__ = ["KINDS_OF", "Measured", "crossings", "exchanged", "is_mine", "median", "stage_timer"]
 
@@ -53,7 +52,7 @@ class Measured(NamedTuple):
 
 def stage_timer(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     batch: Batch,
     *,

@@ -18,14 +18,13 @@ import jax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place
-from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms import backprop, gpipe
-from fr_jax.algorithms._stages import Optimizers, Setup, check_count, check_setup
+from fr_jax.algorithms._validation import Optimizers, Setup, check_count, check_setup
 from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.diagnostics.profiling.stage_calls import run_once
 from fr_jax.diagnostics.profiling.stage_times import Measured, crossings, exchanged, is_mine
 from fr_jax.distributed import group
-from fr_jax.types import Batch, Stage
+from fr_jax.types import Batch, LossFn, Stage
 
 __all__ = ["step_timer"]
 
@@ -61,7 +60,7 @@ class Clock:
 def step_timer(
     method: str,
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: Optimizers,
     batch: Batch,
     *,
@@ -102,7 +101,7 @@ def step_timer(
       >>> times.stages[0].forward > 0, times.stages[1].gradient > 0
       (True, True)
     """
-    setup = check_setup(stages, optimizer, placement)
+    setup = check_setup(stages, optimizer, placement, loss_fn=loss_fn, donate=True)
     check_count("repeats", repeats)
     check_count("hops", hops)
     if method not in STEPS:
@@ -138,20 +137,20 @@ def _is_here(x: Any) -> bool:
     return isinstance(x, jax.Array) and x.is_fully_addressable
 
 
-def _backprop(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
-    parts = backprop.make_parts(setup, loss_fn, None, return_grads=False, donate=True)
+def _backprop(setup: Setup, loss_fn: LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
+    parts = backprop.make_parts(setup)
     parts = backprop.Parts(
         forwards=clock.all_around(parts.forwards, "forward"),
         pulls=clock.all_around(parts.pulls, "backward"),
         updates=clock.all_around(parts.updates, "update"),
         last=clock.around(parts.last, len(setup.stages) - 1, "last"),
     )
-    state = backprop.init(setup, jax.random.key(0), batch)
-    return lambda state, batch: backprop.step(parts, setup, state, batch), state
+    state = backprop.init(setup, parts, jax.random.key(0), batch, None, None)
+    return lambda state, batch: backprop.step(setup, parts, state, batch), state
 
 
-def _gpipe(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
-    parts = gpipe.make_parts(setup, M, loss_fn, None, donate=True)
+def _gpipe(setup: Setup, loss_fn: LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
+    parts = gpipe.make_parts(setup, M)
     parts = parts._replace(
         forwards=clock.all_around(parts.forwards, "forward"),
         pulls=clock.all_around(parts.pulls, "backward"),
@@ -159,11 +158,11 @@ def _gpipe(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: i
         accumulates=clock.all_around(parts.accumulates, "accumulate"),
         updates=clock.all_around(parts.updates, "update"),
     )
-    state = gpipe.init(setup, M, jax.random.key(0), batch)
-    return lambda state, batch: gpipe.step(parts, setup, M, False, state, batch), state
+    state = gpipe.init(M, setup, parts, jax.random.key(0), batch, None, None)
+    return lambda state, batch: gpipe.step(M, setup, parts, state, batch), state
 
 
-def _lockstep(setup: Setup, loss_fn: steps.LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
+def _lockstep(setup: Setup, loss_fn: LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
     parts, top = lockstep.make_parts(setup, loss_fn), len(setup.stages) - 1
     parts = lockstep.Parts(
         plays=clock.all_around(parts.plays, "play"),

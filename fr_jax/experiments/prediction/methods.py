@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import fr_jax as fr
-from fr_jax.algorithms._stages import check_setup
+from fr_jax.algorithms._validation import check_setup
 from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.diagnostics.profiling.data_parallel_times import data_parallel_timer
 from fr_jax.diagnostics.profiling.stage_times import Measured, stage_timer

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.algorithms._stages import check_setup
+from fr_jax.algorithms._validation import check_setup
 from fr_jax.diagnostics.profiling import lockstep
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
 from fr_jax.algorithms._losses import wide
+from fr_jax.algorithms._validation import batch_size
 from fr_jax.types import Array, Batch, PyTree, Stage
 
 
@@ -68,7 +69,7 @@ def make_gluing(stage: Stage, *, if_due: bool) -> Stage:
 
 def check_index(cache_size: int | None, batch: Batch) -> None:
     """Raises ValueError where something is kept for every example, and the batch does not say which these are."""
-    B, index = batch.inputs.shape[0], batch.index
+    B, index = batch_size(batch), batch.index
     if cache_size and (index is None or index.shape != (B,) or not jnp.issubdtype(index.dtype, jnp.integer)):
         given = "no index" if index is None else f"an index {index.dtype} of shape {index.shape}"
         raise ValueError(

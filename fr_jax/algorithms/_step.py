@@ -1,0 +1,182 @@
+"""What the step loops of all methods share: one iteration while it is issued, and an algorithm from its parts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from fr_jax._arrays import put
+from fr_jax._placement import data_parallel_size, replicated
+from fr_jax.algorithms._functions import make_infer
+from fr_jax.algorithms._validation import Setup, check_batch, iteration
+from fr_jax.types import Algorithm, Array, Batch, Info, InitAlgorithm, Predict, PyTree, Step
+
+LAST = slice(-1, None)
+
+
+class Iteration:
+    """Iteration t of a method while it is issued: the state's tuples as lists, and what the step will report.
+
+    Each method of this class calls one jitted function of a stage k = 0..K-1 and puts what comes back in its place. It
+    keeps no reference to what has been used, so that a buffer is free after its last reader.
+
+    Attributes:
+      t: mini-batches seen before this one.
+      params, model_state, opt_state, streams: lists with one entry per stage, for the method to replace.
+      loss: of this mini-batch, once the last stage has run.
+      grads: what each stage updated with, if the method returns gradients.
+      norms: their norms; None for a stage that has not updated.
+      metrics: what the step reports besides.
+    """
+
+    def __init__(self, setup: Setup, state: Any, batch: Batch, *, any_size: bool) -> None:
+        check_batch(state.batch_spec, batch, setup.shardings, any_size=any_size)
+        self.t = iteration(state.step)
+        self.params, self.model_state = list(state.params), list(state.model_state)
+        self.opt_state, self.streams = list(state.opt_state), list(state.streams)
+        self.loss: Any = None
+        self.grads: list[PyTree | None] = [None] * len(setup.stages)
+        self.norms: list[Array | None] = [None] * len(setup.stages)
+        self.metrics: dict[str, Array] = {}
+        self._setup = setup
+
+    def send(self, x: PyTree, k: int) -> PyTree:
+        """``x`` on the devices of stage k, without waiting."""
+        return put(x, self._setup.shardings[k])
+
+    def loss_for(self, k: int) -> Array | tuple:
+        """The loss of this mini-batch on the devices of stage k if its optimizer takes it, else ``()``."""
+        return put(self.loss, replicated(self._setup.shardings[k])) if self._setup.takes_loss[k] else ()
+
+    def play(self, k: int, play: Callable, h: PyTree, params: PyTree | None = None) -> PyTree:
+        """Stage k's forward pass, at its weights or at ``params``; h_k on the devices of stage k+1."""
+        params = self.params[k] if params is None else params
+        h, moved, count = play(params, self.model_state[k], self.streams[k], h)
+        self.model_state[k] = self.model_state[k] if moved is None else moved
+        self.streams[k] = self.streams[k]._replace(count=count)
+        return self.send(h, k + 1)
+
+    def forward(self, k: int, forward: Callable, h: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        """Stage k's forward pass, at its weights or at ``params``: h_k where it was made, and the VJP."""
+        params = self.params[k] if params is None else params
+        h, vjp, self.model_state[k], count = forward(params, self.model_state[k], self.streams[k], h)
+        self.streams[k] = self.streams[k]._replace(count=count)
+        return h, vjp
+
+    def train(self, train: Callable, h: PyTree, targets: PyTree, stages: slice = LAST) -> PyTree | None:
+        """Forward, backward and update of ``stages`` in one pass; delta for the stage below them.
+
+        ``targets`` are on the stages' devices, or are sent to those of the last one.
+        """
+        here = range(len(self.params))[stages]
+        fields = self.params, self.model_state, self.opt_state, self.streams
+        top = train(*(tuple(field[stages]) for field in fields), h, self.send(targets, here[-1]))
+        self.params[stages], self.model_state[stages], self.opt_state[stages] = top[:3]
+        self.streams[stages] = [s._replace(count=c) for s, c in zip(self.streams[stages], top.counts, strict=True)]
+        self.loss, self.norms[stages] = top.loss, top.gradient_norms
+        self.metrics |= top.metrics
+        if top.grads is not None:
+            self.grads[stages] = top.grads
+        return top.delta
+
+    def last(self, last: Callable, h: PyTree, targets: PyTree) -> tuple[tuple, PyTree | None]:
+        """The last stage's forward and backward pass without an update: (gradients, loss, metrics), and delta."""
+        found, delta, self.model_state[-1], count = last(
+            self.params[-1], self.model_state[-1], self.streams[-1], h, targets
+        )
+        self.streams[-1] = self.streams[-1]._replace(count=count)
+        return found, delta
+
+    def replay(self, k: int, replay: Callable, h: PyTree, delta: PyTree, loss: Array | tuple) -> PyTree | None:
+        """Stage k's replay of ``h``, gradient and update; delta for the stage below."""
+        self.params[k], moved, self.opt_state[k], delta, self.grads[k], self.norms[k] = replay(
+            self.params[k], self.model_state[k], self.opt_state[k], self.streams[k], h, delta, loss
+        )
+        self.model_state[k] = self.model_state[k] if moved is None else moved
+        return delta
+
+    def update(self, k: int, update: Callable, grads: PyTree, loss: Array | tuple = ()) -> None:
+        """Stage k's optimizer step."""
+        self.params[k], self.opt_state[k], self.norms[k] = update(self.params[k], self.opt_state[k], grads, loss)
+        if self._setup.return_grads:
+            self.grads[k] = grads
+
+    def finish(self, state: Any, **in_flight: Sequence[Any]) -> tuple[Any, Info]:
+        """The next state, with the method's own fields ``in_flight``, and what the step reports."""
+        fields = {
+            "params": self.params,
+            "model_state": self.model_state,
+            "opt_state": self.opt_state,
+            "streams": self.streams,
+            **in_flight,
+        }
+        state = state._replace(step=self.t + 1, **{name: tuple(field) for name, field in fields.items()})
+        norms = {f"gradient_norm/{k}": norm for k, norm in enumerate(self.norms, start=1) if norm is not None}
+        grads = tuple(self.grads) if self._setup.return_grads else None
+        return state, Info(self.loss, grads, self.metrics | norms)
+
+
+def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Callable[[], Any]) -> Algorithm:
+    """The algorithm of a method; its jitted functions are made, and a device is asked for, at the first call.
+
+    Args:
+      setup: the checked arguments.
+      init: ``(setup, parts, key, batch, params, model_state) -> State``.
+      step: ``(setup, parts, state, batch) -> (State, Info)``.
+      make_parts: makes the method's jitted functions.
+    """
+    parts = functools.cache(make_parts)
+
+    @_documented(InitAlgorithm)
+    def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:
+        return init(setup, parts(), key, batch, params, model_state)
+
+    @_documented(Step)
+    def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
+        return step(setup, parts(), state, batch)
+
+    return Algorithm(init_, step_, make_predict(setup))
+
+
+def _documented(protocol: type) -> Callable[[Callable], Callable]:
+    """Gives a function the documentation of its protocol, for ``help(algorithm.step)``."""
+
+    def document(function: Callable) -> Callable:
+        function.__doc__, function.__name__ = protocol.__doc__, function.__name__.rstrip("_")
+        return function
+
+    return document
+
+
+def make_predict(setup: Setup) -> Predict:
+    """``(state, inputs) -> outputs``: the network in inference mode, each stage on its devices."""
+    stages = functools.cache(lambda: tuple(map(make_infer, setup.stages)))
+
+    @_documented(Predict)
+    def predict(state: Any, inputs: PyTree, /) -> PyTree:
+        D = math.lcm(*map(data_parallel_size, setup.shardings))
+        size = jax.tree.leaves(inputs)[0].shape[0]
+        h = _padded(inputs, -size % D)
+        for k, infer in enumerate(stages()):
+            h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
+        return _first_rows(size, replicated(setup.shardings[-1]))(h) if size % D else h
+
+    return predict
+
+
+def _padded(x: PyTree, rows: int) -> PyTree:
+    """With the last row repeated, so that each device of a stage has as many."""
+    if not rows:
+        return x
+    return jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(leaf.shape[0] + rows), leaf.shape[0] - 1)], x)
+
+
+@functools.lru_cache(maxsize=128)
+def _first_rows(size: int, sharding: Sharding) -> Callable:
+    return jax.jit(lambda h: jax.tree.map(lambda leaf: leaf[:size], h), out_shardings=sharding)

@@ -1,0 +1,218 @@
+"""What every method checks: its arguments when it is made, and the mini-batches that it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from jax.sharding import Sharding
+
+from fr_jax._placement import check_placement, data_parallel_size, default_sharding
+from fr_jax.stages import check_stages
+from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
+
+Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The checked arguments that all methods have; names as in their factories, one entry per stage."""
+
+    stages: tuple[Stage, ...]
+    optimizers: tuple[optax.GradientTransformation, ...]
+    placement: tuple[Sharding, ...] | None
+    loss_fn: LossFn
+    metrics_fn: MetricsFn | None
+    return_grads: bool
+    donate: bool
+
+    @functools.cached_property
+    def shardings(self) -> tuple[Sharding, ...]:
+        """The placement; without one, the default device at the first call of ``init``, ``step`` or ``predict``."""
+        return self.placement or (default_sharding(),) * len(self.stages)
+
+    @functools.cached_property
+    def takes_loss(self) -> tuple[bool, ...]:
+        """Whether the optimizers of the stages use ``value=loss``."""
+        return tuple(map(_uses_value, self.optimizers))
+
+
+@functools.lru_cache(maxsize=128)
+def _uses_value(optimizer: optax.GradientTransformation) -> bool:
+    """Whether ``value=`` reaches anything in ``update``: optax.chain takes extra arguments for all its members."""
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return False
+    w, value = jax.ShapeDtypeStruct((2, 2), "float32"), jax.ShapeDtypeStruct((), "float32")
+    update = lambda w, value: optimizer.update(w, optimizer.init(w), w, value=value)
+    try:
+        jaxpr = jax.make_jaxpr(update)(w, value).jaxpr
+    except Exception:  # it depends on the structure of the weights: let it have the loss
+        return True
+    used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
+    return any(variable is jaxpr.invars[-1] for variable in used)
+
+
+def check_count(name: str, value: Any, least: int = 1, why: str = "") -> int:
+    """A whole number from ``least`` on; raises ValueError, with ``why`` at the end of the message."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least {least}.{why}")
+    return int(value)
+
+
+def check_setup(
+    stages: Sequence[Stage],
+    optimizer: Optimizers,
+    placement: Sequence[Sharding] | None = None,
+    *,
+    loss_fn: Any = None,
+    metrics_fn: MetricsFn | None = None,
+    return_grads: bool = False,
+    donate: bool = False,
+) -> Setup:
+    """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
+
+    Raises:
+      ValueError: no stages, something that is not a Stage, or a number of optimizers or shardings other than K.
+    """
+    if isinstance(stages, Stage):
+        stages = (stages,)
+    stages = tuple(stages)
+    if not stages:
+        raise ValueError("0 stages were given; a network has at least one. Make them with fr_jax.partition or chain.")
+    check_stages(stages, "stage")
+    optimizers = per_stage(optimizer, len(stages))
+    shardings = None if placement is None else check_placement(placement, len(stages))
+    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate)
+
+
+def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:
+    """One optimizer for each of K stages, or the same for all; raises ValueError for anything else."""
+    one = isinstance(optimizer, optax.GradientTransformation) or not isinstance(optimizer, Sequence)
+    optimizers = (optimizer,) * K if one else tuple(optimizer)
+    for member in optimizers:
+        if not isinstance(member, optax.GradientTransformation):
+            raise ValueError(
+                f"optimizer {member!r} is not an optax transformation. Pass one, such as optax.sgd(0.1), for all "
+                f"stages, or a sequence of {K}."
+            )
+    if len(optimizers) != K:
+        raise ValueError(
+            f"{len(optimizers)} optimizers were given for K = {K} stages. Pass one optax transformation for all of "
+            f"them, or a sequence of {K}."
+        )
+    return optimizers
+
+
+class TreeSpec(tuple):
+    """Structure, shapes and dtypes of a pytree of arrays, ``(treedef, ((shape, dtype), ...))``; hashable."""
+
+    @classmethod
+    def of(cls, tree: PyTree) -> TreeSpec:
+        """Read from metadata alone; dtypes are those that the arrays have on a device."""
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls((treedef, tuple((tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype))) for x in leaves)))
+
+    def fits(self, other: TreeSpec, *, any_size: bool) -> bool:
+        """Whether ``other`` is the same; with ``any_size`` whatever the length of the first axis."""
+        if not any_size or self == other:
+            return self == other
+        (treedef, leaves), (other_treedef, others) = self, other
+        rest = lambda leaves: [(shape[1:], dtype) for shape, dtype in leaves]
+        return treedef == other_treedef and rest(leaves) == rest(others)
+
+    def __str__(self) -> str:
+        treedef, leaves = self
+        return str(jax.tree.unflatten(treedef, leaves))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """What a state was made for (a pytree without leaves, so it is not in a checkpoint).
+
+    Attributes:
+      inputs: of a mini-batch.
+      targets: of a mini-batch.
+      layers: how many layers each stage has; 0 for one that is not a chain.
+    """
+
+    inputs: TreeSpec
+    targets: TreeSpec
+    layers: tuple[int, ...] = ()
+
+
+def batch_size(batch: Batch) -> int:
+    """B, the number of examples."""
+    return jax.tree.leaves(batch.inputs)[0].shape[0]
+
+
+def check_example(batch: Batch, called: str = "init()") -> None:
+    """Raises ValueError if ``batch`` is not a mini-batch of arrays; ``called`` is the function that was given it."""
+    _check_kind(batch, called)
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(batch[:2])}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        inputs, targets = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in batch[:2])
+        raise ValueError(
+            f"{called} was given inputs of shape {inputs} and targets of shape {targets}; all must have the same "
+            "number of examples, at least one, along the first axis."
+        )
+
+
+def _check_kind(batch: Batch, called: str) -> None:
+    trees = batch[:2] if isinstance(batch, Batch) else ()
+    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+    if not trees or not all(jax.tree.leaves(tree) and all(map(is_array, jax.tree.leaves(tree))) for tree in trees):
+        kinds = f" of {type(batch.inputs).__name__} and {type(batch.targets).__name__}" if trees else ""
+        raise ValueError(
+            f"{called} was given a {type(batch).__name__}{kinds} as batch; it must be fr_jax.Batch(inputs, targets), "
+            "arrays or pytrees of arrays with the examples along the first axis."
+        )
+
+
+def check_divisible(batch: Batch, shardings: Sequence[Sharding]) -> None:
+    """Raises ValueError if the batch cannot be split over a stage's devices."""
+    for sharding in shardings:
+        D = data_parallel_size(sharding)
+        if batch_size(batch) % D:
+            raise ValueError(
+                f"a batch of {batch_size(batch)} examples cannot be split over data_parallel = {D} devices; "
+                f"the batch size must be a multiple of {D}."
+            )
+
+
+def check_batch(spec: BatchSpec, batch: Batch, shardings: Sequence[Sharding], *, any_size: bool) -> None:
+    """Raises ValueError if a batch is not like the one that the state was made for.
+
+    ``any_size``: nothing is in flight between steps, so the number of examples may be another.
+    """
+    _check_kind(batch, "step()")
+    inputs, targets = TreeSpec.of(batch.inputs), TreeSpec.of(batch.targets)
+    if not (spec.inputs.fits(inputs, any_size=any_size) and spec.targets.fits(targets, any_size=any_size)):
+        raise ValueError(
+            f"step() was given inputs {inputs} and targets {targets}; this state was made by init() for "
+            f"inputs {spec.inputs} and targets {spec.targets}. Features in flight have those shapes: drop or pad a "
+            "last partial batch, or call init() with the new shapes."
+        )
+    if inputs != spec.inputs:
+        check_example(batch, "step()")
+        check_divisible(batch, shardings)
+
+
+def iteration(step: int) -> int:
+    """t, by which Python decides what is issued.
+
+    Raises:
+      TypeError: it is traced: the whole step was given to ``jax.jit``, ``jax.lax.scan`` or the like.
+    """
+    if isinstance(step, jax.core.Tracer):
+        raise TypeError(
+            "step() was called inside a JAX transformation (jit, scan, grad, ..), where state.step has no value. It is "
+            "a Python loop that issues one jitted function after the other, each on its stage's device: call it as "
+            "it is, without jax.jit."
+        )
+    return int(step)  # an array, after jax.device_put of the state, is read once
