@@ -105,9 +105,8 @@ def _like_params(node: PyTree, params: PyTree) -> bool:
     if isinstance(node, tuple) and hasattr(node, "_fields") and not jax.tree.leaves(node):
         return True  # optax.MaskedNode
     if isinstance(params, dict):
-        return (
-            isinstance(node, dict) and node.keys() == params.keys() and all(map(_like_params, *_values(node, params)))
-        )
+        same = isinstance(node, dict) and node.keys() == params.keys()
+        return same and all(_like_params(node[name], params[name]) for name in params)
     if isinstance(params, tuple | list):
         same = type(node) is type(params) and len(node) == len(params)
         return same and all(map(_like_params, node, params))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from fr_jax._arrays import place, put_whole
+from fr_jax._arrays import place
 from fr_jax._placement import replicated
 from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_divisible, check_example
 from fr_jax.stages import traced_once
@@ -168,12 +168,11 @@ def _taken(name: str, given: PyTree, like: PyTree, here: Sharding, i: int) -> Py
             "weights of the same network, one entry per layer or per stage."
         )
 
-    def take(leaf: Any, spec: Any) -> Array:
-        if isinstance(leaf, jax.Array):
-            return place(jnp.array(leaf, spec.dtype, copy=True), here)
-        return put_whole(np.array(leaf, spec.dtype), here)
+    def copy(leaf: Any, spec: Any) -> Any:
+        make = jnp.array if isinstance(leaf, jax.Array) else np.array
+        return make(leaf, spec.dtype, copy=True)
 
-    return jax.tree.map(take, given, like)
+    return place(jax.tree.map(copy, given, like), here)
 
 
 def init_layer(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -> tuple[PyTree, PyTree]:

@@ -139,7 +139,7 @@ def _is_here(x: Any) -> bool:
 
 def _backprop(setup: Setup, loss_fn: LossFn, batch: Batch, clock: Clock, M: int) -> tuple[Callable, Any]:
     parts = backprop.make_parts(setup)
-    parts = backprop.Parts(
+    parts = parts._replace(
         forwards=clock.all_around(parts.forwards, "forward"),
         pulls=clock.all_around(parts.pulls, "backward"),
         updates=clock.all_around(parts.updates, "update"),
