@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.algorithms import staleness
+from fr_jax.algorithms import _delayed, staleness
 from fr_jax.training.checkpoints import Checkpoints
 
 STEPS = 12
@@ -139,7 +139,7 @@ def test_switched_off_they_are_not_there():
     assert staleness.accumulate(sgd, 1) is sgd
     assert staleness.shrink_gradients(sgd, 1.0, 3) == (sgd, sgd, sgd)
     w, opt_state = jnp.ones(2), ()
-    assert all(ahead(w, opt_state) is w for ahead in staleness.make_ahead([None] * 3, 0.0))
+    assert all(ahead(w, opt_state) is w for ahead in _delayed.make_ahead([None] * 3, 0.0))
 
 
 @pytest.mark.usefixtures("x64")
@@ -368,9 +368,9 @@ multi = optax.MultiSteps(sgd, 2).gradient_transformation()
         (lambda: staleness.shrink_gradients(sgd, float("nan"), 2), "factor = nan"),
         (lambda: staleness.shrink_gradients(sgd, "0.5", 2), "factor = '0.5'"),
         (lambda: staleness.shrink_gradients(sgd, 0.5, 0), "K = 0 was given; it must be a whole number, at least 1"),
-        (lambda: staleness.shrink_gradients([sgd], 0.5, 2), "1 optimizers were given for K = 2 modules"),
-        (lambda: staleness.shrink_gradients([sgd, None], 0.5, 2), "None is no optax transformation"),
-        (lambda: staleness.shrink_gradients(None, 0.5, 2), "None is no optax transformation"),
+        (lambda: staleness.shrink_gradients([sgd], 0.5, 2), "1 optimizers were given for K = 2 stages"),
+        (lambda: staleness.shrink_gradients([sgd, None], 0.5, 2), "None is not an optax transformation"),
+        (lambda: staleness.shrink_gradients(None, 0.5, 2), "None is not an optax transformation"),
         (lambda: staleness.accumulate(sgd, 0), "every = 0 was given; it must be a whole number, at least 1"),
         (lambda: staleness.accumulate(sgd, 2.0), "every = 2.0"),
         (lambda: staleness.accumulate(sgd, True), "every = True"),
