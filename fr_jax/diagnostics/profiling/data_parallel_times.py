@@ -1,12 +1,11 @@
-"""Measures what a step of data parallelism is made of: one device's part of the mini-batch, and the all-reduces.
+"""Measures the parts of a data-parallel step: one device's share of the mini-batch, and the all-reduces.
 
-Which all-reduces there are is read off the compiled step: gradients, and the statistics of batch normalisation, which
-are of the whole mini-batch and of which each waits for the one before.
+The all-reduces are read from the compiled step: gradients, and the statistics of batch normalisation, which are those
+of the whole mini-batch, layer after layer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import statistics
@@ -23,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from fr_jax._arrays import place
 from fr_jax.algorithms import backprop
 from fr_jax.algorithms._validation import Setup, check_count, check_setup
-from fr_jax.diagnostics.profiling.stage_calls import Call, calls_of, run_once
 from fr_jax.diagnostics.profiling.stage_times import Measured
+from fr_jax.diagnostics.profiling.watched_steps import Call, recorded_calls
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
 from fr_jax.types import Batch, LossFn, Stage
@@ -35,8 +34,8 @@ ALL_REDUCE = re.compile(r" = (?P<shapes>\(.*?\)|\S+) all-reduce(-start)?\(")
 SHAPE = re.compile(r"(?P<dtype>[a-z]+\d\w*)\[(?P<sizes>[\d,]*)\]")
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s32": "int32", "u32": "uint32"}
 
-SIZE = 128  # of the matrices whose products are the other work, well below a millisecond each
-CALIBRATION = 20  # products before each all-reduce, by which is learnt how long one takes
+SIZE = 128  # of the matrices whose products are the other work: well below a millisecond each
+CALIBRATION = 20  # products before each all-reduce, to find out how long one takes
 
 
 def data_parallel_timer(
@@ -50,25 +49,25 @@ def data_parallel_timer(
 ) -> Callable[[], Measured]:
     """Prepares a measurement of data parallelism, ``fr_jax.backprop`` on ``fr_jax.placement(1, data_parallel=D)``.
 
-    A device's part is timed as the jitted step of a D-th of the mini-batch, without its all-reduces. These are timed
-    one after the other, as in the step, with equal shares of as much other work before them, by what they add to it
-    (at least what they take alone): a sum of processes that have just computed also waits for the slower one.
+    A device's share is timed as the jitted step of a D-th of the mini-batch, without all-reduces. These are timed one
+    after the other, as in the step, each after an equal share of as much other work, by what they add to that work (at
+    least what they take alone): an all-reduce of processes that have just computed also waits for the slower one.
 
     Args:
-      network: the whole of it.
-      loss_fn: ``(outputs, targets) -> scalar``.
+      network: the whole network as one stage.
+      loss_fn: as for ``fr_jax.backprop``.
       optimizer: an optax transformation.
       batch: the mini-batch.
       placement: the sharding of data parallelism over D devices.
       repeats: timed calls in a measurement, of which the median counts.
 
     Returns:
-      A function that measures: ``times.stages[0].last`` are the seconds of the slowest device's part,
+      A function that measures: ``times.stages[0].last`` are the seconds of the slowest device's share,
       ``times.all_reduce`` those of all all-reduces. In a run of several processes all must call it.
 
     Raises:
       ValueError: a placement that is not over several devices, ``repeats`` less than 1, or a mini-batch that does not
-        suit.
+        fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -86,29 +85,32 @@ def data_parallel_timer(
         raise ValueError(
             f"placement = {placement} is not over several devices; give fr_jax.placement(1, data_parallel=D)[0], D > 1."
         )
-    setup = check_setup([network], optimizer, [placement])
-    whole = Batch(place(batch.inputs, placement), place(batch.targets, placement))
-    reduce_seconds = _all_reduce_timer(all_reduces(_compiled_step(setup, loss_fn, whole)), placement, repeats)
+    setup_on = lambda sharding: check_setup([network], optimizer, [sharding], loss_fn=loss_fn, donate=True)
+    found = all_reduces(_compiled_step(setup_on(placement), place(batch, placement)))
+    reduce_seconds = _all_reduce_timer(found, placement, repeats)
     part = jax.tree.map(lambda x: x[: len(x) // placement.num_devices], batch)
-    own = [d for d in placement.mesh.devices.flat if d.process_index == jax.process_index()]
-    calls = [_part(network, loss_fn, optimizer, part, SingleDeviceSharding(device)) for device in own]
+    calls: list[Call] = []
+    for device in (device for device in placement.mesh.devices.flat if device.process_index == jax.process_index()):
+        here = SingleDeviceSharding(device)
+        ((call,),) = recorded_calls(["bp"], setup_on(here), place(part, here)).values()
+        calls.append(call)
 
     def measure() -> Measured:
         for call in calls:
             call.seconds()
         group().exchange(None)
         part_seconds = _slowest(max(statistics.median(call.seconds() for _ in range(repeats)) for call in calls))
-        modules = (StageTimes(last=part_seconds),)
-        return Measured(Times(modules, (), (), all_reduce=reduce_seconds(part_seconds)), 0.0)
+        stages = (StageTimes(last=part_seconds),)
+        return Measured(Times(stages, (), (), all_reduce=reduce_seconds(part_seconds)), 0.0)
 
     return measure
 
 
 def all_reduces(compiled: Any) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
-    """The all-reduces of a compiled function (``jax.jit(f).lower(...).compile()``), with what each adds up.
+    """For each all-reduce of a compiled function (``jax.jit(f).lower(...).compile()``) the arrays that it adds up.
 
     Raises:
-      ValueError: one of a dtype that is not known here.
+      ValueError: a dtype that is not among :data:`DTYPES`.
     """
     found = []
     for match in ALL_REDUCE.finditer(compiled.as_text()):
@@ -120,31 +122,22 @@ def all_reduces(compiled: Any) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
     return found
 
 
-def _compiled_step(setup: Setup, loss_fn: LossFn, batch: Batch) -> Any:
-    setup = dataclasses.replace(setup, loss_fn=loss_fn, donate=True)
-    parts = backprop.make_parts(setup)
-    last: Any = parts.last
+def _compiled_step(setup: Setup, batch: Batch) -> Any:
+    parts: Any = backprop.make_parts(setup)
     state = backprop.init(setup, parts, jax.random.key(0), batch, None, None)
     own = (state.params, state.model_state, state.opt_state, state.streams)
-    return last.lower(*own, batch.inputs, batch.targets).compile()
-
-
-def _part(network: Stage, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, here: Any) -> Call:
-    setup = check_setup([network], optimizer, [here])
-    batch = Batch(place(batch.inputs, here), place(batch.targets, here))
-    (module,) = run_once(setup, loss_fn, batch, keep_weights=False)
-    return calls_of(0, setup, module, loss_fn, batch.targets, None, {"last"}, keep_weights=False)["last"]
+    return parts.last.lower(*own, batch.inputs, batch.targets).compile()
 
 
 def _slowest(seconds: float) -> float:
-    """Those of the slowest process; all must call this."""
+    """The seconds of the slowest process; all must call this."""
     return max(other for (other,) in group().exchange([seconds]))
 
 
 def _all_reduce_timer(
     found: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, repeats: int
 ) -> Callable[[float], float]:
-    """What measures, given the seconds of a step's other work, what these all-reduces add to it."""
+    """A function that measures what these all-reduces add to other work of given seconds."""
     (work, _), (reduce, arrays) = (_reducer(found, placement, sums=sums) for sums in (False, True))
 
     def seconds(run: Callable, rounds: int) -> float:
@@ -168,9 +161,9 @@ def _all_reduce_timer(
 def _reducer(
     groups: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, *, sums: bool
 ) -> tuple[Callable[..., jax.Array], list[jax.Array]]:
-    """A function of these all-reduces, with ``rounds`` of other work before each, and its arguments but ``rounds``.
+    """A function of these all-reduces, with ``rounds`` of other work before each, and its arguments after ``rounds``.
 
-    Each needs the one before. Without ``sums`` there is only the other work.
+    Each needs the result of the one before. Without ``sums`` there is only the other work.
     """
     mesh, D = placement.mesh, placement.num_devices
     (axis,) = mesh.axis_names

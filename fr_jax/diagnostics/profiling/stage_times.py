@@ -1,7 +1,10 @@
-"""Measures what schedules are made from: each module's own jitted functions on its device, and the transfers.
+"""Measures what schedules are made from: each stage's own jitted functions on its device, and the transfers.
 
-In a run of several processes each times the modules on its own devices, all at once or in turns; then
-they tell each other.
+A function is timed alone, again and again, or in its place in the method's step. Alone, all processes can work at the
+same time, as they do in a method without locking. But a function of back-propagation or GPipe is faster alone than in a
+step, where its inputs come from another core's memory, its device has just been idle, and the VJPs of other
+micro-batches are alive: time these in the step. There each function is waited for, so the sum of the times is not a
+step's time. The schedule says what overlaps.
 """
 
 from __future__ import annotations
@@ -9,39 +12,33 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place, put
 from fr_jax.algorithms import dni
-from fr_jax.algorithms._validation import Optimizers, check_count, check_setup
-from fr_jax.diagnostics.profiling.stage_calls import Call, Synthesizers, calls_of, run_once
+from fr_jax.algorithms._validation import Optimizers, Setup, check_count, check_setup
+from fr_jax.diagnostics.profiling.watched_steps import STEPS, Watched, is_mine, recorded_calls, watched_step
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
 from fr_jax.types import Batch, LossFn, PyTree, Stage
 
-__all__ = ["KINDS_OF", "Measured", "crossings", "exchanged", "is_mine", "median", "stage_timer"]
+__all__ = ["Measured", "median", "stage_timer"]
 
-KINDS_OF = {
-    "bp": ("forward", "backward", "update", "last"),
-    "fr": ("play", "replay", "last"),
-    "ddg": ("forward", "backward", "update", "last"),
-    "dni": ("forward", "synthesize", "backward", "update", "last", "learn"),
-    "gpipe": ("forward", "gradient", "backward", "accumulate", "update"),
-}
-"""What the schedule of each method needs to know."""
-OF_SYNTHESIZERS = {"synthesize", "learn"}
+WARM_UP = 2
 
 
 class Measured(NamedTuple):
     """One measurement.
 
     Attributes:
-      times: seconds; NaN for kinds that were not asked for.
+      times: seconds; NaN for kinds that the methods do not have.
       transfer_share: the part of a transfer's time, 0 to 1, for which a sender or receiver on a CPU is busy with it
         (:func:`fr_jax.diagnostics.simulation.timeline.occupying`); 0 for other devices, and without transfers.
     """
@@ -51,137 +48,181 @@ class Measured(NamedTuple):
 
 
 def stage_timer(
+    methods: Sequence[str],
     stages: Sequence[Stage],
     loss_fn: LossFn,
     optimizer: Optimizers,
     batch: Batch,
     *,
-    kinds: Iterable[str],
+    in_step: bool = False,
     placement: Sequence[Sharding] | None = None,
+    microbatches: int = 4,
     synthesizers: Stage | Sequence[Stage] | None = None,
     synthesizer_optimizer: optax.GradientTransformation | None = None,
     repeats: int = 3,
     hops: int = 10,
     together: bool = True,
-    keep_weights: bool = True,
 ) -> Callable[[], Measured]:
-    """Prepares a measurement: makes the modules, and what their functions are called with.
+    """Prepares a measurement: makes the methods' functions, with donated buffers, and calls them.
 
-    Functions are those of ``algorithms/_functions.py`` with donated buffers, as programs train. Each is timed from the
-    call to the result. A transfer is timed as a ping-pong of the feature between the devices of two modules. The first
-    measurement compiles, and warms up.
+    A function is timed from the call to the result. A transfer is timed as a ping-pong of the feature between the
+    devices of two stages.
 
     Args:
-      stages: the K modules.
-      loss_fn: ``(outputs, targets) -> scalar``.
+      methods: ``"bp"``, ``"fr"``, ``"fr-lockstep"``, ``"ddg"``, ``"dni"``, ``"gpipe"``; kinds of functions that several
+        of them have are measured once. None of them: the transfers alone.
+      stages: the K stages.
+      loss_fn: as for the methods.
       optimizer: one optax transformation, or K.
-      batch: the mini-batch; for GPipe's times a microbatch.
-      kinds: fields of :class:`fr_jax.diagnostics.simulation.times.StageTimes` (:data:`KINDS_OF`).
-      placement: one sharding a module; None puts all on the default device.
-      synthesizers: for ``"synthesize"`` and ``"learn"``: one stage for all K-1, or a sequence.
-      synthesizer_optimizer: theirs.
-      repeats: timed calls of each function in a measurement, of which the median counts.
+      batch: the mini-batch.
+      in_step: whether functions are timed in their places in the step of the one method that is given.
+      placement: one sharding per stage; None puts all on the default device.
+      microbatches: M, of GPipe, whose times are those of a micro-batch.
+      synthesizers: of DNI: one stage for all K-1, or a sequence.
+      synthesizer_optimizer: of DNI.
+      repeats: timed calls of each function, or steps, in a measurement, of which the median counts.
       hops: there-and-back journeys of a feature in a measurement.
-      together: in a run of several processes, whether all work at the same time, as they do in a method without
-        locking, and slow each other down by what they share (memory); otherwise they take turns, as in
-        back-propagation.
-      keep_weights: whether VJPs hold copies of the weights, as those of DDG and DNI; those of back-propagation and
-        GPipe do not.
+      together: in a run of several processes, whether functions that are timed alone run at the same time, and slow
+        each other down by what they share (memory); otherwise the processes take turns.
 
     Returns:
       A function that measures. In a run of several processes all must call it.
 
     Raises:
-      ValueError: an unknown kind, synthesizers that are missing, a wrong number of stages, optimizers or shardings, or
-        ``repeats`` or ``hops`` less than 1.
+      ValueError: an unknown method, synthesizers that are missing, a wrong number of stages, optimizers or shardings,
+        a batch that cannot be split, ``repeats`` or ``hops`` less than 1, or back-propagation of several stages on a
+        single device, which is one function.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import fr_jax as fr
       >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 8)))
       >>> stages = fr.partition(fr.models.mlp(depth=2, width=8, num_classes=8), (1,))
-      >>> measure = stage_timer(
-      ...     stages, lambda y, z: jnp.mean((y - z) ** 2), optax.sgd(0.1), batch, kinds=KINDS_OF["fr"], repeats=1
-      ... )
-      >>> times, share = measure()
+      >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
+      >>> times, share = stage_timer(["fr"], stages, loss_fn, optax.sgd(0.1), batch, repeats=1)()
       >>> times.stages[0].replay > 0 and times.stages[1].last > 0, times.features, share
       (True, (0.0,), 0.0)
     """
-    setup, wanted = check_setup(stages, optimizer, placement), _check_kinds(kinds)
+    setup = check_setup(stages, optimizer, placement, loss_fn=loss_fn, donate=True)
+    shardings = setup.shardings
     check_count("repeats", repeats)
     check_count("hops", hops)
-    own = None
-    if wanted & OF_SYNTHESIZERS:
+    check_methods(methods, setup, in_step)
+    own: dict[str, Any] = {"microbatches": check_count("microbatches", microbatches)}
+    if "dni" in methods:
         if synthesizers is None or synthesizer_optimizer is None:
-            raise ValueError("'synthesize' and 'learn' need synthesizers and synthesizer_optimizer; pass both.")
-        checked = dni.check_synthesizers(synthesizers, synthesizer_optimizer, False, len(setup.stages))
-        own = Synthesizers(checked.stages, checked.optimizer)
-    batch = Batch(place(batch.inputs, setup.shardings[0]), place(batch.targets, setup.shardings[-1]))
-    modules = run_once(setup, loss_fn, batch, keep_weights=keep_weights)
-    calls = [
-        calls_of(k, setup, module, loss_fn, batch.targets, own, wanted, keep_weights=keep_weights)
-        if is_mine(setup.shardings[k])
-        else {}
-        for k, module in enumerate(modules)
+            raise ValueError("method 'dni' needs synthesizers and synthesizer_optimizer; pass both.")
+        own["synthesizers"] = dni.check_synthesizers(synthesizers, synthesizer_optimizer, False, len(setup.stages))
+    batch = Batch(place(batch.inputs, shardings[0]), place(batch.targets, shardings[-1]))
+    timed = (
+        _in_step(methods[0], setup, batch, repeats, own)
+        if in_step
+        else _alone(methods, setup, batch, repeats, together, own)
+    )
+    parts = microbatches if "gpipe" in methods and in_step else 1
+    sent = features(setup.stages, jax.tree.map(lambda x: x[: x.shape[0] // parts], batch.inputs), shardings)
+    return lambda: exchanged(len(setup.stages), timed(), crossings(sent, shardings, hops))
+
+
+def check_methods(methods: Sequence[str], setup: Setup, in_step: bool) -> None:
+    """Raises ValueError for methods that :func:`stage_timer` refuses."""
+    unknown = [method for method in methods if method not in STEPS]
+    if isinstance(methods, str) or unknown:
+        raise ValueError(f"methods = {methods!r} were given; give a sequence, each one of {', '.join(STEPS)}.")
+    if in_step and len(methods) != 1:
+        raise ValueError(f"methods = {methods!r} were given with in_step = True; give one method.")
+    if "bp" in methods and len(setup.stages) > 1 and len(set(setup.shardings)) == 1:
+        raise ValueError("back-propagation on a single device is one function: give the network as one stage.")
+
+
+def _alone(
+    methods: Sequence[str], setup: Setup, batch: Batch, repeats: int, together: bool, own: dict[str, Any]
+) -> Callable[[], dict[Watched, float]]:
+    jobs = [
+        (watched, call) for watched, calls in recorded_calls(methods, setup, batch, **own).items() for call in calls
     ]
-    features = [module.h_out for module in modules[:-1]]
-    return lambda: _measure(calls, features, setup.shardings, repeats, hops, together)
+
+    def measure() -> dict[Watched, float]:
+        for _, call in jobs:
+            call.seconds()
+        rounds: list[list[float]] = []
+        for index in [group().index] if together else range(group().size):
+            group().exchange(None)
+            if index == group().index:
+                rounds = [[call.seconds() for _, call in jobs] for _ in range(repeats)]
+        found = defaultdict(list)
+        for (watched, _), column in zip(jobs, zip(*rounds, strict=True), strict=True):
+            found[watched].append(statistics.median(column))
+        return {watched: statistics.fmean(seconds) for watched, seconds in found.items()}
+
+    return measure
 
 
-def _check_kinds(kinds: Iterable[str]) -> set[str]:
-    wanted = set(kinds)
-    if not wanted <= {*StageTimes._fields}:
-        raise ValueError(
-            f"kinds {sorted(wanted - {*StageTimes._fields})} are unknown; they can be {', '.join(StageTimes._fields)}."
-        )
-    return wanted
+def _in_step(
+    method: str, setup: Setup, batch: Batch, repeats: int, own: dict[str, Any]
+) -> Callable[[], dict[Watched, float]]:
+    seconds: dict[Watched, list[float]] = defaultdict(list)
+
+    def watch(run: Callable, watched: Watched) -> Callable:
+        def timed(*arguments: Any) -> Any:
+            jax.block_until_ready(arguments)
+            start = time.perf_counter()
+            result = jax.block_until_ready(run(*arguments))
+            seconds[watched].append(time.perf_counter() - start)
+            return result
+
+        return timed
+
+    step, state = watched_step(method, setup, batch, watch, **own)
+    warm_up = max(WARM_UP, len(setup.stages))  # until all stages replay
+
+    def measure() -> dict[Watched, float]:
+        nonlocal state
+        rounds: list[dict[Watched, float]] = []
+        for number in range(warm_up + repeats):
+            seconds.clear()
+            group().exchange(None)
+            state, info = step(state, batch)
+            jax.block_until_ready([x for x in jax.tree.leaves((state, info)) if _is_here(x)])
+            if number >= warm_up:
+                rounds.append({watched: statistics.fmean(each) for watched, each in seconds.items()})
+        return {watched: statistics.median(one[watched] for one in rounds) for watched in rounds[0]}
+
+    return measure
 
 
-def is_mine(sharding: Sharding | None) -> bool:
-    """Whether all devices of a module are of this process."""
-    return sharding is None or sharding.is_fully_addressable
+def _is_here(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.is_fully_addressable
 
 
-def _measure(
-    calls: Sequence[dict[str, Call]],
-    features: Sequence[PyTree],
-    shardings: Sequence[Sharding | None],
-    repeats: int,
-    hops: int,
-    together: bool,
-) -> Measured:
-    jobs = [(k, kind, call) for k, own in enumerate(calls) for kind, call in own.items()]
-    for *_, call in jobs:
-        call.seconds()
-    rounds: list[list[float]] = []
-    for index in [group().index] if together else range(group().size):
-        group().exchange(None)
-        if index == group().index:
-            rounds = [[call.seconds() for *_, call in jobs] for _ in range(repeats)]
-    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
-    mine = [(k, kind, seconds) for (k, kind, _), seconds in zip(jobs, medians, strict=True)]
-    return exchanged(len(calls), mine, crossings(features, shardings, hops))
-
-
-def exchanged(K: int, mine: Sequence[tuple[int, str, float]], crossing: Sequence[tuple[float, float]]) -> Measured:
-    """What all processes have measured: each gives ``(k, kind, seconds)`` of its modules; all must call it."""
-    table: list[dict[str, float]] = [{} for _ in range(K)]
-    for k, kind, seconds in (row for rows in group().exchange([*mine]) for row in rows):
-        table[k][kind] = seconds
+def exchanged(K: int, mine: Mapping[Watched, float], crossing: Sequence[tuple[float, float]]) -> Measured:
+    """What all processes have measured, each of its own stages; all must call it."""
+    table: list[dict[str, float]] = [defaultdict(float) for _ in range(K)]
+    for (k, kind, _), seconds in (row for rows in group().exchange([*mine.items()]) for row in rows):
+        table[k][kind] += seconds  # a kind may be two functions
     seconds = tuple(one for one, _ in crossing)
     shares = [share for one, share in crossing if one > 0]
     times = Times(tuple(StageTimes(**own) for own in table), seconds, seconds)
     return Measured(times, statistics.fmean(shares) if shares else 0.0)
 
 
-def crossings(features: Sequence[PyTree], shardings: Sequence[Sharding | None], hops: int) -> list[tuple[float, float]]:
+def features(stages: Sequence[Stage], inputs: PyTree, shardings: Sequence[Sharding]) -> list[PyTree]:
+    """Zeros like h_k for k < K, each on its stage's devices, from shapes alone."""
+    found, h = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    for stage, sharding in zip(stages[:-1], shardings[:-1], strict=True):
+        params, state = jax.eval_shape(stage.init, jax.random.key(0), h)
+        h, _ = jax.eval_shape(stage.apply, params, state, h)
+        found.append(place(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), h), sharding))
+    return found
+
+
+def crossings(features: Sequence[PyTree], shardings: Sequence[Sharding], hops: int) -> list[tuple[float, float]]:
     """For each cut the seconds of one way, and the share of them for which the processors at its ends are busy."""
     return [_ping_pong(h, shardings[k], shardings[k + 1], hops) for k, h in enumerate(features)]
 
 
-def _ping_pong(h: PyTree, here: Sharding | None, there: Sharding | None, hops: int) -> tuple[float, float]:
-    """Seconds of one way, and the share of them for which each end's processor is busy."""
-    if here is None or there is None or here == there:
+def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[float, float]:
+    if here == there:
         return 0.0, 0.0
     put(put(h, there), here)
     group().exchange(None)
@@ -215,10 +256,10 @@ def median(measured: Sequence[Measured]) -> Measured:
         raise ValueError("the median of no measurements was asked for; give at least one.")
     middle = lambda rows: tuple(statistics.median(column) for column in zip(*rows, strict=True))
     all_times = [one.times for one in measured]
-    modules = zip(*(times.stages for times in all_times), strict=True)
+    stages = zip(*(times.stages for times in all_times), strict=True)
     return Measured(
         Times(
-            tuple(StageTimes(*middle(rows)) for rows in modules),
+            tuple(StageTimes(*middle(rows)) for rows in stages),
             middle([times.features for times in all_times]),
             middle([times.gradients for times in all_times]),
             statistics.median(times.all_reduce for times in all_times),

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import fr_jax as fr
-from fr_jax.algorithms._validation import check_setup
-from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.diagnostics.profiling.data_parallel_times import data_parallel_timer
+from fr_jax.diagnostics.profiling.lockstep import lockstep
 from fr_jax.diagnostics.profiling.stage_times import Measured, stage_timer
-from fr_jax.diagnostics.profiling.step_times import STEPS, step_timer
+from fr_jax.diagnostics.profiling.watched_steps import STEPS
 from fr_jax.diagnostics.simulation.schedules import data_parallel
 from fr_jax.diagnostics.simulation.timeline import Task
 from fr_jax.experiments._bench.contestants import (
@@ -35,7 +34,7 @@ from fr_jax.types import Array, Stage
 __all__ = ["CHOICES", "ONE", "Prediction", "choose", "own_of", "prepare", "title_of"]
 
 ONE = "one device"
-CHOICES = tuple(name for name, card in COMPARED.items() if card.decoupled or name in (*STEPS, DATA_PARALLEL))
+CHOICES = tuple(name for name in COMPARED if name in (*STEPS, DATA_PARALLEL))
 """Methods whose parts can be timed."""
 
 
@@ -100,31 +99,29 @@ def _timers(
 ) -> dict[str, Callable[[], Measured]]:
     batch, spread = host_batch(shared.batch_size or 128), fr.placement(K)
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
-    timers = {ONE: stage_timer(whole, cross_entropy, OPTIMIZER, batch, kinds=["last"], placement=fr.placement(1))}
+    timers = {ONE: stage_timer(["bp"], whole, cross_entropy, OPTIMIZER, batch, placement=fr.placement(1))}
     alone = [name for name in methods if timer_of(name) == "at once"]
     if alone:
         own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-        schedules = [schedule for name in alone if (schedule := COMPARED[name].schedule) is not None]
-        own |= {"kinds": {kind for schedule in schedules for kind in schedule.kinds}, "placement": spread}
-        timers["at once"] = stage_timer(stages, cross_entropy, OPTIMIZER, batch, **own)
+        timers["at once"] = stage_timer(alone, stages, cross_entropy, OPTIMIZER, batch, placement=spread, **own)
     for name in methods:
         if name == DATA_PARALLEL:
             (split,) = fr.placement(1, data_parallel=K)
             timers[timer_of(name)] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
         elif name not in alone:
             M = own_of(name, shared).get("microbatches", 1)
-            options: dict[str, Any] = {"placement": spread, "microbatches": M}
-            timers[timer_of(name)] = step_timer(name, stages, cross_entropy, OPTIMIZER, batch, **options)
+            options: dict[str, Any] = {"in_step": True, "placement": spread, "microbatches": M}
+            timers[timer_of(name)] = stage_timer([name], stages, cross_entropy, OPTIMIZER, batch, **options)
     return timers
 
 
 def _lockstep(shared: SharedSettings, layers: Sequence[Stage], K: int, cuts: tuple[int, ...]) -> Contestant:
     placement = fr.placement(K)
-    setup = check_setup(fr.partition(layers, cuts), OPTIMIZER, placement)
+    method = lockstep(fr.partition(layers, cuts), cross_entropy, OPTIMIZER, placement=placement)
     batch = make_batch(shared.batch_size or 128, placement[0])
-    parts = lockstep.make_parts(setup, cross_entropy)
 
     def run(state: Any) -> tuple[Any, Array]:
-        return lockstep.step(parts, setup, state, batch)
+        state, info = method.step(state, batch)
+        return state, info.loss
 
-    return Contestant(COMPARED[LOCKSTEP].title, run, lockstep.init(setup, jax.random.key(0), batch))
+    return Contestant(COMPARED[LOCKSTEP].title, run, method.init(jax.random.key(0), batch))

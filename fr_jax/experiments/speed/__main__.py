@@ -138,7 +138,7 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
         return []
     placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
     batch = host_batch(settings.batch_size)
-    timer = stage_timer(stages, cross_entropy, OPTIMIZER, batch, kinds=(), placement=placement, hops=HOPS)
+    timer = stage_timer((), stages, cross_entropy, OPTIMIZER, batch, placement=placement, hops=HOPS)
     timer()
     found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])
     rows, h = [], jax.ShapeDtypeStruct(batch.inputs.shape, batch.inputs.dtype)

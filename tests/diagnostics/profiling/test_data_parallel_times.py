@@ -12,7 +12,7 @@ import pytest
 import fr_jax as fr
 from fr_jax.diagnostics.profiling import data_parallel_times
 from fr_jax.diagnostics.profiling.data_parallel_times import all_reduces, data_parallel_timer
-from fr_jax.diagnostics.profiling.stage_calls import Call
+from fr_jax.diagnostics.profiling.watched_steps import Call
 from fr_jax.training.classification import cross_entropy
 
 

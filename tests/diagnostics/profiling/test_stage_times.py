@@ -12,92 +12,126 @@ import optax
 import pytest
 
 import fr_jax as fr
-from fr_jax.diagnostics.profiling.stage_calls import Call
-from fr_jax.diagnostics.profiling.stage_times import KINDS_OF, Measured, median, stage_timer
-from fr_jax.diagnostics.profiling.step_times import step_timer
-from fr_jax.diagnostics.simulation import schedules
+from fr_jax.diagnostics.profiling.stage_times import Measured, median, stage_timer
+from fr_jax.diagnostics.profiling.watched_steps import STEPS, Call
+from fr_jax.diagnostics.simulation.schedules import SCHEDULES
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.training.classification import cross_entropy
 
-LAST_ONLY, BELOW_ONLY = {"last", "gradient"}, {"play", "replay", "forward", "backward", "synthesize", "learn"}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BATCH = fr.Batch(np.ones((8, 20), np.float32), np.zeros(8, np.int32))
+STAGES = fr.partition(fr.models.mlp(depth=3, width=8), (1, 2))
+K = len(STAGES)
+SETTING = STAGES, cross_entropy, optax.sgd(0.1, momentum=0.9), BATCH
+SYNTHESIZERS = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
+
+# What the schedule of each method reads: of the stages k < K, and of stage K.
+KINDS = {
+    "bp": ({"forward", "backward", "update"}, {"last"}),
+    "fr": ({"play", "replay"}, {"last"}),
+    "fr-lockstep": ({"play", "replay"}, {"forward", "backward", "update"}),
+    "ddg": ({"forward", "backward", "update"}, {"last"}),
+    "dni": ({"forward", "synthesize", "backward", "update", "learn"}, {"last"}),
+    "gpipe": ({"forward", "backward", "accumulate", "update"}, {"gradient", "accumulate", "update"}),
+}
 
 
-def setting(batch_size=8):
-    batch = fr.Batch(np.ones((batch_size, 20), np.float32), np.zeros(batch_size, np.int32))
-    return fr.partition(fr.models.mlp(depth=3, width=8), (1, 2)), cross_entropy, optax.sgd(0.1, momentum=0.9), batch
+def check(measured, below, top):
+    """Every stage has the kinds that it should have, and no other; transfers take time."""
+    times, share = measured
+    assert 0 <= share <= 1 and len(times.features) == len(times.gradients) == K - 1
+    assert all(0 < seconds < 10 for seconds in (*times.features, *times.gradients))
+    for k, stage in enumerate(times.stages):
+        found = {kind for kind, seconds in stage._asdict().items() if not math.isnan(seconds)}
+        assert found == (top if k == K - 1 else below)
+        assert all(0 < getattr(stage, kind) < 10 for kind in found)
 
 
-def test_measures_what_each_method_needs():
-    synthesizers = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-    kinds = set().union(*KINDS_OF.values())
-    measure = stage_timer(*setting(), kinds=kinds, placement=fr.placement(3), repeats=1, hops=2, **synthesizers)
+def test_every_method_with_a_schedule_has_a_timer():
+    assert set(KINDS) == set(STEPS) == set(SCHEDULES)
+    assert {method: set.union(*kinds) for method, kinds in KINDS.items()} == {
+        method: set(schedule.kinds) for method, schedule in SCHEDULES.items()
+    }
+
+
+@pytest.mark.parametrize("method", ["bp", "gpipe", "fr-lockstep"])
+def test_the_parts_of_a_step_are_those_of_the_schedule(method):
+    options = {"placement": fr.placement(K), "microbatches": 2, "repeats": 1, "hops": 1}
+    measured = stage_timer([method], *SETTING, in_step=True, **options)()
+    check(measured, *KINDS[method])
+    schedule = SCHEDULES[method](measured.times, 4, 2 if method == "gpipe" else 1)
+    assert 0 < summarise(simulate(schedule)).step_seconds < 10
+
+
+def test_what_several_methods_need_is_timed_at_once():
+    methods = ["fr", "ddg", "dni"]
+    measure = stage_timer(methods, *SETTING, placement=fr.placement(K), repeats=1, hops=2, **SYNTHESIZERS)
     first, second = measure(), measure()
-    for times, share in (first, second):
-        assert 0 <= share <= 1
-        assert all(0 < seconds < 10 for seconds in (*times.features, *times.gradients))
-        for k, module in enumerate(times.stages):
-            absent = BELOW_ONLY if k == 2 else LAST_ONLY
-            for kind, seconds in module._asdict().items():
-                assert math.isnan(seconds) if kind in absent else 0 < seconds < 10, (k, kind)
-    times = median([first, second]).times
-    for name, make in schedules.SCHEDULES.items():
-        if name != "fr-lockstep":
-            assert summarise(simulate(make(times, 8))).step_seconds > 0
-    assert summarise(simulate(schedules.gpipe(times, 4, 2))).step_seconds > 0
+    below, top = (set.union(*(KINDS[method][i] for method in methods)) for i in range(2))
+    for measured in (first, second):
+        check(measured, below, top)
+    for method in methods:
+        assert summarise(simulate(SCHEDULES[method](median([first, second]).times, 8))).step_seconds > 0
 
 
 def test_what_is_measured_is_what_the_method_runs(monkeypatch):
-    """The functions for features replay give the method's own numbers, here of its last module at t = 0."""
+    """The recorded functions of features replay give the method's own numbers, those of step K."""
     seen = {}
 
     def record(call):
-        result = call.run(*jax.tree.map(jnp.copy, call.arguments))
-        seen.setdefault(call.run.__name__, result)
+        seen[call.run.__name__, len(seen)] = call.run(*jax.tree.map(jnp.copy, call.arguments))
         return 1.0
 
     monkeypatch.setattr(Call, "seconds", record)
-    stages, loss_fn, optimizer, batch = setting()
-    stage_timer(stages, loss_fn, optimizer, batch, kinds=KINDS_OF["fr"])()
-    method = fr.features_replay(stages, loss_fn, optimizer)
-    state, info = method.step(method.init(jax.random.key(0), batch), batch)
-    assert seen["train"].loss == info.loss
-    np.testing.assert_array_equal(jax.tree.leaves(seen["train"].params)[0], jax.tree.leaves(state.params[-1])[0])
-    assert set(seen) == {"play", "replay", "train"}
+    stage_timer(["fr"], *SETTING, repeats=1)()
+    method = fr.features_replay(*SETTING[:3])
+    state = method.init(jax.random.key(0), BATCH)
+    for _ in STAGES:
+        state, info = method.step(state, BATCH)
+    results = {name: result for (name, _), result in seen.items()}
+    assert set(results) == {"play", "replay", "train"}
+    assert results["train"].loss == info.loss
+    np.testing.assert_array_equal(jax.tree.leaves(results["train"].params)[0], jax.tree.leaves(state.params[-1])[0])
+    replays = [result for (name, _), result in seen.items() if name == "replay"]
+    for k, result in zip(reversed(range(K - 1)), replays, strict=False):
+        np.testing.assert_array_equal(jax.tree.leaves(result.params)[0], jax.tree.leaves(state.params[k])[0])
 
 
-def test_one_module_is_the_whole_network():
-    stages, loss_fn, optimizer, batch = setting()
-    measured = stage_timer(
-        [fr.chain(*stages)], loss_fn, optimizer, batch, kinds=KINDS_OF["bp"], placement=fr.placement(1), repeats=1
-    )()
+def test_one_stage_is_the_whole_network():
+    options = {"placement": fr.placement(1), "repeats": 1}
+    measured = stage_timer(["bp"], [fr.chain(*STAGES)], *SETTING[1:], **options)()
     assert measured.times.features == () and measured.times.stages[0].last > 0 and measured.transfer_share == 0
-    assert summarise(simulate(schedules.back_propagation(measured.times, 4))).step_seconds == pytest.approx(
-        measured.times.stages[0].last
-    )
+    step = summarise(simulate(SCHEDULES["bp"](measured.times, 4))).step_seconds
+    assert step == pytest.approx(measured.times.stages[0].last)
 
 
-def test_one_device_has_no_transfers():
-    stages, loss_fn, optimizer, batch = setting()
-    alone = fr.placement(3, jax.devices()[:1])
-    times, share = stage_timer(stages, loss_fn, optimizer, batch, kinds=["play"], placement=alone, repeats=1)()
+def test_transfers_alone():
+    times, _ = stage_timer((), *SETTING, placement=fr.placement(K), hops=1)()
+    assert min(times.features) > 0 and all(math.isnan(seconds) for stage in times.stages for seconds in stage)
+    times, share = stage_timer((), *SETTING, placement=fr.placement(K, jax.devices()[:1]))()
     assert times.features == (0.0, 0.0) and share == 0
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("methods", "options", "message"),
     [
-        ({"kinds": ["play", "dance"]}, r"kinds \['dance'\] are unknown"),
-        ({"kinds": ["learn"]}, "pass both"),
-        ({"kinds": ["learn"], "synthesizers": (), "synthesizer_optimizer": optax.sgd(1.0)}, "0 synthesizers"),
-        ({"kinds": ["play"], "repeats": 0}, "repeats = 0"),
-        ({"kinds": ["play"], "hops": 0}, "hops = 0"),
-        ({"kinds": ["play"], "placement": fr.placement(2)}, "2 entries for K = 3"),
+        (["fr", "dance"], {}, r"methods = \['fr', 'dance'\] were given; give a sequence, each one of bp, fr, "),
+        ("fr", {}, "methods = 'fr' were given; give a sequence"),
+        (["fr", "bp"], {"in_step": True}, "give one method"),
+        (["bp"], {}, "single device is one function"),
+        (["dni"], {}, "pass both"),
+        (["dni"], {"synthesizers": (), "synthesizer_optimizer": optax.sgd(1.0)}, "0 synthesizers"),
+        (["fr"], {"repeats": 0}, "repeats = 0"),
+        (["fr"], {"hops": 0}, "hops = 0"),
+        (["gpipe"], {"microbatches": 0}, "microbatches = 0"),
+        (["fr"], {"placement": fr.placement(2)}, "2 entries for K = 3"),
     ],
 )
-def test_errors_say_what_was_given(options, message):
+def test_errors_say_what_was_given(methods, options, message):
     with pytest.raises(ValueError, match=message):
-        stage_timer(*setting(), **options)
+        stage_timer(methods, *SETTING, **options)
 
 
 def test_median():
@@ -112,16 +146,17 @@ def test_median():
 PROGRAM = """
 import json, sys, optax, numpy as np, jax, fr_jax as fr
 from fr_jax import distributed
-from fr_jax.diagnostics.profiling.stage_times import stage_timer, KINDS_OF
+from fr_jax.diagnostics.profiling.stage_times import stage_timer
 from fr_jax.training.classification import cross_entropy
 distributed.initialize()
 batch = fr.Batch(np.ones((8, 20), np.float32), np.zeros(8, np.int32))
 stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
-measure = stage_timer(stages, cross_entropy, optax.sgd(0.1), batch, kinds=KINDS_OF["fr"] + KINDS_OF["bp"],
-                      placement=fr.placement(2), repeats=1, hops=3)
+setting = (stages, cross_entropy, optax.sgd(0.1), batch)
+measure = stage_timer(["fr", "bp"], *setting, placement=fr.placement(2), repeats=1, hops=3)
 measure()
 found = measure()
-stage_timer(stages, cross_entropy, optax.sgd(0.1), batch, kinds=["update"], placement=fr.placement(2), together=False)()
+stage_timer(["ddg"], *setting, placement=fr.placement(2), together=False)()
+stage_timer(["gpipe"], *setting, placement=fr.placement(2), in_step=True, microbatches=2)()
 with open(sys.argv[1] + str(jax.process_index()), "w") as file:
     json.dump([found.times.stages[0].replay, found.times.stages[1].last, found.times.features, found[1]], file)
 """
@@ -138,34 +173,3 @@ def test_two_processes_tell_each_other(tmp_path, program_env):
     assert first == second
     replay, last, (transfer,), share = first
     assert min(replay, last, transfer) > 0 and jnp.isfinite(transfer) and 0 < share <= 1
-
-
-@pytest.mark.parametrize(
-    ("method", "below", "top"),
-    [
-        ("bp", {"forward", "backward", "update"}, {"last"}),
-        ("gpipe", {"forward", "backward", "accumulate", "update"}, {"gradient", "accumulate", "update"}),
-        ("fr-lockstep", {"play", "replay"}, {"forward", "backward", "update"}),
-    ],
-)
-def test_the_parts_of_a_step_are_those_of_the_schedule(method, below, top):
-    stages, loss_fn, optimizer, batch = setting()
-    K = len(stages)
-    measure = step_timer(
-        method, stages, loss_fn, optimizer, batch, placement=fr.placement(K), microbatches=2, repeats=1, hops=1
-    )
-    times, share = measure()
-    assert 0 <= share <= 1 and len(times.features) == K - 1 and all(0 < one < 10 for one in times.features)
-    for k, module in enumerate(times.stages):
-        found = {kind for kind, seconds in module._asdict().items() if 0 < seconds < 10}
-        assert found == (top if k == K - 1 else below)
-    schedule = schedules.gpipe(times, 4, 2) if method == "gpipe" else schedules.SCHEDULES[method](times, 4)
-    assert 0 < summarise(simulate(schedule)).step_seconds < 10
-
-
-def test_what_has_no_step_timer():
-    stages, loss_fn, optimizer, batch = setting()
-    with pytest.raises(ValueError, match="it can be bp, gpipe, fr-lockstep"):
-        step_timer("fr", stages, loss_fn, optimizer, batch)
-    with pytest.raises(ValueError, match="single device is one function"):
-        step_timer("bp", stages, loss_fn, optimizer, batch)

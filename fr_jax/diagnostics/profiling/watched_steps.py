@@ -1,0 +1,140 @@
+"""A method's own step with each of its jitted functions watched, and their calls recorded."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.sharding import Sharding
+
+from fr_jax.algorithms import backprop, ddg, dni, features_replay, gpipe
+from fr_jax.algorithms._validation import Setup
+from fr_jax.diagnostics.profiling import lockstep
+from fr_jax.types import Batch
+
+__all__ = ["STEPS", "Call", "Watched", "is_mine", "recorded_calls", "watched_step"]
+
+# (the method's file, its jitted functions, the first arguments of its `init` and `step`) from (setup, M, synthesizers).
+STEPS: dict[str, Callable[[Setup, int, Any], tuple[Any, Any, tuple]]] = {
+    "bp": lambda setup, M, own: (backprop, backprop.make_parts(setup), ()),
+    "fr": lambda setup, M, own: (features_replay, features_replay.make_parts(setup, "play", 0.0), ()),
+    "fr-lockstep": lambda setup, M, own: (lockstep, lockstep.make_parts(setup), ()),
+    "ddg": lambda setup, M, own: (ddg, ddg.make_parts(setup, 0.0), ()),
+    "dni": lambda setup, M, own: (dni, dni.make_parts(setup, own), (own,)),
+    "gpipe": lambda setup, M, own: (gpipe, gpipe.make_parts(setup, M), (M,)),
+}
+_KINDS = {
+    "plays": "play",
+    "replays": "replay",
+    "forwards": "forward",
+    "pulls": "backward",
+    "updates": "update",
+    "accumulates": "accumulate",
+    "synthesizes": "synthesize",
+    "errors": "learn",
+    "learns": "learn",
+    "forward": "forward",
+    "backward": "backward",
+    "update": "update",
+}
+"""Field of a method's ``Parts`` -> field of ``StageTimes``; for ``last`` it depends on the method."""
+
+
+class Watched(NamedTuple):
+    """A jitted function of stage k: which kind of ``StageTimes`` its seconds belong to, and its field in the parts."""
+
+    k: int
+    kind: str
+    field: str
+
+
+Watch: TypeAlias = Callable[[Callable, Watched], Callable]
+
+
+class Call(NamedTuple):
+    """A function and its arguments; both stay usable after a timed call, which works on copies."""
+
+    run: Callable
+    arguments: tuple
+
+    @classmethod
+    def of(cls, run: Callable, arguments: tuple) -> Call:
+        """With copies of the arguments, whose buffers ``run`` may be given."""
+        return cls(run, jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, arguments))
+
+    def seconds(self) -> float:
+        """From the call to the result."""
+        _, copies = Call.of(*self)
+        jax.block_until_ready(copies)
+        start = time.perf_counter()
+        jax.block_until_ready(self.run(*copies))
+        return time.perf_counter() - start
+
+
+def is_mine(sharding: Sharding | None) -> bool:
+    """Whether all devices of a stage belong to this process."""
+    return sharding is None or sharding.is_fully_addressable
+
+
+def watched_step(
+    method: str, setup: Setup, batch: Batch, watch: Watch, *, microbatches: int = 1, synthesizers: Any = None
+) -> tuple[Callable, Any]:
+    """``(step, state)`` of a method, where ``watch`` replaces each function of this process's stages.
+
+    Args:
+      method: a key of :data:`STEPS`.
+      setup: the stages and their optimizers.
+      batch: the mini-batch.
+      watch: ``(function, watched) -> function``.
+      microbatches: M, of GPipe.
+      synthesizers: of DNI, checked.
+    """
+    room, parts, own = STEPS[method](setup, microbatches, synthesizers)
+    state = room.init(*own, setup, parts, jax.random.key(0), batch, None, None)
+    kinds = _KINDS | {"last": "gradient" if method == "gpipe" else "last"}
+    mine, top = [is_mine(sharding) for sharding in setup.shardings], len(setup.stages) - 1
+
+    def watched(run: Callable, k: int, field: str) -> Callable:
+        return watch(run, Watched(k, kinds[field], field)) if mine[k] else run
+
+    fields: dict[str, Any] = {}
+    for field, found in parts._asdict().items():
+        if field in kinds:
+            one = callable(found)
+            fields[field] = (
+                watched(found, top, field) if one else tuple(watched(f, k, field) for k, f in enumerate(found))
+            )
+    return functools.partial(room.step, *own, setup, parts._replace(**fields)), state
+
+
+def recorded_calls(methods: Iterable[str], setup: Setup, batch: Batch, **own: Any) -> dict[Watched, list[Call]]:
+    """What the methods call in step K, the first in which all stages update; of equal kinds those of the first method.
+
+    Args:
+      methods: keys of :data:`STEPS`.
+      setup: the stages and their optimizers.
+      batch: the mini-batch.
+      own: ``microbatches`` and ``synthesizers``, as for :func:`watched_step`.
+    """
+    calls: dict[Watched, list[Call]] = {}
+    for method in methods:
+        found: dict[Watched, list[Call]] = defaultdict(list)
+
+        def record(run: Callable, watched: Watched, found: dict[Watched, list[Call]] = found) -> Callable:
+            def recorded(*arguments: Any) -> Any:
+                found[watched].append(Call.of(run, arguments))
+                return run(*arguments)
+
+            return recorded
+
+        step, state = watched_step(method, setup, batch, record, **own)
+        for _ in setup.stages:
+            found.clear()
+            state, _ = step(state, batch)
+        known = {(watched.k, watched.kind) for watched in calls}
+        calls |= {watched: own_calls for watched, own_calls in found.items() if watched[:2] not in known}
+    return calls
