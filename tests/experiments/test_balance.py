@@ -44,7 +44,7 @@ def test_three_stages_of_a_part_of_the_network():
     [
         ({"model": "resnet164", "K": 4}, "88560 ways at the 82 places .* it must be 1 to 200"),
         ({"model": "mlp", "first": 6}, "0 ways"),
-        ({"K": 1}, "--K 1 leaves nothing to cut"),
+        ({"K": 1}, "--K 1 is out of range; it must be at least 2"),
         ({"model": "mlp", "last": 0}, "0 ways at the 0 places of --model mlp between --first 1 and --last 0"),
         ({"method": "gpipe", "batch_size": 6}, "--batch-size 6 cannot be split into the 4 equal parts of gpipe"),
         ({"method": "dp"}, "--method dp is unknown"),
