@@ -17,6 +17,7 @@ from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
 from fr_jax.partitioning.balance import balance, balance_stages
 from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
+from fr_jax.partitioning.cut import cut
 from fr_jax.stages import chain, from_linen, partition
 from fr_jax.types import Algorithm, Batch, Info, Stage, State
 
@@ -33,6 +34,7 @@ __all__ = [
     "balance_stages",
     "blockprop",
     "chain",
+    "cut",
     "ddg",
     "distributed",
     "dni",

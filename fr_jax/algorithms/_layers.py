@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import optax
 
 from fr_jax._placement import default_sharding
 from fr_jax.types import PyTree, State
@@ -102,8 +103,8 @@ def _like_params(node: PyTree, params: PyTree) -> bool:
 
     optax masks what another optimizer of a partition is in charge of; such a node has no entries there.
     """
-    if isinstance(node, tuple) and hasattr(node, "_fields") and not jax.tree.leaves(node):
-        return True  # optax.MaskedNode
+    if isinstance(node, optax.MaskedNode):
+        return True
     if isinstance(params, dict):
         same = isinstance(node, dict) and node.keys() == params.keys()
         return same and all(_like_params(node[name], params[name]) for name in params)

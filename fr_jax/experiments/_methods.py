@@ -13,6 +13,7 @@ from fr_jax.diagnostics.simulation import schedules
 from fr_jax.diagnostics.simulation.schedules import MethodSchedule
 from fr_jax.experiments._fields import Own, SettingsError, own_setting
 from fr_jax.partitioning.costs import StageWork
+from fr_jax.partitioning.cut import WORK
 from fr_jax.types import Algorithm, Stage
 
 __all__ = [
@@ -182,7 +183,7 @@ METHODS: dict[str, Method] = {
         make=_fr,
         learning_rate=0.05,
         own={BATCH_STATS: "play", **REMEDIES},
-        work=lambda k, K, own: StageWork(plays=float(k < K - 1)),  # the last stage's play is its replay
+        work=lambda k, K, own: WORK["fr"](k, K),
         bound=lambda K, own: (3 * K + 1) / 4,
         schedule=schedules.features_replay,
         memory="fr",
@@ -248,8 +249,7 @@ METHODS: dict[str, Method] = {
             ): 1,
         },
         check=_check_blockprop,
-        # Stages but the last run forward, those but the first take h-steps, each does its W-step.
-        work=lambda k, K, own: StageWork(plays=float(k < K - 1), input_passes=float(own["h_steps"]) if k else 0.0),
+        work=lambda k, K, own: WORK["blockprop"](k, K, own["h_steps"]),
         note="BlockProp's training loss is taken at its gluing variables, where it is lower than the network's own.",
     ),
     "gpipe": Method(
