@@ -60,8 +60,7 @@ class Guard(NamedTuple):
     def bounds(self) -> str:
         """Such as ``at least 0 and below 1``; empty without bounds."""
         named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        given = [f"{name} {value}" for name, value in named.items() if value is not None]
-        return " and ".join(given) + (", and finite" if given and self.most is None and self.below is None else "")
+        return " and ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
     def holds(self, number: float) -> bool:
         """Whether a number is within the bounds."""
@@ -86,7 +85,7 @@ def setting(default: Any, **guards: Any) -> Any:
       >>> check_fields(Settings(K=0))
       Traceback (most recent call last):
       ...
-      fr_jax.experiments._fields.SettingsError: --K 0 is out of range; it must be at least 1, and finite.
+      fr_jax.experiments._fields.SettingsError: --K 0 is out of range; it must be at least 1.
     """
     return dataclasses.field(default=default, metadata={"guard": Guard(**guards)})
 
@@ -158,9 +157,10 @@ def check_fields(settings: Any) -> None:
             if guards.choices and one is not None:
                 choice(field.name, one, guards.choices)
             elif isinstance(one, int | float) and not guards.holds(one):
+                each = "each" if isinstance(value, tuple) else "it"
+                finite = "" if math.isfinite(one) else ", and finite"
                 raise SettingsError(
-                    f"{flag(field.name)} {text(value)} is out of range; "
-                    f"{'each' if isinstance(value, tuple) else 'it'} must be {guards.bounds}."
+                    f"{flag(field.name)} {text(value)} is out of range; {each} must be {guards.bounds}{finite}."
                 )
         if guards.series and not _is_series(value, guards.series):
             each = f", each {guards.bounds}" if guards.bounds else ""

@@ -72,7 +72,7 @@ def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, quick_env)
     done = subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
     said = " ".join(done.stdout.replace("│", " ").split())
     assert [text[0] for text in done.stdout.split("CODE ")[1:]] == ["2", "0", "0", "2"], done.stderr
-    assert "--strength 0.0 is out of range; it must be above 0, and finite" in done.stderr
+    assert "--strength 0.0 is out of range; it must be above 0." in done.stderr
     assert "--strength is 2.0 and was 1.5" in done.stderr
     assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
     assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
