@@ -134,10 +134,10 @@ def _layers(
     block: Callable[..., nn.Module], counts: Sequence[int], widths: Sequence[int], stem: nn.Module, head: nn.Module
 ) -> list[Stage]:
     """Stem, groups of blocks (the first of each later group halves the image), head."""
-    modules = [stem]
+    layers = [stem]
     for group, (count, width) in enumerate(zip(counts, widths, strict=True)):
-        modules += [block(width, strides=2 if group > 0 and i == 0 else 1) for i in range(count)]
-    return [from_linen(module) for module in (*modules, head)]
+        layers += [block(width, strides=2 if group > 0 and i == 0 else 1) for i in range(count)]
+    return [from_linen(layer) for layer in (*layers, head)]
 
 
 def _small(n: int, num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:

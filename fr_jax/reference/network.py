@@ -83,7 +83,7 @@ def init(rng: np.random.Generator, widths: Sequence[int]) -> Params:
     """Random weights: W^t ~ N(0, 2 / n_t) (He et al. 2015, equation 10), α ~ N(0, 1 / n_T), b = 0.
 
     Args:
-      rng: where the numbers come from.
+      rng: the source of random numbers.
       widths: ``(n_1, ..., n_T)``: nodes of the input and of each hidden layer; T is at least 1.
 
     Returns:

@@ -12,7 +12,6 @@ __all__ = [
     "balanced_shares",
     "ring_all_reduce_seconds",
     "times_of_costs",
-    "transfer_seconds",
 ]
 
 
@@ -142,29 +141,6 @@ def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, .
     return (1 / total,) * (K - 1) + (1 / last_stage_weight / total,)
 
 
-def transfer_seconds(size: float, bandwidth: float, latency: float = 0.0) -> float:
-    """Seconds of a message: latency + size / bandwidth.
-
-    Args:
-      size: bytes.
-      bandwidth: bytes per second.
-      latency: seconds.
-
-    Raises:
-      ValueError: the bandwidth is not positive, or the others are negative.
-
-    Example:
-      >>> transfer_seconds(8e6, bandwidth=1e9, latency=0.001)
-      0.009000000000000001
-    """
-    if not (bandwidth > 0 and size >= 0 and latency >= 0):
-        raise ValueError(
-            f"size = {size}, bandwidth = {bandwidth} and latency = {latency} were given; the bandwidth must be above "
-            "0, the others at least 0."
-        )
-    return latency + size / bandwidth
-
-
 def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float, latency: float = 0.0) -> float:
     """Seconds of an all-reduce over D devices in a ring: 2 (D-1) messages of size/D, one after the other.
 
@@ -183,6 +159,9 @@ def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float, latency
       >>> ring_all_reduce_seconds(8e6, devices=2, bandwidth=8e6)
       1.0
     """
-    if devices < 1:
-        raise ValueError(f"devices = {devices} was given; it must be at least 1.")
-    return 2 * (devices - 1) * transfer_seconds(size / devices, bandwidth, latency)
+    if not (devices >= 1 and bandwidth > 0 and size >= 0 and latency >= 0):
+        raise ValueError(
+            f"size = {size}, devices = {devices}, bandwidth = {bandwidth} and latency = {latency} were given; devices "
+            "must be at least 1, the bandwidth above 0, and the others at least 0."
+        )
+    return 2 * (devices - 1) * (latency + size / devices / bandwidth)

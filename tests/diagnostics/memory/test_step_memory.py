@@ -81,7 +81,7 @@ def test_ddg_counts_every_vjp_that_is_kept(make):
     first, second, last = (stage.history for stage in ddg.stages)
     assert last == 0
     feature, weights = B * WIDTH * FLOAT, WIDTH * WIDTH * FLOAT
-    # Module 1 has two VJPs, module 2 one with its weights; each has the module's input and more, and there is a delta.
+    # Stage 1 has two VJPs, stage 2 one with its weights; each has the stage's input and more, and there is a delta.
     assert first >= 2 * feature + feature and second >= feature + weights + feature
     assert ddg.total > bp.total
 
@@ -151,18 +151,18 @@ def test_device_peaks():
 
 
 def test_closed_forms():
-    modules = [StageActivations(inputs, residuals) for inputs, residuals in ((1, 40), (2, 50), (3, 60), (4, 70))]
-    assert closed_form("bp", modules) == 220
-    assert closed_form("ddg", modules) == 4 * 40 + 3 * 50 + 2 * 60 + 70
-    assert closed_form("fr", modules) == 220 + 4 * 1 + 3 * 2 + 2 * 3
-    assert closed_form("fr-one-device", modules) == 70 + 16
-    assert closed_form("recompute", modules) == closed_form("checkpoint", modules) == 70 + 10
-    assert closed_form("bp", modules, whole=440) == 440 and closed_form("fr", modules, whole=440) == 456
-    assert closed_form("gpipe", modules) is None
+    stages = [StageActivations(inputs, residuals) for inputs, residuals in ((1, 40), (2, 50), (3, 60), (4, 70))]
+    assert closed_form("bp", stages) == 220
+    assert closed_form("ddg", stages) == 4 * 40 + 3 * 50 + 2 * 60 + 70
+    assert closed_form("fr", stages) == 220 + 4 * 1 + 3 * 2 + 2 * 3
+    assert closed_form("fr-one-device", stages) == 70 + 16
+    assert closed_form("recompute", stages) == closed_form("checkpoint", stages) == 70 + 10
+    assert closed_form("bp", stages, whole=440) == 440 and closed_form("fr", stages, whole=440) == 456
+    assert closed_form("gpipe", stages) is None
 
 
-def test_activations_of_modules_are_shapes_alone():
+def test_activations_of_stages_are_shapes_alone():
     stages = fr.partition(fr.models.mlp(num_classes=WIDTH, depth=K, width=WIDTH), range(1, K))
-    modules = stage_activations(stages, jax.ShapeDtypeStruct((10**6, WIDTH), jnp.float32))
-    assert [module.inputs for module in modules] == [10**6 * WIDTH * FLOAT] * K
-    assert all(module.residuals >= module.inputs for module in modules)
+    found = stage_activations(stages, jax.ShapeDtypeStruct((10**6, WIDTH), jnp.float32))
+    assert [one.inputs for one in found] == [10**6 * WIDTH * FLOAT] * K
+    assert all(one.residuals >= one.inputs for one in found)

@@ -24,7 +24,6 @@ from fr_jax.diagnostics.simulation.times import (
     balanced_shares,
     ring_all_reduce_seconds,
     times_of_costs,
-    transfer_seconds,
 )
 
 NETWORK = 3.0  # forward 1, backward 2
@@ -41,8 +40,8 @@ def step_of(schedule):
 
 def uneven(K, seed):
     rng = np.random.default_rng(seed)
-    modules = tuple(StageTimes(*rng.uniform(0.1, 2.0, len(StageTimes._fields)).tolist()) for _ in range(K))
-    return Times(modules, tuple(rng.uniform(0, 1, K - 1).tolist()), tuple(rng.uniform(0, 1, K - 1).tolist()))
+    stages = tuple(StageTimes(*rng.uniform(0.1, 2.0, len(StageTimes._fields)).tolist()) for _ in range(K))
+    return Times(stages, tuple(rng.uniform(0, 1, K - 1).tolist()), tuple(rng.uniform(0, 1, K - 1).tolist()))
 
 
 def all_schedules(times, steps):
@@ -179,7 +178,7 @@ def test_simulating_64_devices_is_quick():
         (lambda: times_of_costs([1.0, 2.0], [0.1, 0.1]), "2 transfers were given for 2 stages"),
         (lambda: times_of_costs([]), "no costs"),
         (lambda: balanced_shares(0), "K = 0"),
-        (lambda: transfer_seconds(1.0, 0.0), "bandwidth = 0.0"),
+        (lambda: ring_all_reduce_seconds(1.0, 2, 0.0), "bandwidth = 0.0"),
         (lambda: ring_all_reduce_seconds(1.0, 0, 1.0), "devices = 0"),
     ],
 )
