@@ -73,7 +73,7 @@ def data_parallel_timer(
       >>> import jax, jax.numpy as jnp, optax
       >>> import fr_jax as fr
       >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 8)))
-      >>> network = fr.chain(*fr.models.mlp(depth=2, width=8, num_classes=8))
+      >>> network = fr.chain(*fr.models.mlp(depth=1, num_classes=8))
       >>> (placement,) = fr.placement(1, data_parallel=2)
       >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
       >>> times, _ = data_parallel_timer(network, loss_fn, optax.sgd(0.1), batch, placement=placement)()
