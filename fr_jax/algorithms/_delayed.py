@@ -23,6 +23,7 @@ def nothing_sent(setup: Setup, stages: Stages, batch: Batch) -> tuple[tuple[PyTr
     """The deltas and the losses of a state before the first step: zeros for each stage k < K."""
     below = range(len(setup.stages) - 1)
     deltas = tuple(zeros(stages.features[k + 1], setup.shardings[k]) for k in below)
+    # No leaves unless an optimizer uses the loss, so that checkpoints from before this field existed still fit.
     if not any(setup.takes_loss[:-1]):
         return deltas, tuple(() for _ in below)
     loss = jax.eval_shape(lambda y, z: loss_of(setup.loss_fn, y, z), stages.outputs, batch.targets)

@@ -1,4 +1,4 @@
-"""An immutable first-in, first-out buffer: the features a module has been sent and not yet replayed."""
+"""An immutable first-in, first-out buffer: the features a stage has been sent and not yet replayed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def init_stages(
         layer_keys, stream = place((layer_keys, stream), here)
         weights, states = [], []
         for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):
-            with _said_where(k, i, h):
+            with _named_layer(k, i, h):
                 p, s = _init_or_take(layer, layer_key, h, here, given_params[i], given_states[i], i)
                 h, _ = jax.eval_shape(traced_once(layer.apply), p, s, h, key=dropout_key)
             weights.append(p)
@@ -118,7 +118,7 @@ def init_stages(
 
 
 @contextlib.contextmanager
-def _said_where(k: int, i: int, h: PyTree) -> Iterator[None]:
+def _named_layer(k: int, i: int, h: PyTree) -> Iterator[None]:
     """Adds to an exception in which layer it was raised, and for what input."""
     try:
         yield

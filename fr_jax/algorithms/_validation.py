@@ -66,13 +66,12 @@ def check_count(name: str, value: Any, least: int = 1, why: str = "") -> int:
 
 def check_setup(
     stages: Sequence[Stage],
+    loss_fn: LossFn,
     optimizer: Optimizers,
     placement: Sequence[Sharding] | None = None,
-    *,
-    loss_fn: Any = None,
-    metrics_fn: MetricsFn | None = None,
     return_grads: bool = False,
     donate: bool = False,
+    metrics_fn: MetricsFn | None = None,
 ) -> Setup:
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
 

@@ -81,6 +81,7 @@ def step(setup: Setup, parts: BackpropParts, state: BackpropState, batch: Batch)
     now, below = Iteration(setup, state, batch, any_size=True), len(parts.forwards)
     vjps: list[Any] = []
 
+    # Forward. On one device there is nothing below: the whole network is one pass.
     h = now.send(batch.inputs, 0)
     for k in range(below):
         h, vjp = now.forward(k, parts.forwards[k], h)
@@ -90,6 +91,7 @@ def step(setup: Setup, parts: BackpropParts, state: BackpropState, batch: Batch)
     # Nothing here keeps alive what has been used.
     delta, h, vjp = now.train(parts.last, h, batch.targets, slice(below, None)), None, None
 
+    # Backward and update, each as soon as delta arrives; a VJP is popped, so that its activations are free after it.
     for k in reversed(range(below)):
         grads, delta = parts.pulls[k](vjps.pop(), now.send(delta, k), now.params[k])
         now.update(k, parts.updates[k], grads, now.loss_for(k))
@@ -111,15 +113,15 @@ def backprop(
     """Back-propagation over the same stages and devices as the decoupled methods.
 
     Args:
-      stages: the K modules.
+      stages: the K stages.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the module's.
-      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device. Where all are
+      optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
+        clip by is that of the stage's gradient. ``update`` receives ``value=loss``.
+      placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device. If all are
         the same, a step is a single jitted function; ``placement(1, data_parallel=D)`` is data-parallel training.
-      return_grads: also return each module's gradient in ``Info.grads``.
+      return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
 
     Returns:
       The algorithm.
@@ -138,13 +140,5 @@ def backprop(
       >>> state.step
       1
     """
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     return make_algorithm(setup, init, step, lambda: make_parts(setup))

@@ -243,8 +243,8 @@ def blockprop(
     Args:
       stages: the K blocks.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all blocks, or a sequence of K. Each block has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the block's.
+      optimizer: one optax transformation for all blocks, or a sequence of K. Each block runs its own: a global norm to
+        clip by is that of the block's gradient. ``update`` receives ``value=J_k``.
       penalty: lambda_1..lambda_{K-1}, or one for all. lambda_k holds b_k(h_k) and h_{k+1} together.
       h_steps: N_h, gradient steps on each gluing variable; with 0 only block K learns.
       h_learning_rate: gamma_2..gamma_K, their step sizes, or one for all; of an example's own L_k, for any batch size.
@@ -252,7 +252,7 @@ def blockprop(
         they are; one outside 0..N-1 is new each time and not kept, one twice in a batch keeps either value.
       h_every: E, an example's h-step runs on its visits 0, E, 2E, ..; else h*_k is the kept value. A mini-batch with
         none due skips forward pass and h-step: all blocks work at once. (A CPU computes an h-step with convolutions.)
-      placement: one sharding a block (:func:`fr_jax.placement`); None puts all on the default device.
+      placement: one sharding per block (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each block's dJ_k/dw_k in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics, computed by block K from h*_K.
@@ -274,15 +274,7 @@ def blockprop(
       >>> sorted(info.metrics)
       ['gluing_loss/1', 'gradient_norm/1', 'gradient_norm/2']
     """
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     own = check_own(len(setup.stages), penalty, h_steps, h_learning_rate, cache_size, h_every)
     return make_algorithm(
         setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)

@@ -111,7 +111,7 @@ def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[
     now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
     history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
 
-    # Forward; the VJP is kept.
+    # Forward; the VJP is kept. It is made at w_hat, so the update below must not donate these weights.
     h = now.send(batch.inputs, 0)
     for k in range(K - 1):
         h, vjp = now.forward(k, parts.forwards[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
@@ -125,7 +125,7 @@ def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[
     for k in reversed(range(K - 1)):
         if delta is not None:
             deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
-        vjp, history[k] = fifo.pop(history[k])
+        vjp, history[k] = fifo.pop(history[k])  # also while there is nothing to apply: that of init goes first
         delta, loss = None, state.losses[k]
         if now.t + (k + 1) - K >= 0:
             grads, delta = parts.pulls[k](vjp, state.deltas[k])
@@ -149,21 +149,21 @@ def ddg(
     """Decoupled parallel back-propagation with delayed gradients, DDG (Huo, Gu, Yang, Huang, ICML 2018).
 
     Args:
-      stages: the K modules.
+      stages: the K stages.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the module's. The paper's are SGD, its
-        Algorithm 1, and Adam, its Algorithm 2. A learning-rate schedule counts a module's own updates, so module k
-        follows it K-k iterations late: by mini-batch, as back-propagation would.
-      weight_prediction: a. Module k < K runs forward with its weights moved on by a (K-k) times its last update, which
+      optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
+        clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. The
+        paper's optimizers are SGD, its Algorithm 1, and Adam, its Algorithm 2. A learning-rate schedule counts a
+        stage's own updates, so stage k follows it K-k iterations late: by mini-batch, as back-propagation would.
+      weight_prediction: a. Stage k < K runs forward with its weights moved on by a (K-k) times its last update, which
         is SpecTrain's prediction of the weights that the gradient will meet for a = 1
-        (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise module k keeps its last update in
+        (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise stage k keeps its last update in
         ``opt_state[k]``, a copy of its weights, and makes one more copy for its forward pass.
-      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device.
-      return_grads: also return each module's gradient in ``Info.grads``.
-      donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of modules k < K are
+      placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
+      return_grads: also return each stage's gradient in ``Info.grads``.
+      donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of stages k < K are
         not reused: kept VJPs may share their buffers.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -185,14 +185,6 @@ def ddg(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     setup = delayed.with_prediction(setup, weight_prediction)
     return make_algorithm(setup, init, step, lambda: make_parts(setup, weight_prediction))

@@ -221,20 +221,21 @@ def dni(
     """Decoupled neural interfaces, DNI (Jaderberg et al. 2016), as compared with in the features replay paper.
 
     Args:
-      stages: the K modules.
+      stages: the K stages.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the module's.
-      synthesizers: M_k for the output h_k of each module k < K: K-1 stages, or one for all. Its input is h_k, or
+      optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
+        clip by is that of the stage's gradient. ``update`` receives ``value=loss`` in stage K only: the others update
+        before the loss is known.
+      synthesizers: M_k for the output h_k of each stage k < K: K-1 stages, or one for all. Its input is h_k, or
         ``(h_k, targets)`` with ``label_conditioning``; its output has the shape and dtype of h_k and stands for the
         gradient of ``loss_fn`` (the mean over the batch) with respect to h_k. See :func:`fr_jax.models.synthesizer`.
       synthesizer_optimizer: one optax transformation for all synthesizers.
       label_conditioning: whether synthesizers see the targets (cDNI).
-      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device. M_k lives
-        where module k does.
-      return_grads: also return each module's gradient in ``Info.grads``.
+      placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device. M_k lives
+        where stage k does.
+      return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
 
     Returns:
       The algorithm; its metrics hold ``synthesizer_error/k``, B ||d_k - delta_k||^2. K = 1 is plain back-propagation.
@@ -255,15 +256,7 @@ def dni(
       >>> sorted(info.metrics)
       ['gradient_norm/1', 'gradient_norm/2', 'synthesizer_error/1']
     """
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     own = check_synthesizers(synthesizers, synthesizer_optimizer, label_conditioning, len(setup.stages))
     return make_algorithm(
         setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)

@@ -122,20 +122,20 @@ def step(
     now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
     history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
 
-    # Lines 3-8: play.
+    # Lines 3-8: play, all the way down before anything else is issued: stage k+1 waits for nothing but this.
     h = now.send(batch.inputs, 0)
     for k in range(K - 1):
         history[k] = fifo.push(history[k], h)
         h = now.play(k, parts.plays[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
 
-    # Lines 6, 9 and 11-14 of stage K, in one pass.
+    # Lines 6, 9 and 11-14 of stage K, in one pass. h is dropped: its buffer is donated, or free once it is read.
     delta, h, loss = now.train(parts.last, h, batch.targets), None, now.loss
 
     # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at t-1; what arrives now is for t+1.
     for k in reversed(range(K - 1)):
         if delta is not None:
             deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
-        h_s, history[k] = fifo.pop(history[k])
+        h_s, history[k] = fifo.pop(history[k])  # also while there is nothing to replay: the zeros of init go first
         delta, loss = None, state.losses[k]
         if now.t + (k + 1) - K >= 0:
             delta = now.replay(k, parts.replays[k], h_s, state.deltas[k], loss)
@@ -158,22 +158,23 @@ def features_replay(
     """Features replay, Algorithm 1 of Huo, Gu, Huang 2018 (arXiv:1807.04511).
 
     Args:
-      stages: the K modules.
+      stages: the K stages.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the module's. A learning-rate schedule counts
-        a module's own updates, so module k follows it K-k iterations late: by mini-batch, as back-propagation would.
-      batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once a mini-batch;
-        ``"replay"``, once a replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
-        with the statistics of the batch in every case. Module K has one pass only.
-      weight_prediction: a. Module k < K plays with its weights moved on by a (K-k) times its last update, which is
+      optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
+        clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. A
+        learning-rate schedule counts a stage's own updates, so stage k follows it K-k iterations late: by mini-batch,
+        as back-propagation would.
+      batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once per mini-batch;
+        ``"replay"``, once per replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
+        with the statistics of the batch in every case. Stage K has one pass only.
+      weight_prediction: a. Stage k < K plays with its weights moved on by a (K-k) times its last update, which is
         SpecTrain's prediction of the weights of the replay for a = 1 (:func:`fr_jax.staleness.predicted`); replay and
-        update act on today's weights. 0 is plain features replay. Otherwise module k keeps its last update in
+        update act on today's weights. 0 is plain features replay. Otherwise stage k keeps its last update in
         ``opt_state[k]``, a copy of its weights, and makes one more copy for its play.
-      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device.
-      return_grads: also return each module's gradient in ``Info.grads``.
+      placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
+      return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by module K.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -196,14 +197,6 @@ def features_replay(
     """
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     setup = delayed.with_prediction(setup, weight_prediction)
     return make_algorithm(setup, init, step, lambda: make_parts(setup, batch_stats, weight_prediction))

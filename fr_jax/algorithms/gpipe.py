@@ -158,33 +158,33 @@ def gpipe(
 ) -> Algorithm:
     """GPipe (Huang et al. 2019, arXiv:1811.06965): M microbatches forward, then backward, then one update.
 
-    With g_{k,m} the gradient of microbatch m for module k: w_k^{t+1} = w_k^t - gamma_t 1/M sum_m g_{k,m}, which is
+    With g_{k,m} the gradient of microbatch m for stage k: w_k^{t+1} = w_k^t - gamma_t 1/M sum_m g_{k,m}, which is
     the update of :func:`fr_jax.backprop` wherever the examples of a batch do not meet.
 
     - Dropout draws a mask of its own for every microbatch.
     - Batch normalisation uses the statistics of the microbatch, and running statistics move M times an iteration.
 
     Args:
-      stages: the K modules. K = 1 is the accumulation of gradients.
+      stages: the K stages. K = 1 is the accumulation of gradients.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the microbatch; the mean over the batch is the mean of
         these.
-      optimizer: one optax transformation for all modules, or a sequence of K. Each module has it to itself: what it
-        takes over all weights, such as a global norm to clip by, is over the module's.
+      optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
+        clip by is that of the stage's gradient. ``update`` receives ``value=loss``.
       microbatches: M. Microbatch m = 0..M-1 has the examples m, m+M, m+2M, ... of the batch, whose ``inputs`` and
-        ``targets`` are ``(B, ...)``; B is a multiple of M, and of M D with D devices a stage.
-      placement: one sharding a module (:func:`fr_jax.placement`); None puts all on the default device, where nothing
+        ``targets`` are ``(B, ...)``; B is a multiple of M, and of M D with D devices per stage.
+      placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device, where nothing
         runs at the same time.
-      return_grads: also return each module's gradient, the mean over the microbatches, in ``Info.grads``.
+      return_grads: also return each stage's gradient, the mean over the microbatches, in ``Info.grads``.
       donate: reuse the buffers of the old weights and optimizer states; the old state is then invalid after ``step``.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of a microbatch, computed by module K. Reported
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of a microbatch, computed by stage K. Reported
         are their means over the microbatches, as for the loss.
 
     Returns:
-      The algorithm. Inside a step, modules k < K keep the activations of all M microbatches.
+      The algorithm. Inside a step, stages k < K keep the activations of all M microbatches.
 
     Raises:
-      ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` that is no whole number of at
-        least 1; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
+      ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` that is not a whole number
+        of at least 1; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -198,13 +198,5 @@ def gpipe(
       (1, 2)
     """
     M = check_count("microbatches", microbatches, why=MICROBATCHES)
-    setup = check_setup(
-        stages,
-        optimizer,
-        placement,
-        loss_fn=loss_fn,
-        metrics_fn=metrics_fn,
-        return_grads=return_grads,
-        donate=donate,
-    )
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
     return make_algorithm(setup, functools.partial(init, M), functools.partial(step, M), lambda: make_parts(setup, M))

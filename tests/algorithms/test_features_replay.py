@@ -168,7 +168,7 @@ def test_unknown_policy_is_refused(naive, batch_stats):
 def test_only_what_has_changed_is_returned(naive, make_batches, batch_stats):
     """XLA would copy running statistics that a stage returns as it was given them, a kernel for each leaf."""
     stages = [naive.stage((naive.dense(4), naive.batch_norm())), naive.dense(2).stage]
-    setup = check_setup(stages, optax.sgd(0.1), loss_fn=naive.squared_error)
+    setup = check_setup(stages, naive.squared_error, optax.sgd(0.1))
     parts = features_replay.make_parts(setup, batch_stats, 0.0)
     (batch,) = make_batches(1)
     state = features_replay.init(setup, parts, jax.random.key(0), batch, None, None)

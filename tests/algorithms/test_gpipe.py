@@ -140,7 +140,7 @@ def test_the_search_would_see_something_sent():
 def test_all_microbatches_go_forward_then_backward(naive, make_batches):
     """The order of issue decides the time that a step takes."""
     stages = [naive.dense(width).stage for width in (4, 3, 2)]
-    setup = method.check_setup(stages, optax.sgd(0.1), loss_fn=naive.squared_error)
+    setup = method.check_setup(stages, naive.squared_error, optax.sgd(0.1))
     parts = method.make_parts(setup, 2)
     issued = []
 

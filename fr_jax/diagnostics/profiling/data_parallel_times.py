@@ -85,7 +85,7 @@ def data_parallel_timer(
         raise ValueError(
             f"placement = {placement} is not over several devices; give fr_jax.placement(1, data_parallel=D)[0], D > 1."
         )
-    setup_on = lambda sharding: check_setup([network], optimizer, [sharding], loss_fn=loss_fn, donate=True)
+    setup_on = lambda sharding: check_setup([network], loss_fn, optimizer, [sharding], donate=True)
     found = all_reduces(_compiled_step(setup_on(placement), place(batch, placement)))
     reduce_seconds = _all_reduce_timer(found, placement, repeats)
     part = jax.tree.map(lambda x: x[: len(x) // placement.num_devices], batch)

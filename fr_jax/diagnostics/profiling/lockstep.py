@@ -102,5 +102,5 @@ def lockstep(
     placement: Sequence[Sharding] | None = None,
 ) -> Algorithm:
     """Features replay in lock step, with donated buffers; arguments as for :func:`fr_jax.features_replay`."""
-    setup = check_setup(stages, optimizer, placement, loss_fn=loss_fn, donate=True)
+    setup = check_setup(stages, loss_fn, optimizer, placement, donate=True)
     return make_algorithm(setup, init, step, lambda: make_parts(setup))

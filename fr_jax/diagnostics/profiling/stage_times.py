@@ -103,7 +103,7 @@ def stage_timer(
       >>> times.stages[0].replay > 0 and times.stages[1].last > 0, times.features, share
       (True, (0.0,), 0.0)
     """
-    setup = check_setup(stages, optimizer, placement, loss_fn=loss_fn, donate=True)
+    setup = check_setup(stages, loss_fn, optimizer, placement, donate=True)
     shardings = setup.shardings
     check_count("repeats", repeats)
     check_count("hops", hops)

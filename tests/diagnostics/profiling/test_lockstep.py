@@ -47,7 +47,7 @@ def test_numbers_are_those_of_features_replay(K):
 def test_every_phase_is_waited_for(monkeypatch):
     """All K plays are done before anything goes backward, and all of it before the step returns."""
     stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
-    setup = check_setup(stages, optax.sgd(0.1), fr.placement(2), loss_fn=lambda y, z: jnp.mean(y), donate=True)
+    setup = check_setup(stages, lambda y, z: jnp.mean(y), optax.sgd(0.1), fr.placement(2), donate=True)
     batch, log = fr.Batch(np.ones((4, 20), np.float32), np.zeros(4, np.int32)), []
 
     def logged(run, name):
