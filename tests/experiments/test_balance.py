@@ -7,6 +7,8 @@ import pytest
 from fr_jax.experiments import balance
 from fr_jax.experiments._fields import SettingsError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def check(result, cuts):
     assert list(result["results"]) == [",".join(map(str, one)) for one in cuts]
@@ -22,15 +24,25 @@ def check(result, cuts):
 
 def test_every_cut_is_timed(tmp_path, capsys):
     output = tmp_path / "balance.json"
-    assert balance.main(["--model", "mlp", "--rounds", "1", "--steps", "1", "--output", str(output)]) == 0
+    assert (
+        balance.main(["--model", "mlp", "--batch-size", "8", "--rounds", "1", "--steps", "1", "--output", str(output)])
+        == 0
+    )
     check(json.loads(output.read_text()), [(cut,) for cut in range(1, 6)])
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "times the best" in capsys.readouterr().out
 
 
+THREE = balance.BalanceSettings(K=3, model="mlp", method="ddg", first=2, last=4, rounds=1, steps=1, batch_size=8)
+
+
+def test_cuts_into_three_stages_of_a_part_of_the_network():
+    assert balance.choices_of_cuts(THREE, layers=6) == [(2, 3), (2, 4), (3, 4)]
+
+
+@pytest.mark.slow
 def test_three_stages_of_a_part_of_the_network():
-    settings = balance.BalanceSettings(K=3, model="mlp", method="ddg", first=2, last=4, rounds=1, steps=1, batch_size=8)
-    result = balance.run(settings)
+    result = balance.run(THREE)
     assert [row["cuts"] for row in result["results"].values()] == [[2, 3], [2, 4], [3, 4]]
     assert result["chosen"]["uniform"] == {
         "cuts": [2, 4],

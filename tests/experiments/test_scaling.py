@@ -9,13 +9,15 @@ from fr_jax.experiments._methods import COMPARED as METHODS
 from fr_jax.experiments.scaling import __main__ as scaling
 from fr_jax.experiments.scaling.network import STEP, Network, ideal, schedule, speedups
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = [
     *("--model", "mlp", "--depth", "5", "--width", "16", "--batch-size", "8", "--K", "1", "2", "4", "8"),
     *("--microbatches", "4", "--ratios", "0.1", "0.001", "--ratio-K", "3", "--timelines", "2", "8"),
 ]
 
 
-def test_writes_numbers_and_pictures(tmp_path, capsys):
+def test_writes_numbers_and_pictures(tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "folder"
     assert scaling.main([*SMALL, "--output", str(output)]) == 0
     names = ["scaling.json", "scaling.png", "timeline-K2-mlp.png", "timeline-K2.png", "timeline-K8.png"]
@@ -40,6 +42,7 @@ def test_writes_numbers_and_pictures(tmp_path, capsys):
 
     assert scaling.main([*SMALL, "--output", str(output)]) == 2
     assert "scaling.json, scaling.png, timeline-K2.png" in (said := capsys.readouterr().err) and "--overwrite" in said
+    monkeypatch.setattr(scaling, "simulated", lambda *settings: result)
     assert scaling.main([*SMALL, "--output", str(output), "--overwrite", "--timelines"]) == 0
 
 

@@ -11,6 +11,8 @@ from fr_jax.experiments._bench.contestants import BASELINE, make_entry
 from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments.speed import __main__ as speed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTESTANTS = {
     "plain jitted optax step": 1,
     "back-propagation, 1 device": 1,
@@ -23,7 +25,7 @@ CONTESTANTS = {
 }
 
 
-def check(result, processes):
+def check(result, processes, batch_size=128):
     assert {name: row["bound"] for name, row in result["results"].items()} == CONTESTANTS
     baseline = result["results"][BASELINE]
     assert baseline["speedup"] == 1
@@ -38,17 +40,17 @@ def check(result, processes):
         assert len(row["cuts"]) == (name in [*CONTESTANTS][3:7])
     (transfer,) = result["transfers"]
     assert transfer["cut"] == result["results"]["features replay, K = 2"]["cuts"][0]
-    assert transfer["bytes"] == 128 * 256 * 4 and transfer["seconds"] > 0
+    assert transfer["bytes"] == batch_size * 256 * 4 and transfer["seconds"] > 0
 
 
 def test_contestants_take_turns_in_one_process(tmp_path, capsys):
     output = tmp_path / "speed.json"
-    arguments = ["--model", "mlp", "--rounds", "3", "--steps", "2", "--output", str(output)]
+    arguments = ["--model", "mlp", "--batch-size", "16", "--rounds", "3", "--steps", "2", "--output", str(output)]
     assert speed.main(arguments) == 0
-    check(json.loads(output.read_text()), processes=1)
+    check(json.loads(output.read_text()), processes=1, batch_size=16)
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
-    assert "features replay, K = 2" in printed and "a feature of 0.13 MB at cut 1 takes" in printed
+    assert "features replay, K = 2" in printed and "a feature of 0.02 MB at cut 1 takes" in printed
 
 
 @pytest.mark.slow
@@ -78,7 +80,7 @@ def test_stages_that_share_a_device_have_no_bound():
         (["--methods", "frr"], "--methods frr is unknown"),
         (["--rounds", "0"], "--rounds 0 is out of range"),
         (["--batch-size", "130"], "cannot be split into the 4 equal parts of gpipe"),
-        (["--model", "mlp", "--K", "7", "--methods", "fr"], "K = 7 stages were asked of"),
+        (["--model", "mlp", "--K", "7", "--methods", "fr", "--balance", "flops"], "K = 7 stages were asked of"),
         (["--K", "4096", "--pinned", "--methods", "fr"], "--pinned needs 4096 cores for --K 4096"),
         (["--cuts", "1", "2"], "--cuts 1 2 make 3 stages, and --K is 2; K stages need K-1 = 1 cuts"),
         (["--K", "1", "--cuts", "1", "2"], "--cuts 1 2 make 3 stages, and --K is 1"),
