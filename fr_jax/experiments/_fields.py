@@ -37,7 +37,7 @@ class Guard(NamedTuple):
     Attributes:
       least, above, most, below: bounds of a number; with any of them it must also be finite.
       choices: all valid values, if they can be listed.
-      series: of a tuple: one or more ``"distinct"``, or ``"increasing"``, values.
+      series: of a tuple, where it is not None: one or more ``"distinct"``, or ``"increasing"``, values.
       free: ``""`` if the value enters the mathematics of a step; ``"resume"`` if it may differ when a run is resumed;
         ``"process"`` if it may also differ between the processes of a run.
       vary: whether ``compare --vary`` can go through its values.
@@ -162,7 +162,7 @@ def check_fields(settings: Any) -> None:
                 raise SettingsError(
                     f"{flag(field.name)} {text(value)} is out of range; {each} must be {guards.bounds}{finite}."
                 )
-        if guards.series and not _is_series(value, guards.series):
+        if guards.series and value is not None and not _is_series(value, guards.series):
             each = f", each {guards.bounds}" if guards.bounds else ""
             raise SettingsError(f"{flag(field.name)} {text(value)}: give one or more {guards.series} values{each}.")
 

@@ -124,13 +124,14 @@ REMEDIES = {GRADIENT_SHRINKING: 1.0, ACCUMULATE: 1, WEIGHT_PREDICTION: 0.0}
 """Against staleness."""
 
 
-def _remedied(
-    own: Values, optimizer: optax.GradientTransformation, K: int
-) -> tuple[dict[str, Any], Sequence[optax.GradientTransformation]]:
-    """The settings that are left, and the optimizer wrapped as the others say."""
+def _remedied(own: Values, optimizer: Any, K: int) -> tuple[dict[str, Any], Sequence[optax.GradientTransformation]]:
+    """The settings that are left, and the stages' optimizers (one for all, or K) wrapped as the others say."""
     left = dict(own)
-    optimizer = fr.staleness.accumulate(optimizer, left.pop("accumulate"))
-    return left, fr.staleness.shrink_gradients(optimizer, left.pop("gradient_shrinking", 1.0), K)
+    every = left.pop("accumulate")
+    one_for_all = isinstance(optimizer, optax.GradientTransformation)
+    each = tuple(fr.staleness.accumulate(one, every) for one in ((optimizer,) if one_for_all else optimizer))
+    factor = left.pop("gradient_shrinking", 1.0)
+    return left, fr.staleness.shrink_gradients(each[0] if one_for_all else each, factor, K)
 
 
 def _bp(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:

@@ -89,6 +89,9 @@ def check(settings: TrainSettings) -> None:
     if settings.resume and settings.overwrite:
         raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
     check_cuts(settings.cuts, settings.K)
+    rates = settings.stage_learning_rates
+    if rates is not None and len(rates) != settings.K:
+        raise SettingsError(f"--stage-learning-rates {text(rates)}: give one for each of the --K {settings.K} stages.")
 
 
 def check_cuts(cuts: Sequence[int] | None, K: int) -> None:

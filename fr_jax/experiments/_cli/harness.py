@@ -137,7 +137,10 @@ def command(name: str, defaults: Any, settings: Any) -> str:
         if isinstance(value, bool):
             words.append(flag(field.name) if value else f"--no-{flag(field.name)[2:]}")
         elif isinstance(value, tuple):
-            words += [flag(field.name), *map(str, value)]
+            words += [
+                flag(field.name),
+                *(str(one) for part in value for one in (part if isinstance(part, tuple) else (part,))),
+            ]
         else:
             text = shlex.quote(str(value))
             words += [f"{flag(field.name)}={text}"] if text.startswith("-") else [flag(field.name), text]

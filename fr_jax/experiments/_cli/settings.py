@@ -80,6 +80,8 @@ class RunSettings:
     """Of the initial weights, the order of the data, augmentation and dropout."""
     cuts: tuple[int, ...] | None = setting(None, free="resume")
     """Where to cut, instead of --balance: K-1 increasing layer numbers, each the first layer (from 0) of a stage."""
+    stage_learning_rates: tuple[float, ...] | None = setting(None, least=0)
+    """Initial step size of each stage, K numbers, instead of one --learning-rate for all."""
     workdir: Path | None = setting(None, free="process")
     """Folder of the run. Default: runs/<data set>-<model>-<method>-K<K>-seed<seed>."""
     resume: bool = setting(False, free="resume")
@@ -133,6 +135,8 @@ class CommonSettings:
     """Devices to use; stages share them round robin. Default: K x data-parallel, or all there are if fewer."""
     eval_every: int | None = setting(None, least=1, free="resume", vary=False)
     """Steps between evaluations on the test set. Default: an epoch."""
+    test_examples: int | None = setting(None, least=1, vary=False)
+    """Evaluate on the first so many test examples only. Default: all."""
     checkpoint_every: int | None = setting(None, least=1, free="resume", vary=False)
     """Steps between checkpoints. Default: an epoch, but no more than 200."""
     compilation_cache: str = setting("auto", free="process", vary=False)
@@ -252,4 +256,7 @@ def as_json(settings: SharedSettings) -> dict[str, Any]:
 def from_json(config: Mapping[str, Any], name: str) -> Any:
     """A setting from a ``config.json``; one that did not exist when it was written had what is its default now."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    if name == "stage_learning_rates" and "block_learning_rates" in config:  # BlockProp's figures of fr_jax 0.1
+        rates = config["block_learning_rates"]
+        return rates if len(set(rates)) > 1 else None
     return config.get(name, defaults.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -12,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from fr_jax.experiments._cli.settings import Resolved, own_of_method
 from fr_jax.types import Array, PyTree
 
-__all__ = ["learning_rate_schedule", "make_optimizer"]
+__all__ = ["learning_rate_schedule", "make_optimizer", "make_optimizers"]
 
 
 def learning_rate_schedule(settings: Resolved, steps_per_epoch: int) -> optax.Schedule:
@@ -34,6 +35,16 @@ def learning_rate_schedule(settings: Resolved, steps_per_epoch: int) -> optax.Sc
         scales = {boundary: 0.1 ** boundaries.count(boundary) for boundary in boundaries}
         rate = optax.piecewise_constant_schedule(s.learning_rate, scales)
     return (lambda count: rate(count) * jnp.minimum(1.0, (count + 1) / warmup)) if warmup else rate
+
+
+def make_optimizers(
+    settings: Resolved, steps_per_epoch: int
+) -> optax.GradientTransformation | tuple[optax.GradientTransformation, ...]:
+    """One for all stages, or one each if they have learning rates of their own."""
+    if settings.stage_learning_rates is None:
+        return make_optimizer(settings, steps_per_epoch)
+    each = (dataclasses.replace(settings, learning_rate=rate) for rate in settings.stage_learning_rates)
+    return tuple(make_optimizer(one, steps_per_epoch) for one in each)
 
 
 def make_optimizer(settings: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from fr_jax.experiments._cli.settings import Resolved, own_of_method
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS, TrainingSet
 from fr_jax.experiments._run.cuts import NetworkCosts, choose_cuts, network_costs, stage_costs
-from fr_jax.experiments._run.optimizers import make_optimizer
+from fr_jax.experiments._run.optimizers import make_optimizers
 from fr_jax.experiments._run.processes import choose_devices
 from fr_jax.experiments._run.tasks import Data, kind_of
 from fr_jax.training.task import Task
@@ -116,7 +116,7 @@ def make_algorithm(
         own_of_method(settings, settings.method),
         stages,
         task.loss,
-        make_optimizer(settings, task.pipeline.steps_per_epoch),
+        make_optimizers(settings, task.pipeline.steps_per_epoch),
         TrainingSet(task.examples, task.num_classes),
         placement=placement,
         return_grads=return_grads,

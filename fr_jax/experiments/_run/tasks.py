@@ -51,14 +51,18 @@ def _image_layers(settings: Resolved, dataset: image_sets.Dataset) -> list[Stage
     return fr.models.MODELS[settings.model](num_classes=dataset.num_classes, dtype=dtype, **own)
 
 
+def _image_task(settings: Resolved, dataset: image_sets.Dataset, sharding: Sharding) -> Task:
+    shown = settings.test_examples
+    dataset = dataset._replace(test_images=dataset.test_images[:shown], test_labels=dataset.test_labels[:shown])
+    return classification(dataset, settings.batch_size, seed=settings.seed, sharding=sharding)
+
+
 IMAGES = Kind(
     auto="cifar10",
     load=lambda *args, **options: image_sets.load(*args, **options),
     examples=lambda settings, dataset: len(dataset.train_labels),
     layers=_image_layers,
-    task=lambda settings, dataset, sharding: classification(
-        dataset, settings.batch_size, seed=settings.seed, sharding=sharding
-    ),
+    task=_image_task,
 )
 
 KINDS: dict[str, Kind] = {"mlp": IMAGES._replace(auto="mnist")}

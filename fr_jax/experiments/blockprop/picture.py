@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fr_jax.plotting.style import COLOURS, plain_axes
+from fr_jax.plotting.style import COLOURS, page, plain_axes, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +17,7 @@ __all__ = ["figure"]
 
 BASELINE: dict[str, Any] = {"color": "black", "linewidth": 3.0, "zorder": 3}
 FROZEN: dict[str, Any] = {"color": "0.55", "linewidth": 1.8, "linestyle": "--", "zorder": 3}
-Lines = Sequence[Mapping[str, Any]]
+Line = Mapping[str, Any]
 
 
 def figure(result: Mapping[str, Any]) -> Figure:
@@ -32,36 +29,25 @@ def figure(result: Mapping[str, Any]) -> Figure:
     Args:
       result: what :func:`fr_jax.experiments.blockprop.result.summarise` returned, with at least one line.
     """
-    return _figure_2(result) if result["figure"] == 2 else _figure_3(result)
-
-
-def _figure_2(result: Mapping[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
+    s, data, seeds = result["settings"], result["data"], max(len(line["seeds"]) for line in result["lines"])
+    note = (
+        f"{data}. {result['test_examples']:,} test images; batch {s['batch_size']}, momentum {s['momentum']:g}, "
+        f"γ_h = {s['h_learning_rate']:g}; "
+        + ("one seed" if seeds == 1 else f"means over {seeds} seeds, bands from the least to the greatest")
+        + f".\n{result['machine']}, jax {result['jax']}, {result['date']}."
+    )
+    network = f"{s['width']} hidden units" if result["figure"] == 2 else s["model"]
+    title = f"BlockProp, figure {result['figure']}: {network} on {data.split(':')[0]} in two blocks"
+    drawing, space = page(14, 9.2, title, note)
+    if result["figure"] == 3:
+        _draw_figure_3(space, result["lines"])
+        return drawing
     lines = result["lines"]
     families = list(dict.fromkeys(line["panel"] for line in lines if line["panel"].startswith(("h_steps", "penalty"))))
-    drawing = Figure(figsize=(14, 9.2))
-    grid = drawing.add_gridspec(2, max(len(families), 1), height_ratios=(1, 1.12))
-    low, high = _limits(lines)
+    grid = space.add_gridspec(2, max(len(families), 1), height_ratios=(1, 1.12))
     for column, family in enumerate(families):
-        panel = drawing.add_subplot(grid[0, column])
-        _draw_curves(panel, lines, family, "test_accuracy", "epoch")
-        panel.set_ylim(low, high)
-        panel.set_title(_title(family), fontsize=11)
-        panel.set_xlabel("epoch")
-        if column == 0:
-            panel.set_ylabel("test accuracy (%)")
-        panel.legend(loc="lower right", fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none", ncols=2)
-    _draw_factors(drawing.add_subplot(grid[1, :]), lines, families)
-    s = result["settings"]
-    data = result["data"].split(":")[0]
-    title = f"BlockProp, figure 2: a network with one hidden layer on {data}, two blocks"
-    note = (
-        f"{result['data']}. {s['width']} hidden units, batch {s['batch_size']}, γ = {s['learning_rate']:g}, "
-        f"γ_h = {s['h_learning_rate']:g}; {_seeds(lines)}. {result['machine']}, jax {result['jax']}, {result['date']}."
-    )
-    _frame(drawing, title, note)
-    drawing.subplots_adjust(left=0.055, right=0.985, bottom=0.095, top=0.905, wspace=0.14, hspace=0.27)
+        _draw_family(space.add_subplot(grid[0, column]), lines, family)
+    _draw_factors(space.add_subplot(grid[1, :]), lines, families)
     return drawing
 
 
@@ -71,174 +57,103 @@ def _title(family: str) -> str:
     return rf"penalty $\lambda_1$, at $N_h = {re.sub('[^0-9]', '', family)}$"
 
 
-def _seeds(lines: Lines) -> str:
-    most = max(len(line["seeds"]) for line in lines)
-    return "one seed" if most == 1 else f"means over {most} seeds, bands from the least to the greatest"
+def _end(line: Line) -> float | None:
+    """The test accuracy in percent after the last step; None where all runs diverged."""
+    there = [a for a, lost in zip(line["test_accuracy"], line["diverged"], strict=True) if a is not None and not lost]
+    return statistics.fmean(there) if there else None
 
 
-def _limits(lines: Lines) -> tuple[float, float]:
-    """From a little below where the lines that learn begin; the others may leave the picture."""
-    ends = [max(line["curves"]["test_accuracy"]["mean"]) for line in lines if "test_accuracy" in line["curves"]]
-    if not ends:
-        return 0.0, 100.0
-    learning = [end for end in ends if end > 0.8 * max(ends)]
-    span = max(max(ends) - min(learning), 0.5)
-    return max(min(learning) - 0.7 * span, 0.0), min(max(ends) + 0.12 * span, 100.0)
-
-
-def _colours(number: int) -> list[Any]:
-    """Dark to light, for values that have an order."""
-    import matplotlib
-
-    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.0, 0.9, max(number, 1))]
-
-
-def _draw_curves(panel: Axes, lines: Lines, family: str, quantity: str, against: str) -> None:
+def _draw_family(panel: Axes, lines: Sequence[Line], family: str) -> None:
+    """Test accuracy over epochs, beside back-propagation and a frozen block 1."""
+    looks = {"baseline": BASELINE, "frozen": FROZEN}
+    beside = [(line, looks[line["panel"]]) for line in lines if line["panel"] in looks]
     members = [line for line in lines if line["panel"] == family]
-    for name, look in (("frozen", FROZEN), ("baseline", BASELINE)):
-        for line in (line for line in lines if line["panel"] == name and quantity in line["curves"]):
-            curve = line["curves"][quantity]
-            panel.plot(curve[against], curve["mean"], label=line["label"], **look)
-    for line, colour in zip(members, _colours(len(members)), strict=True):
-        _draw_line(panel, line, quantity, against, {"color": colour})
-    _plain(panel)
+    for line, look in (*beside, *zip(members, ({"color": one} for one in shades(len(members))), strict=True)):
+        _draw_line(panel, line, "test_accuracy", "epoch", look)
+    ends = [max(line["curves"]["test_accuracy"]["mean"]) for line in lines if "test_accuracy" in line["curves"]]
+    learning = [end for end in ends if end > 0.8 * max(ends)]
+    if learning:  # lines that do not learn may leave the picture
+        span = max(max(learning) - min(learning), 0.5)
+        panel.set_ylim(max(min(learning) - 0.7 * span, 0.0), min(max(learning) + 0.12 * span, 100.0))
+    plain_axes(panel)
+    panel.set_title(_title(family), fontsize=11)
+    panel.set_xlabel("epoch")
+    panel.set_ylabel("test accuracy (%)")
+    panel.legend(loc="lower right", fontsize=8.5, framealpha=0.9, edgecolor="none", ncols=2)
 
 
-def _draw_line(panel: Axes, line: Mapping[str, Any], quantity: str, against: str, look: Mapping[str, Any]) -> None:
-    lost = sum(line["diverged"])
-    label = line["label"] + (" (diverged)" if lost else "")
+def _draw_line(panel: Axes, line: Line, quantity: str, against: str, look: Mapping[str, Any]) -> None:
     curve = line["curves"].get(quantity, {against: [], "mean": [], "low": [], "high": []})
     style: dict[str, Any] = {"linewidth": 1.6, "zorder": 4, **look}
+    label = line["label"] + (" (diverged)" if any(line["diverged"]) else "")
     panel.plot(curve[against], curve["mean"], label=label, **style)
     if len(line["seeds"]) > 1:
         panel.fill_between(curve[against], curve["low"], curve["high"], color=look["color"], alpha=0.2, linewidth=0)
 
 
-def _draw_factors(panel: Axes, lines: Lines, families: Sequence[str]) -> None:
+def _draw_factors(panel: Axes, lines: Sequence[Line], families: Sequence[str]) -> None:
     """Accuracy over the share of back-propagation's gradient that block 1 gets."""
-    control = sorted((line["factor"], line) for line in lines if line["panel"] in ("control", "baseline"))
-    ends = [(x, _end(line)) for x, line in control if _end(line) is not None]
-    if ends:
+    ends = [(line, line["factor"], end) for line in lines if (end := _end(line)) is not None]
+    control = sorted((x, end) for line, x, end in ends if line["panel"] in ("control", "baseline"))
+    if control:
         label = "back-propagation, block 1's step times x"
-        panel.plot(*zip(*ends, strict=True), color="black", marker="o", linewidth=1.8, label=label, zorder=2)
-    lost = []
+        panel.plot(*zip(*control, strict=True), "o-", color="black", linewidth=1.8, label=label, zorder=2)
     for number, family in enumerate(families):
-        members = [line for line in lines if line["panel"] == family]
-        shown = [line for line in members if line["factor"] > 1e-9 and _end(line) is not None]
-        lost += [_fate(line) for line in members if line not in shown]
-        _draw_family(panel, shown, f"BlockProp: {_title(family)}", number)
-    for end in (_end(line) for line in lines if line["panel"] == "frozen"):
-        if end is not None:
-            panel.axhline(end, label="block 1 frozen: x = 0", **FROZEN)
+        shown = [(x, end, line["label"]) for line, x, end in ends if line["panel"] == family and x > 1e-9]
+        look: dict[str, Any] = {"color": COLOURS[number % 4], "marker": "sD^v"[number % 4], "markersize": 8}
+        label = f"BlockProp: {_title(family)}"
+        panel.plot([x for x, *_ in shown], [y for _, y, _ in shown], linestyle="none", label=label, zorder=4, **look)
+        # Families whose points coincide do not hide each other's text: below to the right, above, and higher.
+        offset, aligned = (((6, -5), "left"), ((-6, 5), "right"), ((-6, 17), "right"), ((6, -17), "left"))[number % 4]
+        for x, y, text in shown:
+            same = [label for other, _, label in shown if abs(other - x) < 1e-9]  # of two values of lambda_1
+            if text == same[0]:
+                style: dict[str, Any] = {"textcoords": "offset points", "ha": aligned, "fontsize": 9}
+                panel.annotate(" and ".join(same), (x, y), offset, color=look["color"], **style)
+    for end in (end for line, _, end in ends if line["panel"] == "frozen"):
+        panel.axhline(end, label="block 1 frozen: x = 0", **FROZEN)
+    lost = [line for line in lines if line["panel"] in families and (line["factor"] <= 1e-9 or _end(line) is None)]
     if lost:
-        text = "not in the picture, since x is not above 0:\n" + "\n".join(lost)
+        text = "\n".join(["not in the picture, since x is not above 0 or all diverged:", *map(_fate, lost)])
         panel.text(0.995, 0.13, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=9, color="0.25")
     panel.set_xscale("log")
     panel.set_xlabel(r"$x = 1 - (1 - 2\,\lambda_1\gamma_h)^{N_h}$: what block 1 gets of back-propagation's gradient")
     panel.set_ylabel("test accuracy at the end (%)")
     panel.legend(loc="upper left", fontsize=9.5, frameon=False)
     panel.margins(0.04, 0.1)
-    _plain(panel)
+    plain_axes(panel)
 
 
-def _draw_family(panel: Axes, lines: Lines, title: str, number: int) -> None:
-    colour, marker = COLOURS[number % 4], "sD^v"[number % 4]
-    panel.plot(
-        [line["factor"] for line in lines],
-        [end for line in lines if (end := _end(line)) is not None],
-        linestyle="none",
-        marker=marker,
-        markersize=8,
-        color=colour,
-        alpha=0.85,
-        zorder=4,
-        label=title,
-    )
-    texts: dict[float, list[str]] = {}  # two values of lambda_1 may give the same factor
-    for line in lines:
-        texts.setdefault(round(line["factor"], 9), []).append(line["label"])
-    places = {round(line["factor"], 9): _end(line) for line in lines}
-    # Families whose points coincide do not hide each other's text: below to the right, above, and higher.
-    offset = ((6, -5), (-6, 5), (-6, 17), (6, -17))[number % 4]
-    side = {"ha": "left" if offset[0] > 0 else "right", "va": "bottom" if offset[1] > 0 else "top"}
-    for x, labels in texts.items():
-        text = " and ".join([labels[0], *(label.split("= ")[-1].join("$$") for label in labels[1:])]).replace("$$", "$")
-        panel.annotate(text, (x, places[x]), offset, textcoords="offset points", fontsize=9, color=colour, **side)
+def _fate(line: Line) -> str:
+    end = _end(line)
+    fate = "diverged" if end is None else f"{end:.0f} %"
+    return rf"{line['label']}, $N_h = {line['h_steps']}$: $x = {line['factor']:.2g}$, {fate}"
 
 
-def _fate(line: Mapping[str, Any]) -> str:
-    end = "diverged" if all(line["diverged"]) else f"{_end(line):.0f} %"
-    return rf"{line['label']}, $N_h = {line['h_steps']}$: $x = {line['factor']:.2g}$, {end}"
-
-
-def _end(line: Mapping[str, Any]) -> float | None:
-    there = [a for a, off in zip(line["test_accuracy"], line["diverged"], strict=True) if a is not None and not off]
-    return statistics.fmean(there) if there else None
-
-
-def _figure_3(result: Mapping[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
+def _draw_figure_3(space: Any, lines: Sequence[Line]) -> None:
+    """Black is the baseline; colours are in the order of lambda_1 at equal steps; blocks that differ are dashed."""
     quantities = {
         "gluing_loss": r"gluing loss $\Vert b_1(x) - h\Vert^2$, without $\lambda_1$",
-        "train_loss": "training cross entropy, at $h$",
+        "train_loss": "training cross entropy, at $h$ (smoothed)",
         "test_accuracy": "test accuracy (%)",
         "test_loss": "test loss",
     }
-    lines, s = result["lines"], result["settings"]
-    drawing = Figure(figsize=(13.5, 9.2))
-    axes = drawing.subplots(2, 2, sharex=True)
-    looks = _looks(lines)
+    choices = [n for n, line in enumerate(lines) if line["panel"] != "baseline"]
+    equal = [n for n in choices if len(set(lines[n]["block_learning_rates"])) == 1]
+    equal.sort(key=lambda n: lines[n]["penalty"])
+    looks: dict[int, dict[str, Any]] = {n: {"color": one} for n, one in zip(equal, shades(len(equal)), strict=True)}
+    dashed: dict[str, Any] = {"linestyle": "--", "linewidth": 2.0, "zorder": 5}
+    for place, n in enumerate(n for n in choices if n not in looks):
+        looks[n] = {"color": COLOURS[(1, 3, 5, 4)[place % 4]], **dashed}
+    axes = space.subplots(2, 2, sharex=True)
     for panel, (quantity, title) in zip(axes.flat, quantities.items(), strict=True):
-        for line, look in zip(lines, looks, strict=True):
-            if quantity in line["curves"] or quantity == "test_accuracy":
-                _draw_line(panel, line, quantity, "step", look)
-        _plain(panel)
+        for n, line in enumerate(lines):
+            _draw_line(panel, line, quantity, "step", looks.get(n, BASELINE))
+        plain_axes(panel)
         panel.set_title(title, fontsize=11)
-        values = [v for one in panel.get_lines() for v in np.asarray(one.get_ydata(), float) if math.isfinite(v)]
-        if values and min(values) > 0 and max(values) > 30 * min(values):
+        values = [v for line in lines if quantity in line["curves"] for v in line["curves"][quantity]["mean"]]
+        if values and 0 < 30 * min(values) < max(values):
             panel.set_yscale("log")
     for panel in axes[1]:
         panel.set_xlabel("training iterations")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    columns = 3
-    drawing.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.952), ncols=columns, frameon=False)
-    rows = math.ceil(len(labels) / columns)
-    title = f"BlockProp, figure 3: {s['model']} on {result['data'].split(':')[0]} in two blocks, $N_h = 1$"
-    note = (
-        f"{result['data']}. First {result['test_examples']:,} test images; batch {s['batch_size']}, momentum "
-        f"{s['momentum']:g},\nγ_h = {s['h_learning_rate']:g}; {_seeds(lines)}; training curves smoothed. "
-        f"{result['machine']}, jax {result['jax']}, {result['date']}."
-    )
-    _frame(drawing, title, note)
-    drawing.subplots_adjust(left=0.06, right=0.985, bottom=0.105, top=0.915 - 0.024 * rows, wspace=0.13, hspace=0.13)
-    return drawing
-
-
-def _looks(lines: Lines) -> list[dict[str, Any]]:
-    """Black for the baseline, an order of colours for lambda_1 at equal steps, dashes for blocks that differ."""
-    equal = [
-        n for n, one in enumerate(lines) if one["panel"] != "baseline" and len(set(one["block_learning_rates"])) < 2
-    ]
-    order = sorted(equal, key=lambda n: lines[n]["penalty"])
-    colours = dict(zip(order, _colours(len(order)), strict=True))
-    others = [n for n, one in enumerate(lines) if one["panel"] != "baseline" and n not in colours]
-    dashed = {n: COLOURS[(1, 3, 5, 4)[place % 4]] for place, n in enumerate(others)}
-    looks: list[dict[str, Any]] = []
-    for n in range(len(lines)):
-        if n in colours:
-            looks.append({"color": colours[n]})
-        elif n in dashed:
-            looks.append({"color": dashed[n], "linestyle": "--", "linewidth": 2.0, "zorder": 5})
-        else:
-            looks.append(BASELINE)
-    return looks
-
-
-def _frame(drawing: Figure, title: str, note: str) -> None:
-    drawing.suptitle(title, y=0.985, va="top", fontsize=14, fontweight="bold")
-    drawing.text(0.5, 0.012, note, ha="center", fontsize=8.5, color="0.35")
-
-
-def _plain(panel: Axes) -> None:
-    plain_axes(panel)
+    space.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)

@@ -1,28 +1,23 @@
-"""What the runs of a BlockProp figure came to: curves over the seeds, a table."""
+"""What the runs of a BlockProp figure came to: curves over the seeds, and a table."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
-import os
-import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from fr_jax.data.image_sets import Dataset
-from fr_jax.experiments.blockprop.runs import Run
+from fr_jax.experiments._cli.machine import machine, settings_of
+from fr_jax.experiments._cli.tables import markdown_table, mean_and_deviation
+from fr_jax.experiments.blockprop.plan import Line
 from fr_jax.experiments.blockprop.settings import BlockPropSettings
 from fr_jax.plotting.comparison import mean_over_runs
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder
 
-__all__ = ["Line", "summarise", "table"]
+__all__ = ["summarise", "table"]
 
 POINTS = 80
 QUANTITIES = ("gluing_loss", "train_loss", "test_accuracy", "test_loss")
@@ -30,72 +25,53 @@ DRAWN = {2: ("test_accuracy",), 3: QUANTITIES}
 """Figure -> what it draws."""
 
 
-class Line(NamedTuple):
-    """A line of the figure.
-
-    Attributes:
-      panel: which panel it belongs to; ``baseline`` and ``frozen`` are in all.
-      label: in the legend.
-      runs: one a seed.
-    """
-
-    panel: str
-    label: str
-    runs: tuple[Run, ...]
-
-
 def summarise(settings: BlockPropSettings, lines: Sequence[Line], home: Path, dataset: Dataset) -> dict[str, Any]:
     """The lines whose runs are over, with their ends and their curves; JSON can hold it.
 
     Returns:
-      Settings, machine, date, data, and ``lines``: panel, label, ``factor`` (:attr:`Run.factor`), by seed
+      Settings, machine, date, data, and ``lines``: panel, label, ``factor`` (:attr:`Line.factor`), by seed
       ``test_accuracy`` and ``best_test_accuracy`` (percent) and ``diverged``, the ``gluing_loss`` and ``train_loss`` at
       the end (smoothed, means over the seeds), and ``curves``: ``step``, ``epoch``, ``mean``, ``low``, ``high`` of what
       the figure draws of these and of test accuracy (percent) and test loss.
     """
-    found = []
-    for line in lines:
-        folders = [RunFolder(home / run.name) for run in line.runs]
-        over = [(run, f, s) for run, f in zip(line.runs, folders, strict=True) if (s := f.saved_summary()) is not None]
-        if over:
-            rows = [read_rows(folder.metrics) for _, folder, _ in over]
-            curves = {name: curve for name in QUANTITIES if (curve := _curve(rows, name))["step"]}
-            described = _describe(line, [run for run, _, _ in over], [summary for *_, summary in over])
-            ends = {name: curves[name]["mean"][-1] if name in curves else None for name in QUANTITIES[:2]}
-            drawn = {name: curve for name, curve in curves.items() if name in DRAWN[settings.figure]}
-            found.append({**described, **ends, "curves": drawn})
-    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("workdir", "data_dir", "overwrite")}
+    rows = (_row(line, settings.seeds or (), home, DRAWN[settings.figure]) for line in lines)
     return {
         "figure": settings.figure,
-        "settings": json.loads(json.dumps(plain, default=str)),
+        "settings": settings_of(settings, "workdir", "data_dir"),
         "data": dataset.source,
-        "test_examples": len(dataset.test_labels),
-        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "lines": found,
+        "test_examples": settings.test_examples,
+        **machine(),
+        "lines": [row for row in rows if row is not None],
     }
 
 
-def _describe(line: Line, runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    s = runs[0].settings
-    own = {name: getattr(s, name) for name in ("penalty", "h_steps", "h_learning_rate")}
+def _row(line: Line, seeds: Sequence[int], home: Path, drawn: Sequence[str]) -> dict[str, Any] | None:
+    folders = {seed: RunFolder(home / line.run_name(seed)) for seed in seeds}
+    over = {seed: summary for seed, folder in folders.items() if (summary := folder.saved_summary()) is not None}
+    if not over:
+        return None
+    rows = [_renamed(read_rows(folders[seed].metrics)) for seed in over]
+    curves = {name: curve for name in QUANTITIES if (curve := _curve(rows, name))["step"]}
+    of_runs = lambda name: [summary[name] for summary in over.values()]
     return {
         "panel": line.panel,
         "label": line.label,
-        "method": s.method,
-        **own,
-        "block_learning_rates": list(runs[0].rates),
-        "factor": runs[0].factor,
-        "cuts": summaries[0]["cuts"],
-        "seeds": [run.settings.seed for run in runs],
-        "steps": [summary["steps"] for summary in summaries],
-        "diverged": [summary["diverged"] for summary in summaries],
-        "test_accuracy": [_percent(summary["test_accuracy"]) for summary in summaries],
-        "best_test_accuracy": [_percent(summary["best_test_accuracy"]) for summary in summaries],
-        "seconds": [summary["seconds"] for summary in summaries],
+        "method": line.method,
+        **(line.own or dict.fromkeys(("penalty", "h_steps", "h_learning_rate"))),
+        "block_learning_rates": list(line.rates),
+        "factor": line.factor,
+        "cuts": of_runs("cuts")[0],
+        "seeds": list(over),
+        **{name: of_runs(name) for name in ("steps", "diverged", "seconds")},
+        **{name: [_percent(one) for one in of_runs(name)] for name in ("test_accuracy", "best_test_accuracy")},
+        **{name: curves[name]["mean"][-1] if name in curves else None for name in QUANTITIES[:2]},
+        "curves": {name: curve for name, curve in curves.items() if name in drawn},
     }
+
+
+def _renamed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the metric of the one cut by its name; in runs of fr_jax 0.1 it has that already."""
+    return [{name.removesuffix("/1"): value for name, value in row.items()} for row in rows]
 
 
 def _percent(accuracy: float | None) -> float | None:
@@ -118,26 +94,21 @@ def table(result: Mapping[str, Any]) -> str:
     head = ("line", "λ₁", "N_h", "γ_B1", "γ_B2", "factor", "test accuracy %", "gluing loss", "training loss")
     body = []
     for line in result["lines"]:
-        own = ["-" if line[name] is None else f"{line[name]:g}" for name in ("penalty", "h_steps")]
-        label = "BlockProp" if line["method"] == "blockprop" else "back-propagation"
-        rates = [f"{rate:g}" for rate in line["block_learning_rates"]]
-        losses = ["-" if line[name] is None else f"{line[name]:.3g}" for name in ("gluing_loss", "train_loss")]
-        body.append((label, *own, *rates, f"{line['factor']:.4g}", _spread(line), *losses))
-    body = list(dict.fromkeys(body))  # a run may be a line of two panels
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    join = lambda cells: "| " + " | ".join(c.ljust(width) for c, width in zip(cells, widths, strict=True)) + " |"
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+        known = lambda name, form, line=line: "-" if line[name] is None else f"{line[name]:{form}}"
+        lost = sum(line["diverged"])
+        accuracy = mean_and_deviation(line["test_accuracy"], line["diverged"], 2)
+        body.append(
+            (
+                "BlockProp" if line["method"] == "blockprop" else "back-propagation",
+                *(known(name, "g") for name in ("penalty", "h_steps")),
+                *(f"{rate:g}" for rate in line["block_learning_rates"]),
+                known("factor", ".4g"),
+                accuracy + (f" ({lost} of {len(line['diverged'])} diverged)" if lost else ""),
+                *(known(name, ".3g") for name in ("gluing_loss", "train_loss")),
+            )
+        )
     note = (
         f"{result['data']}; {result['test_examples']:,} test images. factor: what block 1's step is of "
         "back-propagation's, to first order in γ_h. BlockProp's training loss is taken at its gluing variable."
     )
-    return "\n".join([join(head), rule, *map(join, body), "", note])
-
-
-def _spread(line: Mapping[str, Any]) -> str:
-    there = [a for a, off in zip(line["test_accuracy"], line["diverged"], strict=True) if a is not None and not off]
-    text = "-" if not there else f"{statistics.fmean(there):.2f}"
-    if len(there) > 1:
-        text += f" ± {statistics.stdev(there):.2f}"
-    lost = sum(line["diverged"])
-    return text + (f" ({lost} of {len(line['diverged'])} diverged)" if lost else "")
+    return f"{markdown_table(head, dict.fromkeys(body))}\n\n{note}"  # a run may be a line of two panels

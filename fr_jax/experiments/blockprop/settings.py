@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._fields import SettingsError, check_fields, flag, setting, text
 
 __all__ = ["BlockPropSettings", "resolve"]
 
@@ -30,17 +28,17 @@ class BlockPropSettings:
     """[figure 3] A name from fr_jax.models.MODELS. Default: resnet8."""
     width: int | None = None
     """[figure 2] Hidden units. Default: 256."""
-    h_steps: tuple[int, ...] | None = None
+    h_steps: tuple[int, ...] | None = setting(None, least=1, series="distinct")
     """[figure 2] Numbers of h-steps N_h, at lambda_1 = 1. Default: 1 2 4 8 16."""
-    penalties: tuple[float, ...] | None = None
+    penalties: tuple[float, ...] | None = setting(None, above=0, series="distinct")
     """[figure 2] Values of lambda_1, at N_h = 4 and at N_h = 2. Default: 0.1 1 10 50 90 100 110."""
-    scales: tuple[float, ...] | None = None
+    scales: tuple[float, ...] | None = setting(None, above=0)
     """[figure 2] Control: back-propagation with block 1's step times these. Default: 0.003 0.01 0.03 0.1 0.3."""
-    choices: tuple[tuple[float, float, float], ...] | None = None
+    choices: tuple[tuple[float, float, float], ...] | None = setting(None, series="distinct")
     """[figure 3] lambda_1, gamma_B1, gamma_B2 of each run, one after another."""
-    h_learning_rate: float = 0.01
+    h_learning_rate: float = setting(0.01, above=0)
     """gamma_h, the step size of the h-steps; the paper's."""
-    learning_rate: float | None = None
+    learning_rate: float | None = setting(None, above=0)
     """Step size of back-propagation, and in figure 2 of both blocks. Default: 0.1; figure 3: 0.05."""
     momentum: float | None = None
     """Of SGD. Default: 0; figure 3: 0.9. There is no weight decay."""
@@ -52,11 +50,11 @@ class BlockPropSettings:
     """Passes over the training set. Default: 10; figure 3: 2."""
     steps: int | None = None
     """Mini-batches to train for, instead of epochs."""
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = setting(None, least=0, series="distinct")
     """Lines are means over them. Default: 0 1 2; figure 3: 0."""
     eval_every: int | None = None
     """Steps between evaluations on the test set. Default: 117; figure 3: 100."""
-    test_examples: int | None = None
+    test_examples: int | None = setting(None, least=1)
     """Evaluate on the first so many test images only. Default: all."""
     dataset: str = "auto"
     """mnist (figure 2) or cifar10 (figure 3), or any other that fr_jax knows; auto: that of the figure."""
@@ -70,36 +68,21 @@ class BlockPropSettings:
     """Delete the runs in the folder that are asked for, and start them again."""
 
 
-DEFAULTS: dict[int, dict[str, Any]] = {
+SAME_STEPS, OTHER_STEPS = (0.01, 1.0, 10.0, 50.0, 200.0, 1000.0), ((1.0, 0.5, 0.05), (1.0, 0.05, 0.2))
+OF_FIGURE: dict[int, dict[str, Any]] = {
     2: {
-        "model": "mlp",
         "width": 256,
         "h_steps": (1, 2, 4, 8, 16),
         "penalties": (0.1, 1.0, 10.0, 50.0, 90.0, 100.0, 110.0),
         "scales": (0.003, 0.01, 0.03, 0.1, 0.3),
-        "learning_rate": 0.1,
-        "momentum": 0.0,
-        "milestones": (),
-        "batch_size": 128,
-        "epochs": 10,
-        "seeds": (0, 1, 2),
-        "eval_every": 117,
     },
-    3: {
-        "model": "resnet8",
-        "choices": (
-            *((penalty, 0.05, 0.05) for penalty in (0.01, 1.0, 10.0, 50.0, 200.0, 1000.0)),
-            (1.0, 0.5, 0.05),
-            (1.0, 0.05, 0.2),
-        ),
-        "learning_rate": 0.05,
-        "momentum": 0.9,
-        "milestones": (1.5,),
-        "batch_size": 64,
-        "epochs": 2,
-        "seeds": (0,),
-        "eval_every": 100,
-    },
+    3: {"model": "resnet8", "choices": (*((penalty, 0.05, 0.05) for penalty in SAME_STEPS), *OTHER_STEPS)},
+}
+"""The settings that one figure alone has."""
+NAMES = ("learning_rate", "momentum", "milestones", "batch_size", "epochs", "seeds", "eval_every")
+DEFAULTS: dict[int, tuple[Any, ...]] = {
+    2: (0.1, 0.0, (), 128, 10, (0, 1, 2), 117),
+    3: (0.05, 0.9, (1.5,), 64, 2, (0,), 100),
 }
 PAPER: dict[int, dict[str, Any]] = {
     2: {"epochs": 30, "seeds": (0, 1, 2, 3, 4), "eval_every": 468},
@@ -108,42 +91,24 @@ PAPER: dict[int, dict[str, Any]] = {
 
 
 def resolve(settings: BlockPropSettings) -> BlockPropSettings:
-    """Fills in the figure's defaults, and the preset's.
+    """Fills in the figure's defaults, and the preset's. What a run cannot have is found where the runs are planned.
 
     Raises:
       SettingsError: a setting of the other figure was given, or one that cannot be.
     """
-    own, other = DEFAULTS[settings.figure], DEFAULTS[5 - settings.figure]
-    for name in (*other, "model"):
-        if (name not in own or (name, settings.figure) == ("model", 2)) and getattr(settings, name) is not None:
-            raise SettingsError(
-                f"--{name.replace('_', '-')} belongs to figure {5 - settings.figure}, not to --figure "
-                f"{settings.figure}. Drop the flag."
-            )
-    if settings.steps is not None and settings.epochs is not None:
-        raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
-    values = {**own, **(PAPER[settings.figure] if settings.preset else {})}
+    figure, other = settings.figure, 5 - settings.figure
+    values: dict[str, Any] = {"model": "mlp", **OF_FIGURE[figure], **dict(zip(NAMES, DEFAULTS[figure], strict=True))}
+    values |= PAPER[figure] if settings.preset else {}
+    for name in OF_FIGURE[other]:
+        if getattr(settings, name) not in (None, values.get(name)):
+            raise SettingsError(f"{flag(name)} belongs to figure {other}, not to --figure {figure}. Drop the flag.")
     if settings.steps is not None:
-        values["epochs"] = None
-    missing = {name: value for name, value in values.items() if getattr(settings, name) is None}
-    resolved = dataclasses.replace(settings, **missing)
-    for name in ("h_steps", "penalties", "scales", "choices", "seeds"):
-        _check_list(name, getattr(resolved, name))
-    for name in ("learning_rate", "h_learning_rate"):
-        if not 0 < getattr(resolved, name) < math.inf:
-            raise SettingsError(f"--{name.replace('_', '-')} {getattr(resolved, name)}: give a number above 0.")
-    if settings.test_examples is not None and settings.test_examples < 1:
-        raise SettingsError(f"--test-examples {settings.test_examples}: give 1 or more.")
+        if settings.epochs is not None:
+            raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
+        del values["epochs"]
+    resolved = dataclasses.replace(settings, **{k: v for k, v in values.items() if getattr(settings, k) is None})
+    check_fields(resolved)
+    numbers = [number for choice in resolved.choices or () for number in choice]
+    if not all(0 < number < math.inf for number in numbers):
+        raise SettingsError(f"--choices {text(numbers)} is out of range; each must be above 0, and finite.")
     return resolved
-
-
-def _check_list(name: str, values: Sequence[Any] | None) -> None:
-    if values is None or (not values and name == "scales"):
-        return
-    least = {"h_steps": 1, "seeds": 0}.get(name)
-    numbers = list(itertools.chain(*values)) if name == "choices" else values
-    good = all(number >= least if least is not None else 0 < number < math.inf for number in numbers)
-    if not values or not good or len(set(values)) < len(values):
-        text = " ".join(map(str, numbers))
-        kind = f"whole numbers, each {least} or more" if least is not None else "numbers above 0"
-        raise SettingsError(f"--{name.replace('_', '-')} {text}: give one or more different {kind}.")
