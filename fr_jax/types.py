@@ -71,7 +71,8 @@ class State(Protocol):
     """What a method carries from step to step: an immutable pytree, a NamedTuple of the method's own.
 
     Every state has these fields; each method adds what it has in flight between steps. The tuples have one entry per
-    stage, each on its stage's devices.
+    stage, each on its stage's devices. The methods of this library also have ``streams``, the stages' dropout keys and
+    mini-batch counts, and ``batch_spec``, the shapes that a batch must have.
     """
 
     @property

@@ -29,16 +29,7 @@ __all__ = ["BackpropState", "backprop"]
 
 
 class BackpropState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry per stage, on the stage's devices.
-
-    Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
-      streams: the stages' dropout keys and mini-batch counts.
-      batch_spec: the shapes that a batch must have.
-    """
+    """The fields of every state (:class:`fr_jax.types.State`): nothing is in flight between steps."""
 
     step: int
     params: tuple[PyTree, ...]

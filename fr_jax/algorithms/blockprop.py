@@ -49,17 +49,11 @@ class Gluing(NamedTuple):
 
 
 class BlockPropState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry per block, on the block's devices.
+    """The fields of every state (:class:`fr_jax.types.State`), and what the method keeps; nothing is in flight.
 
     Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
       cache: h*_k of every example, ``(N, ...)``; ``()`` for block 1, and for all without ``cache_size``.
       visits: how often each example was seen, ``(N,)`` int32; ``()`` without ``cache_size``.
-      streams: the blocks' dropout keys and mini-batch counts.
-      batch_spec: the shapes that a batch must have.
     """
 
     step: int

@@ -35,19 +35,13 @@ __all__ = ["DDGState", "ddg"]
 
 
 class DDGState(NamedTuple):
-    """Everything in flight; tuples have one entry per stage, on the stage's devices.
+    """Everything in flight, beside the fields of every state (:class:`fr_jax.types.State`).
 
     Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
       history: the VJPs of the iterations s = t+k-K .. t-1 that stage k has not applied yet: K-k between steps, and
         one more inside a step. Their leaves are the stored activations, and the weights of that time.
       deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
       losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
-      streams: the stages' dropout keys and mini-batch counts.
-      batch_spec: the shapes that a batch must have.
     """
 
     step: int

@@ -45,16 +45,10 @@ class Synthesizer(NamedTuple):
 
 
 class DNIState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry per stage, on the stage's devices.
+    """The fields of every state (:class:`fr_jax.types.State`), and what the method keeps; nothing is in flight.
 
     Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
       synthesizers: M_k for k < K.
-      streams: the stages' dropout keys and mini-batch counts.
-      batch_spec: the shapes that a batch must have.
     """
 
     step: int

@@ -37,19 +37,13 @@ BATCH_STATS = ("play", "replay", "both")
 
 
 class FeaturesReplayState(NamedTuple):
-    """Everything in flight; tuples have one entry per stage, on the stage's devices.
+    """Everything in flight, beside the fields of every state (:class:`fr_jax.types.State`).
 
     Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
       history: the inputs h_{k-1}^{s}, s = t+k-K .. t-1, that stage k has played and not yet replayed: K-k between
         steps, and one more, the paper's K-k+1, inside a step.
       deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
       losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
-      streams: the stages' dropout keys and mini-batch counts.
-      batch_spec: the shapes that a batch must have.
     """
 
     step: int

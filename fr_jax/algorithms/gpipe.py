@@ -39,15 +39,9 @@ MICROBATCHES = (
 
 
 class GPipeState(NamedTuple):
-    """Nothing is in flight between steps; tuples have one entry per stage, on the stage's devices.
+    """The fields of every state (:class:`fr_jax.types.State`): nothing is in flight between steps.
 
-    Attributes:
-      step: t, mini-batches seen so far.
-      params: w_k^t.
-      model_state: running statistics of batch normalisation and the like.
-      opt_state: the optimizers' states.
-      streams: the stages' dropout keys and counts: of microbatches, t M between steps.
-      batch_spec: the shapes that a batch (not a microbatch) must have.
+    ``streams`` count microbatches, t M between steps; ``batch_spec`` is that of a whole mini-batch.
     """
 
     step: int
