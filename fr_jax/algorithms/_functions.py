@@ -65,6 +65,7 @@ def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, do
         return h_out, new_state if update_stats else None, stream.count + 1
 
     here = replicated(sharding)
+    # h_in stays: the history holds it for the replay.
     donated = "model_state" if donate and update_stats else ()
     return jax.jit(play, donate_argnames=donated, out_shardings=(sharding, here, here))
 
@@ -105,13 +106,15 @@ def make_replay(
         else:
             _, vjp, new_state = jax.vjp(lambda p: forward(p, h_in), params, has_aux=True)
             (grads,), delta_in = vjp(delta), None
-        norm = gradient_norm(grads)
+        norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
         params, opt_state = _optimize(optimizer, grads, opt_state, params, loss)
         # A state that is not returned is not copied: XLA would copy an unchanged one, leaf by leaf.
         new_state = new_state if update_stats else None
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
 
     here: Any = replicated(sharding)
+    # The h_in of the first stage is the mini-batch, which is the caller's. A delta is not donated: it has the shape of
+    # h_out, which a replay does not return, so there is nothing to put into its buffer.
     donated = (
         "params",
         "opt_state",
@@ -213,6 +216,7 @@ def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = Tru
             h_out, vjp, new_state = jax.vjp(lambda p: run(p, h_in), params, has_aux=True)
         return h_out, vjp if keep_weights else without_weights(vjp, params), new_state, stream.count + 1
 
+    # No out_shardings: they follow from the arguments, and the structure of a VJP is not known before it is traced.
     return jax.jit(forward)
 
 

@@ -17,6 +17,7 @@ __all__ = ["gradient_norm", "loss_of", "metrics_of", "wide"]
 def loss_of(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Array:
     """``loss_fn(outputs, targets)``; raises ValueError if that is not one real number. For use under ``jit``."""
     loss = loss_fn(outputs, targets)
+    # JAX would say so too, about a function of this library and not about the user's.
     if not isinstance(loss, jax.Array) or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         given = f"{loss.dtype} of shape {loss.shape}" if isinstance(loss, jax.Array) else f"a {type(loss).__name__}"
         raise ValueError(

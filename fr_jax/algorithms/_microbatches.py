@@ -25,6 +25,7 @@ def make_split(sharding: Sharding | None, M: int) -> Callable:
         part = lambda m: jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, m, axis=1, keepdims=False), rows)
         return tuple(part(m) for m in range(M))
 
+    # Rows m, m+M, ... and not a contiguous block: with D devices every microbatch then has rows of each.
     return jax.jit(split, out_shardings=sharding)
 
 

@@ -89,11 +89,12 @@ def init_stages(
         features.append(h)
         layer_keys = [jax.random.fold_in(weights_key, i) for i in range(first, first + len(layers))]
         stream = KeyStream(jax.random.fold_in(dropout_key, k), jnp.zeros((), jnp.int32))
-        layer_keys, stream = place((layer_keys, stream), here)
+        layer_keys, stream = place((layer_keys, stream), here)  # a jit runs where its arguments are
         weights, states = [], []
         for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):
             with _named_layer(k, i, h):
                 p, s = _init_or_take(layer, layer_key, h, here, given_params[i], given_states[i], i)
+                # Shapes only: equal layers are traced once, and the network is not run.
                 h, _ = jax.eval_shape(traced_once(layer.apply), p, s, h, key=dropout_key)
             weights.append(p)
             states.append(s)

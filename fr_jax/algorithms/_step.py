@@ -131,7 +131,9 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
       step: ``(setup, parts, state, batch) -> (State, Info)``.
       make_parts: makes the method's jitted functions.
     """
-    parts = functools.cache(make_parts)
+    parts = functools.cache(
+        make_parts
+    )  # jitted functions name devices in their shardings; before the first call none may be there
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:

@@ -158,7 +158,7 @@ def step(
     unset: list[Any] = [None] * K
     index, due, p, h, above = (unset.copy() for _ in range(5))
 
-    # Forward. Block 1 has nothing to recall: its cache and its p are empty.
+    # Forward, one block after the other. Block 1 has nothing to recall: its cache and its p are empty.
     h[0], p[0] = now.send(batch.inputs, 0), ()
     for k in range(K):
         if k > 0:

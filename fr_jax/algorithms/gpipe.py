@@ -131,7 +131,7 @@ def step(M: int, setup: Setup, parts: GPipeParts, state: GPipeState, batch: Batc
             found, delta = parts.pulls[k](vjps[k].pop(0), now.send(delta, k), now.params[k])
             totals[k], found = parts.accumulates[k](totals[k], found), None
 
-    # One update per stage.
+    # One update per stage, from the last on, whose sum is complete first.
     totals[-1], now.loss, now.metrics = totals[-1]
     for k in reversed(range(K)):
         now.update(k, parts.updates[k], totals.pop(), now.loss_for(k))

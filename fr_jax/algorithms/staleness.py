@@ -128,7 +128,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
     check_count("every", every)
     _check_optimizer(optimizer)
     if every == 1:
-        return optimizer
+        return optimizer  # a state without sums, which is that of the plain method
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> Any:
