@@ -131,9 +131,8 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
       step: ``(setup, parts, state, batch) -> (State, Info)``.
       make_parts: makes the method's jitted functions.
     """
-    parts = functools.cache(
-        make_parts
-    )  # jitted functions name devices in their shardings; before the first call none may be there
+    # Not at once: the functions name devices in their shardings, and a factory touches none.
+    parts = functools.cache(make_parts)
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:

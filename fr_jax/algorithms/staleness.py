@@ -104,7 +104,8 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
 
     A learning-rate schedule inside ``optimizer`` counts updates: divide its boundaries by m. The state holds one more
     copy of the weights, and the optimizer's arithmetic is done for every mini-batch and dropped m-1 times out of m: a
-    branch would wait for the device. Unlike ``optax.MultiSteps`` (0.2.8) it adds up float64 gradients in float64.
+    branch would wait for the device. ``optax.MultiSteps`` (0.2.8) takes a running mean, which rounds otherwise, in one
+    dtype for all weights.
 
     Args:
       optimizer: any optax transformation.
