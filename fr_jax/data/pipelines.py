@@ -28,8 +28,8 @@ class InputPipeline(NamedTuple):
       steps_per_epoch: mini-batches of an epoch; the rest of the examples, fewer than a batch, sits that epoch out.
       train_batch: ``step -> Batch``. A pure function of the seed and of the step (epoch ``step // steps_per_epoch``),
         so a resumed run needs nothing but its step. It never waits for a device.
-      test_batches: ``() -> iterator of (Batch, valid)``. Every batch has the same size; the last is filled up with
-        black images of class 0 and index 0, and only its first ``valid`` examples count.
+      test_batches: ``() -> iterator of (Batch, valid)``. Every batch has the same size; the last is filled up (with
+        black images of class 0 and index 0), and only its first ``valid`` examples count.
     """
 
     steps_per_epoch: int

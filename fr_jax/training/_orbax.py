@@ -23,7 +23,7 @@ class _DrainingLoop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.wait(pending, timeout=_DRAIN_SECONDS))
             for task in pending:
                 if task.done() and not task.cancelled():
-                    task.exception()  # or asyncio complains that nobody looked
+                    task.exception()  # or asyncio warns that it was never retrieved
         super().close()
 
 

@@ -48,13 +48,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a run, in one folder a step.
+    """The newest ``keep`` checkpoints of a run, in one folder per step.
 
     A state is stored as a flat dictionary of readable names (``"params/0/Conv_0/kernel"``), so a file does not depend
     on Python classes. Each leaf carries a checksum. Only ``save`` changes the folder; ``restore`` and ``steps`` read.
-    Room for ``keep + 1`` checkpoints is needed, since the oldest goes only when the newest is complete. Saving and
-    restoring each cost about half a millisecond a leaf, whatever its size. In a run of several processes all must call
-    ``save`` and ``restore``; process 0 reads and writes the folder, and the others do not need it.
+    Room for ``keep + 1`` checkpoints is needed: the oldest is deleted only when the newest is complete. Saving and
+    restoring each cost about half a millisecond per leaf, whatever its size. In a run of several processes all must
+    call ``save`` and ``restore``; process 0 reads and writes the folder, and the others do not need it.
 
     Args:
       directory: the folder, made by the first ``save``.
@@ -144,7 +144,7 @@ class Checkpoints:
             come back where the template's arrays are, NumPy arrays and Python numbers as such.
 
         Returns:
-          The state, or None where there is no checkpoint.
+          The state, or None if there is no checkpoint.
 
         Raises:
           CheckpointError: all checkpoints are damaged, or a sound one does not fit the template.

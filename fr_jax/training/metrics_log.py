@@ -1,4 +1,4 @@
-"""The log of a run: ``metrics.jsonl``, one JSON object a line, and TensorBoard events for those who want them."""
+"""The log of a run: ``metrics.jsonl``, one JSON object per line, and TensorBoard events if asked for."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _check_optimizer(settings: SharedSettings) -> None:
         chosen = getattr(settings, owner)
         for name in names:
             value, default = getattr(settings, name), getattr(SharedSettings, name)
-            if chosen != own and value not in (default, of_preset.get(name, default)):
+            if chosen != own and value and value not in (default, of_preset.get(name, default)):
                 words = "" if value is True else f" {text(value)}"
                 raise SettingsError(
                     f"{flag(name)}{words} is a setting of --{owner} {own}, not of {chosen}. Drop the flag."
@@ -197,6 +197,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     }
     if list(texts) == ["milestones"]:
         texts["milestones"] += f" (to train for longer, add --milestones {text(saved['milestones'])})"
+    if "K" in texts:
+        texts["K"] += " (to go on with another K, start a run in another folder with --init-from this one)"
     if "steps" in texts:
         texts["steps"] += " (the length of the run sets the learning rates of --schedule cosine)"
     return list(texts.values())

@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-ADAPTIVE_RATE = 0.002
+ADAPTIVE_RATE = 0.001
 """Default learning rate of adamw and muon, for every method and model."""
 
 
@@ -88,6 +88,8 @@ class RunSettings:
     """Continue the run in the folder from its newest checkpoint."""
     overwrite: bool = setting(False, free="process")
     """Delete the run that the folder holds, and start again."""
+    init_from: Path | None = setting(None, free="resume")
+    """Folder of a run of the same network with any K: go on from its newest checkpoint, in a folder of this run."""
 
 
 @documented

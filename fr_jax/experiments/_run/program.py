@@ -22,6 +22,7 @@ from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
 from fr_jax.experiments._run.console import Console, announce, unread
+from fr_jax.experiments._run.init_from import start_from
 from fr_jax.experiments._run.records import make_config, make_summary
 from fr_jax.experiments._run.session import Session, build, initial_state
 from fr_jax.experiments._run.tasks import Data, resolve_for
@@ -67,8 +68,8 @@ def run(
       program: whose run it is.
       settings: of the run.
       data: the data set, if it was loaded already.
-      again: the command that continues a run that is stopped, where it is not the program's own.
-      stop: an active request to stop, where several runs share one.
+      again: the command that continues a stopped run, if it is not the program's own.
+      stop: an active request to stop, if several runs share one.
       hook: looks on while the method trains.
 
     Raises:
@@ -99,7 +100,7 @@ def run(
         group.from_first(lambda: folder.check_free(resume=settings.resume, overwrite=settings.overwrite))
         if settings.resume:
             group.from_first(lambda: folder.check_same(config, differences))
-        code = _train(session, folder, config, again, request, hook)
+        code = _train(session, data, folder, config, again, request, hook)
         group.exchange(code)  # nobody leaves while process 0 still draws
         return code
 
@@ -117,6 +118,7 @@ def _build(settings: Resolved, data: Data, folder: RunFolder) -> Session:
 
 def _train(
     session: Session,
+    data: Data,
     folder: RunFolder,
     config: dict[str, Any],
     again: str,
@@ -126,6 +128,7 @@ def _train(
     settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
     state, totals = initial_state(session), Totals()
     with Checkpoints(folder.checkpoints) as checkpoints:
+        restored = None
         if settings.resume:
             restored = checkpoints.restore(state)
             if restored is None:
@@ -136,6 +139,9 @@ def _train(
                 if group.from_first(lambda: is_over(folder, step, settings)):
                     return FINISHED
                 say(f"Resuming after step {step:,} of {settings.steps:,}.")
+        if settings.init_from is not None and restored is None:
+            state, line = start_from(settings.init_from, session, state, data)
+            say(line)
         group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
         with unread():
             say(announce(session, state), flush=True)

@@ -1,0 +1,139 @@
+"""``--init-from``: weights, statistics and optimizer state from a run of any K and method, layer by layer."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import fr_jax as fr
+from fr_jax import distributed
+from fr_jax._arrays import put
+from fr_jax.experiments._cli.settings import Resolved, TrainSettings, own_of_model
+from fr_jax.experiments._fields import SettingsError, flag
+from fr_jax.experiments._run.session import Session, make_algorithm, make_layers
+from fr_jax.experiments._run.tasks import Data, resolve_for
+from fr_jax.training.checkpoints import Checkpoints
+from fr_jax.training.run_folder import RunFolder
+from fr_jax.types import PyTree
+
+__all__ = ["start_from"]
+
+
+def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[Any, str]:
+    """The first state of a run that goes on from the newest sound checkpoint of another.
+
+    Args:
+      path: the folder of the other run.
+      session: of this run.
+      state: its fresh state.
+      data: its data set.
+
+    Returns:
+      The state, at the step of the other run, and a line that says what it has. What is in flight between stages, and
+      what belongs to a method alone (synthesizers, gluing variables), is as in ``state``.
+
+    Raises:
+      SettingsError: the folder holds no run or no checkpoint, its network is another, or it has done all the steps.
+      CheckpointError: all checkpoints are damaged.
+    """
+    here = session.settings
+    config = distributed.group().from_first(lambda: RunFolder(path).saved_config())
+    if config is None:
+        raise SettingsError(f"--init-from {path} holds no run: a run's folder has config.json. Give such a folder.")
+    other = resolve_for(_settings(config), data)
+    networks = [(s.model, own_of_model(s), config["dataset"] if s is other else data.name) for s in (other, here)]
+    if networks[0] != networks[1]:
+        there = " ".join([other.model, *(f"{flag(name)} {value}" for name, value in networks[0][1].items())])
+        raise SettingsError(
+            f"--init-from {path} is a run of --model {there} on {config['dataset']}; this run has another network or "
+            "data set. Use these, or the folder of another run."
+        )
+    cuts = config["resolved_cuts"]
+    with Checkpoints(RunFolder(path).checkpoints) as checkpoints:
+        restored = checkpoints.restore(_template(other, cuts, session, data))
+    if restored is None:
+        raise SettingsError(f"--init-from {path} has no checkpoint yet. Wait for the first, or give another folder.")
+    if restored.step >= here.steps:
+        raise SettingsError(
+            f"--init-from {path} has done {restored.step:,} steps, and this run is to end after {here.steps:,}. Ask "
+            "for more with --steps or --epochs."
+        )
+    cut = lambda layers: tuple(
+        tuple(layers[i:j]) for i, j in itertools.pairwise((0, *session.cuts, len(session.layers)))
+    )
+    opt_state = _optimizer_state(restored.state, cuts, state, session.cuts)
+    moved = {name: cut(_layers(getattr(restored.state, name))) for name in ("params", "model_state")}
+    moved["opt_state"] = opt_state or state.opt_state
+    placed = {name: jax.tree.map(_like, tree, getattr(state, name)) for name, tree in moved.items()}
+    what = "weights, statistics and optimizer state" if opt_state else "weights and statistics (another optimizer)"
+    line = f"Going on from step {restored.step:,} of {path} (K = {other.K}): {what}; what is in flight starts empty."
+    return state._replace(step=restored.step, **placed), line
+
+
+def _settings(config: Mapping[str, Any]) -> TrainSettings:
+    """The settings in a ``config.json``, without those of its machine."""
+    names = {field.name for field in dataclasses.fields(TrainSettings)} & set(config)
+    values: dict[str, Any] = {
+        name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names
+    }
+    values |= {"workdir": None, "data_dir": None, "preset": None, "init_from": None, "devices": None}
+    values |= {"resume": False, "overwrite": False, "data_parallel": 1, "tensorboard": False}
+    return TrainSettings(**values)
+
+
+def _template(other: Resolved, cuts: Sequence[int], session: Session, data: Data) -> Any:
+    """A state of the other run, all of it on the first device."""
+    placement = fr.placement(other.K, jax.devices()[:1])
+    algorithm = make_algorithm(other, fr.partition(make_layers(other, data), cuts), placement, session.task)
+    batch = session.task.pipeline.train_batch(0)
+    like = lambda x: np.zeros((other.batch_size, *x.shape[1:]), x.dtype)
+    return algorithm.init(jax.random.key(0), put(jax.tree.map(like, batch), placement[0]))
+
+
+def _layers(stages: Sequence[Sequence[PyTree]]) -> list[PyTree]:
+    return [layer for stage in stages for layer in stage]
+
+
+def _like(x: Any, like: Any) -> Any:
+    return put(x, like.sharding) if isinstance(like, jax.Array) else x
+
+
+def _optimizer_state(old: Any, old_cuts: Sequence[int], new: Any, new_cuts: Sequence[int]) -> tuple[PyTree, ...] | None:
+    """The optimizer state of the new stages, from that of the old; None if the optimizers differ.
+
+    Every part of an optimizer's state that is shaped like the weights has an entry for each layer; the rest, such as
+    the number of updates, is that of the old stage which has the new stage's first layer.
+    """
+    olds = [_parts(state, params) for state, params in zip(old.opt_state, old.params, strict=True)]
+    news = [_parts(state, params) for state, params in zip(new.opt_state, new.params, strict=True)]
+    if len({structure for _, structure in olds + news}) > 1:
+        return None
+    old_bounds = (0, *old_cuts)
+    stages, first = [], 0
+    for parts, structure in news:
+        count = len(new.params[len(stages)])
+        homes = [bisect.bisect_right(old_bounds, layer) - 1 for layer in range(first, first + count)]
+        made = [
+            tuple(olds[k][0][i][first + j - old_bounds[k]] for j, k in enumerate(homes))
+            if isinstance(part, tuple)
+            else olds[homes[0]][0][i]
+            for i, part in enumerate(parts)
+        ]
+        stages.append(jax.tree.unflatten(structure, made))
+        first += count
+    return tuple(stages)
+
+
+def _parts(opt_state: PyTree, params: PyTree) -> tuple[list[Any], Any]:
+    """The parts of an optimizer state: tuples with an entry per layer, and arrays; and how they are put together."""
+    masked = lambda node: isinstance(node, optax.MaskedNode)  # what muon leaves to Adam, and the other way round
+    shape = jax.tree.structure(params)
+    return jax.tree.flatten(opt_state, is_leaf=lambda node: jax.tree.structure(node, is_leaf=masked) == shape)
