@@ -212,7 +212,7 @@ def run(settings: BalanceSettings) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for bad arguments."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
 
     def work(settings: BalanceSettings) -> Any:
         check(settings)

@@ -201,7 +201,7 @@ def _draw(panel: Axes, entry: dict[str, Any], quantity: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
     return harness.main("chain_rule", ChainRuleSettings(), run, arguments)
 
 

@@ -43,11 +43,11 @@ def test_training_is_not_disturbed(whole_run, tmp_path):
 def test_rows_and_picture(whole_run):
     rows = rows_of(whole_run)
     assert [row["step"] for row in rows] == [0, 3, 6, 9]
-    assert rows[0]["sigma"][:2] == [0, 0]  # modules 1 and 2 have nothing to replay yet
+    assert rows[0]["sigma"][:2] == [0, 0]  # stages 1 and 2 have nothing to replay yet
     for row in rows:
         assert len(row["sigma"]) == 3 and all(np.isfinite(row["one_batch"]["sigma"]))
         assert row["network"]["gradient_norm"] == pytest.approx(np.hypot.reduce(row["gradient_norm"]))
-        # the last module is never late: its direction is the mini-batch's own gradient
+        # the last stage is never late: its direction is the mini-batch's own gradient
         assert row["sigma"][2] == pytest.approx(row["one_batch"]["sigma"][2], rel=1e-4)
         sigma, cosine, ratio = (row["network"][name] for name in ("sigma", "cosine", "norm_ratio"))
         assert sigma == pytest.approx(cosine * ratio)
@@ -112,19 +112,19 @@ def test_what_is_lost_in_noise_is_left_out_of_the_picture_and_the_summary():
     clear, lost = one(0.5, 4.0), one(90.0, 1.9)
     rows = []
     for step in range(20):
-        modules = {name: [clear[name], (lost if step > 9 else clear)[name]] for name in clear}
-        rows.append({"step": step, "epoch": step / 10, **modules, "one_batch": {"network": clear}})
+        stages = {name: [clear[name], (lost if step > 9 else clear)[name]] for name in clear}
+        rows.append({"step": step, "epoch": step / 10, **stages, "one_batch": {"network": clear}})
     drawing = direction_figure(rows, title="title", note="note")
     dots = [line.get_ydata() for line in drawing.axes[0].get_lines() if line.get_marker() == "."]
     assert [np.isfinite(values).sum() for values in dots] == [20, 10, 20]
-    line = next(line for line in drawing.axes[0].get_lines() if line.get_label() == "module 2").get_ydata()
+    line = next(line for line in drawing.axes[0].get_lines() if line.get_label() == "stage 2").get_ydata()
     assert np.isfinite(line[:10]).all() and np.isnan(line[10:]).all()
     assert "left out: 25 %" in drawing.texts[0].get_text() + drawing.texts[1].get_text()
     said = sufficient_direction.summary(rows)
-    assert "module 1  0.500 (0.500, 100 %) in 20" in said and "module 2  0.500 (0.500, 100 %) in 10" in said
+    assert "stage 1  0.500 (0.500, 100 %) in 20" in said and "stage 2  0.500 (0.500, 100 %) in 10" in said
     for row in rows:
         row["gradient_square"] = [4.0, 0.0]
-    assert "module 2  never moved, or never stood out" in sufficient_direction.summary(rows)
+    assert "stage 2  never moved, or never stood out" in sufficient_direction.summary(rows)
 
 
 def test_what_lies_beyond_an_axis_is_marked_at_its_edge():
@@ -140,10 +140,10 @@ def test_what_lies_beyond_an_axis_is_marked_at_its_edge():
     assert marks["v"].tolist() == [[70 / 9, low]] and marks["^"].tolist() == [[80 / 9, high]]
 
 
-def test_the_figure_has_a_line_a_module(whole_run):
+def test_the_figure_has_a_line_per_stage(whole_run):
     drawing = direction_figure(rows_of(whole_run), title="title", note="note", milestones=(0.01, 99.0))
     labels = [handle.get_label() for handle in drawing.axes[0].get_lines() if not handle.get_label().startswith("_")]
-    assert labels == ["module 1", "module 2", "module 3", "one mini-batch's own gradient, whole network"]
+    assert labels == ["stage 1", "stage 2", "stage 3", "one mini-batch's own gradient, whole network"]
     (note,) = (text.get_text() for text in drawing.texts if text.get_text().endswith("note"))
     left_out = np.isnan(standing_out(rows_of(whole_run), "norm_ratio"))
     assert ("left out" in note) == left_out.any() and "dotted: the learning rate falls" in note

@@ -25,7 +25,7 @@ def diminishing(steps: int, first: float = 0.3) -> np.ndarray:
 def literal_run(problem, K, rates, draws):
     """Algorithm 1 on the linear network, one replica: every past input and weight is kept, nothing else is clever.
 
-    Its modules are linear in their weights, so the delta of mini-batch s at the output is the residual at w^s.
+    Its stages are linear in their weights, so the delta of mini-batch s at the output is the residual at w^s.
     """
     late = np.repeat(staleness(K), problem.start.shape[1])
     w = problem.start.reshape(-1)
@@ -85,7 +85,7 @@ def test_without_chance_the_run_is_the_exact_one(K):
 
 @pytest.mark.parametrize("make", [linear_problem, sine_problem])
 @pytest.mark.parametrize("K", [1, 2, 3])
-def test_the_modules_are_the_network(make, K):
+def test_the_stages_are_the_network(make, K):
     problem, key = make(), jax.random.key(0)
     x = jnp.asarray(problem.inputs[:5])[:, None].repeat(2, axis=1)
     h, shift = x, iter(jnp.linspace(-1, 1, LAYERS))
@@ -143,7 +143,7 @@ def test_every_step_descends_as_a_lipschitz_gradient_makes_it(make):
         assert np.all(np.diff(moments.excess) <= bound + 1e-12)
 
 
-def test_one_module_is_sgd_whose_sigma_is_1():
+def test_one_stage_is_sgd_whose_sigma_is_1():
     problem, rates = linear_problem(), np.full(30, 0.2)
     known = exact(problem, 1, rates, 4)
     assert theorems.sigma_of(known, rates, 0, windows=False)[0] == pytest.approx(1.0)

@@ -94,7 +94,7 @@ def settings_of_run(line: Line, seed: int, s: BlockPropSettings) -> TrainSetting
     """What a line's run with the seed is trained with.
 
     Raises:
-      SettingsError: it cannot be as it is asked for.
+      SettingsError: a setting cannot be used.
     """
     same = ("model", "momentum", "milestones", "batch_size", "epochs", "steps", "eval_every", "compilation_cache")
     common: dict[str, Any] = {name: getattr(s, name) for name in same}

@@ -91,10 +91,10 @@ PAPER: dict[int, dict[str, Any]] = {
 
 
 def resolve(settings: BlockPropSettings) -> BlockPropSettings:
-    """Fills in the figure's defaults, and the preset's. What a run cannot have is found where the runs are planned.
+    """Fills in the figure's defaults, and the preset's. Settings of single runs are checked when these are planned.
 
     Raises:
-      SettingsError: a setting of the other figure was given, or one that cannot be.
+      SettingsError: a setting of the other figure was given, or one is out of range.
     """
     figure, other = settings.figure, 5 - settings.figure
     values: dict[str, Any] = {"model": "mlp", **OF_FIGURE[figure], **dict(zip(NAMES, DEFAULTS[figure], strict=True))}

@@ -1,4 +1,4 @@
-"""Memory of each method by number of modules, from compiled code alone: ``python -m fr_jax.experiments.memory``.
+"""Memory of each method by number of stages, from compiled code alone: ``python -m fr_jax.experiments.memory``.
 
 Table 1 and figure 5 of the features replay paper. Nothing is run: each method's step is traced, its functions are
 compiled for the backend in use, and their buffers are followed (``fr_jax.diagnostics.memory``). All methods have the
@@ -85,7 +85,7 @@ def measure(settings: MemorySettings) -> dict[str, Any]:
     """Compiles everything.
 
     Returns:
-      Machine, date and versions, and ``"rows"``, one a model, K and method: bytes by kind as the sum over devices of
+      Machine, date and versions, and ``"rows"``, one per model, K and method: bytes by kind as the sum over devices of
       their ``peak``; their sum ``total``, and ``activations`` alone; both over those of back-propagation on one
       device (``ratio``, ``activations_ratio``); ``table_1``, the latter by the paper's closed form; ``devices``,
       ``stages`` and ``calls`` as :class:`fr_jax.diagnostics.memory.step_memory.MemoryReport` has them.
@@ -126,14 +126,14 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
     for K in settings.K:
         cuts = fr.balance(costs, K)
         stages = fr.partition(layers, cuts)
-        modules = stage_activations(stages, images)
+        activations = stage_activations(stages, images)
         for method in settings.methods:
             if K == 1 and CONTESTANTS[method].backprop_at_one:
                 found, seconds = plain, plain_seconds
                 bar.update()
             else:
                 found, seconds = report(method, stages)
-            form = closed_form(CONTESTANTS[method].form, modules, whole=plain.activations)
+            form = closed_form(CONTESTANTS[method].form, activations, whole=plain.activations)
             row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
             rows.append(row | _numbers(found, plain, form))
     return rows
@@ -181,7 +181,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
     return harness.main("memory", MemorySettings(), run, arguments)
 
 

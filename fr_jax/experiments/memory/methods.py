@@ -28,16 +28,16 @@ def recomputing(
     placement: Sequence[Sharding],
     donate: bool = False,
 ) -> Algorithm:
-    """Back-propagation that keeps only the inputs of K modules, and runs each again before its backward pass.
+    """Back-propagation that keeps only the inputs of K stages, and runs each again before its backward pass.
 
-    That is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) with a jitted function a module, as features
+    That is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) with one jitted function per stage, as features
     replay has them; no compiler can undo it. Activations: O(L/K + K).
 
     Args:
-      stages: the K modules.
+      stages: the K stages.
       loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
-      optimizer: one optax transformation for all modules.
-      placement: one sharding a module.
+      optimizer: one optax transformation for all stages.
+      placement: one sharding per stage.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
 
     Example:

@@ -1,4 +1,4 @@
-"""Figure 5 of the features replay paper: memory by method and number of modules, stacked by what it is for."""
+"""Figure 5 of the features replay paper: memory by method and number of stages, stacked by what it is for."""
 
 from __future__ import annotations
 

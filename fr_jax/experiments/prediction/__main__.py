@@ -1,6 +1,6 @@
 """Predicts a step from measured parts, and measures it: ``python -m fr_jax.experiments.prediction --K 2``.
 
-Every module's functions and the transfers are timed (``stage_times``, ``step_times`` and ``data_parallel_times`` of
+Every stage's functions and the transfers are timed (``stage_times``, ``step_times`` and ``data_parallel_times`` of
 ``fr_jax.diagnostics``), and the schedule of each method is simulated with these times; then the method
 itself runs. Measurements take turns, round after round. One device is one core only where each stage is a process of
 its own, on as many cores as there are stages:
@@ -201,7 +201,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
     return harness.main("prediction", PredictionSettings(), run, arguments)
 
 

@@ -183,7 +183,7 @@ def pictures(settings: ScalingSettings, network: Network, result: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
     return harness.main("scaling", ScalingSettings(), run, arguments)
 
 

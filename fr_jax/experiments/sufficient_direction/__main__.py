@@ -1,6 +1,6 @@
 """Measures Assumption 1 while a network trains: ``python -m fr_jax.experiments.sufficient_direction --every 100``.
 
-Figure 3 of Huo, Gu, Huang 2018: σ_k = <∇f_k(w^t), g_k^t> / ||∇f_k(w^t)||² of every module, with the gradient over many
+Figure 3 of Huo, Gu, Huang 2018: σ_k = <∇f_k(w^t), g_k^t> / ||∇f_k(w^t)||² of every stage, with the gradient over many
 mini-batches. Training goes on as in ``fr_jax.experiments.cifar``, bit for bit: a measurement reads the state and takes
 a step that is thrown away. Beside the method stands what one mini-batch alone does to the direction: its own gradient.
 """
@@ -45,9 +45,9 @@ SAMPLED_EPOCH = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class SufficientDirectionSettings(TrainSettings):
-    """Train as fr_jax.experiments.cifar does, and measure how far each module's direction is from the gradient.
+    """Train as fr_jax.experiments.cifar does, and measure how far each stage's direction is from the gradient.
 
-    The run's folder also holds sufficient_direction.jsonl (sigma, cosine and norm ratio of each module and of the whole
+    The run's folder also holds sufficient_direction.jsonl (sigma, cosine and norm ratio of each stage and of the whole
     network, and the same for one mini-batch's own gradient) and sufficient_direction.png.
     """
 
@@ -120,8 +120,8 @@ def _gradient_batches(settings: SufficientDirectionSettings, session: Session) -
     return min(settings.gradient_batches or epoch, epoch)
 
 
-def _numbers(modules: Sequence[Direction]) -> dict[str, Any]:
-    read = [one.read() for one in modules]
+def _numbers(stages: Sequence[Direction]) -> dict[str, Any]:
+    read = [one.read() for one in stages]
     network = whole(read)
     names = ("sigma", "cosine", "norm_ratio", "gradient_norm", "gradient_square", "square_noise")
     own = {name: [getattr(one, name) for one in read] for name in names}
@@ -147,22 +147,22 @@ def measuring(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """σ over the measurements in which a module moved and its gradient stood out of the sample's noise, as text.
+    """σ over the measurements in which a stage moved and its gradient stood out of the sample's noise, as text.
 
     Example:
       >>> print(summary([{"sigma": [0.0, 1.0]}, {"sigma": [-0.5, 1.0]}, {"sigma": [0.5, 0.9]}]))
       sigma in 3 measurements: median (least, share above 0)
-        module 1  0.000 (-0.500,  50 %) in 2
-        module 2  1.000 (0.900, 100 %) in 3
+        stage 1  0.000 (-0.500,  50 %) in 2
+        stage 2  1.000 (0.900, 100 %) in 3
     """
     lines = [f"sigma in {len(rows)} measurements: median (least, share above 0)"]
     for k, values in enumerate(standing_out(rows, "sigma").T, start=1):
-        values = values[np.isfinite(values) & (values != 0)]  # 0: the module does not move yet
+        values = values[np.isfinite(values) & (values != 0)]  # 0: the stage does not move yet
         if not len(values):
-            lines.append(f"  module {k}  never moved, or never stood out of the noise: give more --gradient-batches")
+            lines.append(f"  stage {k}  never moved, or never stood out of the noise: give more --gradient-batches")
             continue
         share = 100 * np.mean(values > 0)
-        lines.append(f"  module {k}  {np.median(values):.3f} ({values.min():.3f}, {share:3.0f} %) in {len(values)}")
+        lines.append(f"  stage {k}  {np.median(values):.3f} ({values.min():.3f}, {share:3.0f} %) in {len(values)}")
     return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def _draw(
     settings: SufficientDirectionSettings, session: Session, folder: RunFolder, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     s = session.settings
-    title = f"{METHODS[s.method].title}, K = {s.K}, {s.model} on {s.dataset}: each module's direction and the gradient"
+    title = f"{METHODS[s.method].title}, K = {s.K}, {s.model} on {s.dataset}: each stage's direction and the gradient"
     over = f"{_gradient_batches(settings, session)} mini-batches of {s.batch_size}"
     note = f"Gradient over {over}. Data: {session.task.source}"
     plot_directions(rows, folder.directions_picture, title=title, note=note, milestones=s.milestones)
@@ -184,7 +184,7 @@ def check(settings: SufficientDirectionSettings) -> None:
     """
     check_fields(settings)
     one_process(
-        "sufficient_direction adds up what all modules have, and runs in one process.",
+        "sufficient_direction adds up what all stages have, and runs in one process.",
         "Start it without fr_jax.launch, --coordinator and --distributed; its stages spread over the devices of this "
         "process.",
         asked=settings.coordinator is not None or settings.distributed,

@@ -39,7 +39,7 @@ def plot_directions(
 
 
 def direction_figure(rows: Rows, *, title: str, note: str, milestones: Sequence[float] = ()) -> Figure:
-    """σ, cosine and norm ratio of every module against epoch; grey: the mini-batch's own gradient, all modules.
+    """σ, cosine and norm ratio of every stage against epoch; grey: the mini-batch's own gradient, all stages.
 
     Dots are measurements; lines go through them, or, where there are fifteen or more, through medians of five. Where a
     gradient does not stand out of the noise of its estimate there is no dot, and where three of five have none no line.
@@ -80,7 +80,7 @@ def _legend(rows: Rows, milestones: Sequence[float]) -> str:
 
 
 def standing_out(rows: Rows, name: str) -> np.ndarray:
-    """A measured number, ``(measurements, modules)``; NaN where the gradient is lost in the noise of its estimate.
+    """A measured number, ``(measurements, stages)``; NaN where the gradient is lost in the noise of its estimate.
 
     Args:
       rows: of ``sufficient_direction.jsonl``; those of before the noise was estimated are taken as they are.
@@ -100,7 +100,7 @@ def standing_out(rows: Rows, name: str) -> np.ndarray:
 def _draw(panel: Axes, rows: Rows, name: str) -> None:
     epochs = np.array([row["epoch"] for row in rows])
     for k, values in enumerate(standing_out(rows, name).T):
-        _line(panel, epochs, values, f"module {k + 1}", color=COLOURS[k % len(COLOURS)], linewidth=1.9)
+        _line(panel, epochs, values, f"stage {k + 1}", color=COLOURS[k % len(COLOURS)], linewidth=1.9)
     noise = standing_out([row["one_batch"]["network"] for row in rows], name)
     label = "one mini-batch's own gradient, whole network"
     _line(panel, epochs, noise, label, color="0.35", linewidth=1.5, linestyle="--")

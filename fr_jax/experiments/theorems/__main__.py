@@ -141,7 +141,7 @@ def measure_all(settings: TheoremsSettings) -> dict[str, Any]:
     """Every problem, K and step size.
 
     Returns:
-      Settings, machine, date and versions, and under ``"rows"`` an entry a run: see :func:`describe`.
+      Settings, machine, date and versions, and under ``"rows"`` one entry per run: see :func:`describe`.
     """
     runs = [(name, K, *one) for name in settings.problems for K in settings.K for one in schedules(settings)]
     rows = []
@@ -254,7 +254,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 0, 1 where the files cannot be written, 2 for settings that cannot be."""
+    """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
     return harness.main("theorems", TheoremsSettings(), run, arguments)
 
 

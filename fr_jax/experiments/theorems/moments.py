@@ -18,7 +18,7 @@ __all__ = ["Moments", "exact", "final_sigma", "measure", "stages_of", "staleness
 
 
 class Moments(NamedTuple):
-    """Expectations along the run, ``(T,)`` each but the first; g^t is the direction of all modules in iteration t.
+    """Expectations along the run, ``(T,)`` each but the first; g^t is the direction of all stages in iteration t.
 
     Attributes:
       excess: ``(T + 1,)``, E f(w^t) - f(w*).
@@ -36,20 +36,20 @@ class Moments(NamedTuple):
 
 
 def stages_of(problem: Problem, K: int, replicas: int) -> tuple[Stage, ...]:
-    """The layers as K modules, as equal as can be."""
+    """The layers as K stages, as equal as can be."""
     return fr.partition(problem.layers(replicas), [round(k * LAYERS / K) for k in range(1, K)])
 
 
 def staleness(K: int) -> list[int]:
-    """K - k, the iterations by which the module of each layer lags."""
+    """K - k, the iterations by which the stage of each layer lags."""
     bounds = [round(k * LAYERS / K) for k in range(K + 1)]
     return [K - 1 - next(k for k in range(K) if layer < bounds[k + 1]) for layer in range(LAYERS)]
 
 
 def optimizers(rates: np.ndarray, K: int) -> list[optax.GradientTransformation]:
-    """SGD with gamma_t = ``rates[t]`` in iteration t for every module, line 13 of Algorithm 1.
+    """SGD with gamma_t = ``rates[t]`` in iteration t for every stage, line 13 of Algorithm 1.
 
-    A schedule counts a module's own updates, and module k makes its first in iteration K-k.
+    A schedule counts a stage's own updates, and stage k makes its first in iteration K-k.
     """
     table = jnp.asarray(rates)
     schedule = lambda late: lambda count: table[jnp.minimum(count + late, len(rates) - 1)]
@@ -73,7 +73,7 @@ def measure(
 
     Args:
       problem: what is trained.
-      K: modules, 1 to 4.
+      K: stages, 1 to 4.
       rates: ``(T,)``, gamma_t.
       batch_size: examples of a replica's mini-batch.
       replicas: an even number.
@@ -120,7 +120,7 @@ def _statistics(problem: Problem, late: Sequence[int]) -> Callable[[Any, Any], A
     def statistics(params: Any, grads: Any) -> Array:
         w, g = (jnp.stack(jax.tree.leaves(tree), axis=1) for tree in (params, grads))  # (replicas, LAYERS, m)
         f, full = jax.vmap(jax.value_and_grad(problem.objective))(w)
-        # Given the past, only the last module's direction is still to be drawn; its mean is the full gradient.
+        # Given the past, only the last stage's direction is still to be drawn; its mean is the full gradient.
         known = jnp.where((jnp.asarray(late) > 0)[None, :, None], g, full)
         inner = lambda a, b: (a * b).sum((1, 2))
         against = inner(full, known) < 0
@@ -134,7 +134,7 @@ def exact(problem: Problem, K: int, rates: np.ndarray, batch_size: int) -> Momen
     """The moments of the linear network's run, computed and not sampled.
 
     With v = w - w*, a mini-batch's gradient at w is G = mean of x_i (x_i'v + r_i) over its draws, r_i = x_i'w* - y_i,
-    and every module's direction is a part of one of G^t, .., G^{t-K+1}: q^t = (v^t, G^{t-1}, .., G^{t-K+1}) follows a
+    and every stage's direction is a part of one of G^t, .., G^{t-K+1}: q^t = (v^t, G^{t-1}, .., G^{t-K+1}) follows a
     linear recursion q^{t+1} = A_t (q^t, G^t). With E[G | q] = H v and
 
         E[G G' | q] = 1/B E_i[x_i x_i' (x_i'v + r_i)^2] + (1 - 1/B) H v v' H
@@ -143,7 +143,7 @@ def exact(problem: Problem, K: int, rates: np.ndarray, batch_size: int) -> Momen
 
     Args:
       problem: the linear network.
-      K: modules, 1 to 4.
+      K: stages, 1 to 4.
       rates: ``(T,)``, gamma_t.
       batch_size: B, draws of a mini-batch, with replacement.
 
@@ -190,8 +190,8 @@ def final_sigma(problem: Problem, K: int) -> float:
     """What E<grad f, g^t> / E||grad f||^2 of the linear network comes to in the end, for a small fixed step size.
 
     When f has stopped falling in the mean, E<grad f, g> = gamma/2 E g'Hg, because f is quadratic. For small gamma, g^t
-    is noise whose parts for different modules come from different mini-batches: its covariance is back-propagation's,
-    S = E_i[x_i x_i' r_i^2] / B, without the blocks between modules. But over many iterations those correlations come
+    is noise whose parts for different stages come from different mini-batches: its covariance is back-propagation's,
+    S = E_i[x_i x_i' r_i^2] / B, without the blocks between stages. But over many iterations those correlations come
     back, so E||grad f||^2 = gamma/2 tr(H S), as for back-propagation. What remains of the ratio is
 
         tr(H diag(S_11, .., S_KK)) / tr(H S).
@@ -199,7 +199,7 @@ def final_sigma(problem: Problem, K: int) -> float:
     The argument is this program's, not the paper's.
 
     Returns:
-      1 for K = 1, and for layers whose inputs are uncorrelated; less the more the modules have in common.
+      1 for K = 1, and for layers whose inputs are uncorrelated; less the more the stages have in common.
     """
     x, N = problem.inputs, len(problem.targets)
     gram = x.T @ x / N

@@ -148,7 +148,7 @@ def work_of(settings: ThroughputSettings, model: str, entry: Entry) -> float | N
 def measure(settings: ThroughputSettings, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Makes and compiles all contestants, and lets those of one network and dtype take turns.
 
-    ``keep`` is given the result so far after each network: a long measurement that is cut off has not been in vain.
+    ``keep`` is given the result so far after each network: if a long measurement is cut off, what it found is kept.
     """
     networks = list(itertools.product(settings.models, settings.dtypes))
     names = ("batch_size", "K", "rounds", "steps")

@@ -14,7 +14,7 @@ __all__ = ["throughput_figure"]
 
 
 def throughput_figure(result: Mapping[str, Any]) -> Figure:
-    """A bar a contestant: its median images a second, a dot a round."""
+    """A bar per contestant: its median images per second; dots are rounds."""
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["results"]:
         panels.setdefault(f"{row['model']}, {row['dtype']}", []).append(row)

@@ -101,7 +101,7 @@ def copy_weights(params: PyTree, module: Any) -> None:
     """Gives ``module`` the weights of the same network in :mod:`fr_jax.models`.
 
     Args:
-      params: a pytree a layer, as each layer's ``init`` returned it.
+      params: one pytree per layer, as each layer's ``init`` returned it.
       module: what :func:`network` returned; changed in place.
     """
     import torch

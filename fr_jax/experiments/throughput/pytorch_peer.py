@@ -45,7 +45,7 @@ class Peer:
 
     Args:
       name: in the table.
-      make: called there: ``make(*arguments) -> (about, take_turn)``, what the contestant says of itself, and
+      make: called there: ``make(*arguments) -> (about, take_turn)``, its versions and device, and
         ``take_turn(steps) -> Turn``. It and its arguments must be picklable.
 
     Attributes:
