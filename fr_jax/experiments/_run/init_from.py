@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 import fr_jax as fr
 from fr_jax import distributed
 from fr_jax._arrays import put
+from fr_jax.algorithms._layers import carry_over
 from fr_jax.experiments._cli.settings import Resolved, TrainSettings, own_of_model
 from fr_jax.experiments._fields import SettingsError, flag
 from fr_jax.experiments._run.session import Session, make_algorithm, make_layers
 from fr_jax.experiments._run.tasks import Data, resolve_for
 from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.run_folder import RunFolder
-from fr_jax.types import PyTree
 
 __all__ = ["start_from"]
 
@@ -66,16 +63,15 @@ def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[An
             f"--init-from {path} has done {restored.step:,} steps, and this run is to end after {here.steps:,}. Ask "
             "for more with --steps or --epochs."
         )
-    cut = lambda layers: tuple(
-        tuple(layers[i:j]) for i, j in itertools.pairwise((0, *session.cuts, len(session.layers)))
-    )
-    opt_state = _optimizer_state(restored.state, cuts, state, session.cuts)
-    moved = {name: cut(_layers(getattr(restored.state, name))) for name in ("params", "model_state")}
-    moved["opt_state"] = opt_state or state.opt_state
-    placed = {name: jax.tree.map(_like, tree, getattr(state, name)) for name, tree in moved.items()}
-    what = "weights, statistics and optimizer state" if opt_state else "weights and statistics (another optimizer)"
+    what = "weights, statistics and optimizer state"
+    try:
+        state = carry_over(restored.state, state)
+    except ValueError:  # the networks are the same, so that the optimizers differ
+        what = "weights and statistics (another optimizer)"
+        key, batch = jax.random.key(here.seed), session.task.pipeline.train_batch(0)
+        state = session.algorithm.init(key, batch, *fr.layer_params(restored.state))
     line = f"Going on from step {restored.step:,} of {path} (K = {other.K}): {what}; what is in flight starts empty."
-    return state._replace(step=restored.step, **placed), line
+    return state._replace(step=restored.step), line
 
 
 def _settings(config: Mapping[str, Any]) -> TrainSettings:
@@ -96,44 +92,3 @@ def _template(other: Resolved, cuts: Sequence[int], session: Session, data: Data
     batch = session.task.pipeline.train_batch(0)
     like = lambda x: np.zeros((other.batch_size, *x.shape[1:]), x.dtype)
     return algorithm.init(jax.random.key(0), put(jax.tree.map(like, batch), placement[0]))
-
-
-def _layers(stages: Sequence[Sequence[PyTree]]) -> list[PyTree]:
-    return [layer for stage in stages for layer in stage]
-
-
-def _like(x: Any, like: Any) -> Any:
-    return put(x, like.sharding) if isinstance(like, jax.Array) else x
-
-
-def _optimizer_state(old: Any, old_cuts: Sequence[int], new: Any, new_cuts: Sequence[int]) -> tuple[PyTree, ...] | None:
-    """The optimizer state of the new stages, from that of the old; None if the optimizers differ.
-
-    Every part of an optimizer's state that is shaped like the weights has an entry for each layer; the rest, such as
-    the number of updates, is that of the old stage which has the new stage's first layer.
-    """
-    olds = [_parts(state, params) for state, params in zip(old.opt_state, old.params, strict=True)]
-    news = [_parts(state, params) for state, params in zip(new.opt_state, new.params, strict=True)]
-    if len({structure for _, structure in olds + news}) > 1:
-        return None
-    old_bounds = (0, *old_cuts)
-    stages, first = [], 0
-    for parts, structure in news:
-        count = len(new.params[len(stages)])
-        homes = [bisect.bisect_right(old_bounds, layer) - 1 for layer in range(first, first + count)]
-        made = [
-            tuple(olds[k][0][i][first + j - old_bounds[k]] for j, k in enumerate(homes))
-            if isinstance(part, tuple)
-            else olds[homes[0]][0][i]
-            for i, part in enumerate(parts)
-        ]
-        stages.append(jax.tree.unflatten(structure, made))
-        first += count
-    return tuple(stages)
-
-
-def _parts(opt_state: PyTree, params: PyTree) -> tuple[list[Any], Any]:
-    """The parts of an optimizer state: tuples with an entry per layer, and arrays; and how they are put together."""
-    masked = lambda node: isinstance(node, optax.MaskedNode)  # what muon leaves to Adam, and the other way round
-    shape = jax.tree.structure(params)
-    return jax.tree.flatten(opt_state, is_leaf=lambda node: jax.tree.structure(node, is_leaf=masked) == shape)
