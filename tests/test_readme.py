@@ -1,19 +1,24 @@
-"""What the README shows runs as it stands there."""
+"""What the READMEs show is there: the main one's commands and examples run, those of the evidence are read."""
 
-import importlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+from fr_jax.experiments._cli import harness
+from fr_jax.experiments._fields import check_fields
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EVIDENCE = sorted((ROOT / "experiments").rglob("README.md"))
 
 TINY = "--dataset synthetic --model mlp --depth 4 --width 8 --batch-size 16 --steps 3".split()  # noqa: SIM905
 ADDED = {  # what makes a command small enough for a test; a flag that is given twice has its last value
@@ -26,10 +31,8 @@ ADDED = {  # what makes a command small enough for a test; a flag that is given 
     "scaling": [],
     "memory": ["--models", "mlp", "--K", "1", "2", "--batch-size", "16"],
     "theorems": ["--steps", "50", "--replicas", "8", "--K", "2"],
-    "blockprop": ["--dataset", "synthetic", "--steps", "2", "--seeds", "0", "--h-steps", "1", "--penalties", "1"],
-    "chain_rule": ["--chain", "1", "2", "--depths", "1", "2", "--widths", "2", "--repeats", "1"],
 }
-SLOW = set(ADDED) - {"cifar", "mnist", "chain_rule"} | {"launch"}  # their own tests run them
+SLOW = {*ADDED, "launch"}  # their own tests run them
 
 
 def blocks(language: str) -> list[str]:
@@ -44,6 +47,12 @@ def commands() -> list[str]:
 
 def module_of(command: str) -> str:
     return shlex.split(command)[2].removeprefix("fr_jax.").removeprefix("experiments.")
+
+
+def main_of(module: str):
+    """The function ``main`` of what ``python -m module`` starts."""
+    module = f"{module}.__main__" if importlib.util.find_spec(module).submodule_search_locations else module
+    return importlib.import_module(module).main
 
 
 def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,8 +79,33 @@ def test_every_command_runs(command, tmp_path, monkeypatch, program_env):
         done = subprocess.run([sys.executable, *words[1:]], env=program_env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     else:
-        main = importlib.import_module(words[2]).main
-        assert main([*words[3:], *ADDED[module]]) == 0
+        assert main_of(words[2])([*words[3:], *ADDED[module]]) == 0
+
+
+def shown(path: Path) -> Iterator[list[str]]:
+    """The words after ``python`` of every command of ours that a README shows, in a block or between backticks."""
+    text = path.read_text()
+    fenced = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ").splitlines()
+    inline = [one for one in re.findall(r"`(python -m [^`]*)`", text) if " .." not in one]
+    for line in [*fenced, *(one.replace("\n", " ") for one in inline)]:
+        words = shlex.split(line, comments=True)
+        while "python" in words:
+            words = words[words.index("python") + 1 :]
+            yield words
+            words = words[words.index("--") :] if "--" in words else []
+            words[:1] = ["python"] if words else []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *EVIDENCE], ids=lambda path: path.parent.name)
+def test_commands_have_programs_and_settings_that_exist(path, monkeypatch):
+    def read_only(name, defaults, run, arguments, *, read=harness.parse):
+        check_fields(read(name, defaults, arguments))
+        return 0
+
+    monkeypatch.setattr(harness, "main", read_only)
+    for flag, module, *arguments in shown(path):
+        if flag == "-m" and module.startswith("fr_jax.experiments."):
+            assert main_of(module)(arguments) == 0
 
 
 @pytest.mark.slow
