@@ -1,8 +1,18 @@
 """fr_jax: training neural networks without backward locking, in JAX.
 
-A network is cut into K stages (``partition``), each placed on its own device (``placement``), and trained by a method
-(``features_replay``, ``ddg``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``): an ``Algorithm`` of pure functions
-``init``, ``step`` and ``predict``.
+A network is cut into K stages, each placed on its own device, and trained by a method: an ``Algorithm`` of pure
+functions ``init``, ``step`` and ``predict``.
+
+- Stages: ``Stage``, ``from_linen``, ``chain``, ``partition``.
+- Where to cut: ``cut``; or step by step ``layer_costs``, ``layer_flops``, ``layer_times``, ``balance`` and
+  ``balance_stages``.
+- Where to run: ``placement``; ``distributed`` for several processes.
+- Methods: ``features_replay``, ``ddg``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``; ``staleness`` has remedies for
+  late gradients.
+- ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
+
+To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
+``fr_jax.diagnostics`` (timelines, times, memory, sufficient direction) and ``fr_jax.reference`` (NumPy).
 """
 
 from fr_jax import distributed, models
@@ -21,7 +31,7 @@ from fr_jax.partitioning.cut import cut
 from fr_jax.stages import chain, from_linen, partition
 from fr_jax.types import Algorithm, Batch, Info, Stage, State
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Algorithm",

@@ -108,6 +108,12 @@ def test_commands_have_programs_and_settings_that_exist(path, monkeypatch):
             assert main_of(module)(arguments) == 0
 
 
+@pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.parent.name)
+def test_scripts_of_the_evidence_import_what_exists(path):
+    lines = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)).splitlines()
+    exec("\n".join(line for line in lines if line.startswith(("from ", "import "))), {})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_main_command_on_a_fresh_machine(tmp_path):

@@ -1,1 +1,1 @@
-"""Training methods, one paper a file."""
+"""Training methods, one paper per file."""

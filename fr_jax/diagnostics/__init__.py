@@ -1,1 +1,1 @@
-"""What a method does and what it costs: schedules and their timelines, measured times of stages."""
+"""What a method does and what it costs: simulated timelines, measured times of stages, memory, direction."""

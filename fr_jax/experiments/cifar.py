@@ -1,4 +1,4 @@
-"""Trains a network on CIFAR-10 as K decoupled modules: ``python -m fr_jax.experiments.cifar --K 4``."""
+"""Trains a network on CIFAR-10 as K decoupled stages: ``python -m fr_jax.experiments.cifar --K 4``."""
 
 from __future__ import annotations
 

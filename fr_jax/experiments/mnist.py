@@ -1,4 +1,4 @@
-"""Trains a multilayer perceptron on MNIST as K decoupled modules: ``python -m fr_jax.experiments.mnist --K 3``.
+"""Trains a multilayer perceptron on MNIST as K decoupled stages: ``python -m fr_jax.experiments.mnist --K 3``.
 
 BlockProp's network with one hidden layer (figure 2 of its paper): ``--preset blockprop --h-steps 2 --penalty 0.1``.
 """

@@ -1,1 +1,1 @@
-"""Images per second on one device, beside PyTorch."""
+"""Images per second on one device, compared with PyTorch."""
