@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     Attributes:
       method: its short name.
-      K: number of modules.
+      K: number of stages.
       variant: what was varied, in words; empty for nothing.
       seed: of the run.
     """
