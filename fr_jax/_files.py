@@ -25,7 +25,7 @@ def write_atomically(path: str | pathlib.Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # otherwise a crash after the rename can leave an empty file
         os.replace(temporary, path)
     except OSError as error:
         raise explained(error, path) from error
@@ -42,10 +42,11 @@ def explained(error: OSError, path: pathlib.Path) -> OSError:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether ``error`` or its cause is a full disk or quota; tensorstore states it only in the message."""
+    """Whether ``error`` or its cause is a full disk or quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        # tensorstore raises a ValueError that states it only in the message.
         if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -70,15 +71,7 @@ def rename_free(path: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
-    """Writes indented JSON so that a reader sees the old file or the new one, never half of it.
-
-    Args:
-      path: the file; its folder must exist.
-      value: what JSON can hold, and NumPy or JAX scalars; numbers that are not finite become ``null``.
-
-    Raises:
-      OSError: the file cannot be written (the message says so when the disk is full); the old one is intact.
-    """
+    """:func:`write_atomically` of indented JSON, with array scalars as numbers; NaN and infinity become ``null``."""
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())
 

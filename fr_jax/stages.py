@@ -20,14 +20,10 @@ __all__ = ["chain", "from_linen", "partition", "traced_once"]
 
 
 def chain(*stages: Stage) -> Stage:
-    """Composes stages: ``chain(a, b).apply`` runs ``a``, then ``b``.
+    """Composes one or more stages: ``chain(a, b).apply`` runs ``a``, then ``b``.
 
-    Layer j is initialised with ``fold_in(key, j)`` and applied with ``fold_in(key, j)``.
-    Layers that are the same object are traced once for each input shape, so a network of
-    many equal blocks traces in the time of one.
-
-    Args:
-      *stages: at least one stage, first to last.
+    Layer j is initialised and applied with ``fold_in(key, j)``. Layers that are the same object are traced once for
+    each input shape, so a network of many equal blocks traces in the time of one.
 
     Returns:
       A stage whose ``params`` and ``state`` are tuples with one entry per layer; its ``layers`` are the given stages.
@@ -89,14 +85,15 @@ def traced_once(apply: Callable) -> Callable:
 
 @functools.lru_cache(maxsize=1024)
 def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], written: str) -> Stage:
-    """``written`` tells apart what is equal and not the same: ``2`` and ``2.0``."""
+    # `written` is part of the cache's key: it tells apart what is equal and not the same, 2 and 2.0.
     accepted = inspect.signature(type(module).__call__).parameters
 
     def flags(train: bool) -> dict[str, Any]:
         modes = {"train": train, "deterministic": not train, "use_running_average": not train}
         return {name: value for name, value in modes.items() if name in accepted} | dict(call_kwargs)
 
-    @jax.jit  # which leaves out the forward pass, but for what the variables need of it
+    # Compiled, because Flax's init also runs the forward pass: XLA leaves out what the variables do not need.
+    @jax.jit
     def variables(key: Array, x: PyTree) -> Any:
         return module.init({"params": key}, x, **flags(False))
 
@@ -121,24 +118,18 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
 def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     """Wraps a Flax Linen module as a stage.
 
-    The collection ``params`` is trained; every other collection (``batch_stats``, ...) is
-    the stage's state, updated in training mode. If ``module.__call__`` has an argument
-    ``train``, ``deterministic`` or ``use_running_average``, it is set from ``train`` of
-    :attr:`Stage.apply`. The stage's key is the module's ``dropout`` stream.
-
-    Args:
-      module: an unbound Linen module whose ``__call__`` takes one array ``(B, ...)``, or one pytree of arrays. Equal
-        (hashable) modules give the same stage, which then is traced once.
-      **call_kwargs: further arguments for ``module.__call__``; they win over the flags above.
-
-    Returns:
-      The stage.
-
-    Raises:
-      ValueError: ``module`` is not a Linen module.
+    The collection ``params`` is trained; every other collection (``batch_stats``, ...) is the stage's state, updated in
+    training mode. If ``module.__call__`` has an argument ``train``, ``deterministic`` or ``use_running_average``, it is
+    set from ``train`` of :attr:`Stage.apply`. The stage's key is the module's ``dropout`` stream.
 
     The flags go by keyword. A module that must have them by position, such as ``nn.remat(Block, static_argnums=2)``,
     is called so inside a small module of your own.
+
+    ``module.__call__`` takes one array ``(B, ...)``, or one pytree of arrays, and ``call_kwargs``, which win over the
+    flags. Equal (hashable) modules give the same stage, which then is traced once.
+
+    Raises:
+      ValueError: ``module`` is not a Linen module.
 
     Example:
       >>> import flax.linen as nn
@@ -168,12 +159,10 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Stage, ...]
 
     Args:
       layers: the network, one stage per layer, first to last.
-      cuts: increasing positions in ``1 .. len(layers) - 1``; stage k is ``layers[cuts[k-1]:cuts[k]]``.
-        Empty for K = 1.
+      cuts: increasing positions in ``1 .. len(layers) - 1``; stage k is ``layers[cuts[k-1]:cuts[k]]``. Empty for K = 1.
 
     Returns:
-      K stages, each a chain of its layers. Initial weights depend on the layer's place in the
-      network, not on the cuts (see ``algorithms/_stages.py``).
+      K stages, each a chain of its layers. Initial weights depend on the layer's place in the network, not on the cuts.
 
     Raises:
       ValueError: a stage would have no layers, or a cut lies outside the list.

@@ -19,8 +19,6 @@ import numpy as np
 from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import Archive, DataError
 
-__all__ = ["FORMATS", "IMAGE_SHAPE", "Format", "find", "official", "read"]
-
 IMAGE_SHAPE = (32, 32, 3)
 PIXELS = math.prod(IMAGE_SHAPE)
 TORONTO = "https://www.cs.toronto.edu/~kriz/"
@@ -29,13 +27,8 @@ TORONTO = "https://www.cs.toronto.edu/~kriz/"
 class Format(NamedTuple):
     """The file layout of one of the two data sets.
 
-    Attributes:
-      title: the name in messages.
-      folder: the folder in the archive.
-      train_files, test_files: file name -> number of records.
-      label_bytes: number of bytes before the pixels of a record; the last one is the label.
-      num_classes: labels are 0 .. num_classes - 1.
-      archive: the official download.
+    ``train_files`` and ``test_files`` are file name -> number of records, ``folder`` is their folder in the archive. A
+    record has ``label_bytes`` before its pixels, the last of which is the label.
     """
 
     title: str
@@ -78,18 +71,18 @@ FORMATS: dict[str, Format] = {
 def official(name: str) -> OfficialData:
     """The description of ``name``, one of ``FORMATS``."""
     layout = FORMATS[name]
+    archive = layout.archive.file_name
     return OfficialData(
-        name=name,
-        title=layout.title,
-        image_shape=IMAGE_SHAPE,
+        name,
+        layout.title,
+        IMAGE_SHAPE,
         train_size=sum(layout.train_files.values()),
         test_size=sum(layout.test_files.values()),
         num_classes=layout.num_classes,
         crop=True,
         flip=True,
         kind_of_files="binary",
-        places=f"the folder with {', '.join(layout.files)}, its parent, {layout.archive.file_name} or the folder that "
-        "holds it",
+        places=f"the folder with {', '.join(layout.files)}, its parent, {archive} or the folder that holds it",
         archives=(layout.archive,),
         find=functools.partial(find, layout),
         read=functools.partial(read, layout),
@@ -120,30 +113,25 @@ def read(layout: Format, place: Path) -> Arrays:
             f"{place} is not a complete copy of {layout.title}: {', '.join(missing)} missing. It must hold "
             f"{', '.join(layout.files)}. Unpack {layout.archive.url} again, or pass that archive itself"
         )
+    # Popped, so that the pixels are not in memory twice.
     train = [_decode(layout, place, name, contents.pop(name)) for name in layout.train_files]
     test = [_decode(layout, place, name, contents.pop(name)) for name in layout.test_files]
     return Arrays(*_concatenate(train), *_concatenate(test))
 
 
 def _read_folder(layout: Format, folder: Path) -> dict[str, bytes]:
-    contents = {}
-    for name, size in layout.files.items():
-        path = folder / name
-        if path.is_file():
-            _check_size(layout, folder, name, path.stat().st_size, size)
-            try:
-                contents[name] = path.read_bytes()
-            except OSError as error:
-                raise DataError(
-                    f"{path} cannot be read: {error.strerror}. Make it readable, or use another copy"
-                ) from error
-    return contents
+    try:
+        return {name: (folder / name).read_bytes() for name in layout.files if (folder / name).is_file()}
+    except OSError as error:
+        path = error.filename or folder
+        raise DataError(f"{path} cannot be read: {error.strerror}. Make it readable, or use another copy") from error
 
 
 def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
     """The contents of the expected members, by name; all other members are skipped."""
     contents: dict[str, bytes] = {}
     try:
+        # A stream, read once from the front: seeking back in a gzip file would unpack it again from the start.
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 *parents, name = PurePosixPath(member.name).parts or ("",)
@@ -152,7 +140,6 @@ def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None:
                     raise DataError(f"{path}: {member.name} is not a plain file. {_again(layout)}")
-                _check_size(layout, path, name, member.size, layout.files[name])
                 contents[name] = stream.read()
                 if len(contents) == len(layout.files):
                     break
@@ -162,8 +149,13 @@ def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
 
 
 def _decode(layout: Format, place: Path, name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    _check_size(layout, place, name, len(content), layout.files[name])
-    records = np.frombuffer(content, np.uint8).reshape(-1, layout.label_bytes + PIXELS)
+    expected, record = layout.files[name], layout.label_bytes + PIXELS
+    if len(content) != expected:
+        raise DataError(
+            f"{place}: {name} has {len(content):,} bytes; it must have {expected:,} ({expected // record:,} records of "
+            f"{record:,}). {_again(layout)}"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
     labels = records[:, layout.label_bytes - 1].astype(np.int32)
     wrong = np.flatnonzero(labels >= layout.num_classes)
     if wrong.size:
@@ -176,16 +168,8 @@ def _decode(layout: Format, place: Path, name: str, content: bytes) -> tuple[np.
 
 def _concatenate(files: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     images, labels = zip(*files, strict=True)
+    # The planes of a record are transposed: without a copy NumPy would keep that order in memory.
     return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels)
-
-
-def _check_size(layout: Format, place: Path, name: str, found: int, expected: int) -> None:
-    if found != expected:
-        record = layout.label_bytes + PIXELS
-        raise DataError(
-            f"{place}: {name} has {found:,} bytes; it must have {expected:,} ({expected // record:,} records of "
-            f"{record:,}). {_again(layout)}"
-        )
 
 
 def _again(layout: Format) -> str:

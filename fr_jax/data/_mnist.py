@@ -18,8 +18,6 @@ import numpy as np
 from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import Archive, DataError
 
-__all__ = ["FILES", "IdxFile", "find", "official", "read"]
-
 NUM_CLASSES = 10
 FOLDERS = ("", "mnist", "MNIST", "MNIST/raw")  # below the folder given by a user; the last is torchvision's
 GZIP_MAGIC = b"\x1f\x8b"
@@ -28,24 +26,19 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 
 
 class IdxFile(NamedTuple):
-    """One of the four files.
-
-    Attributes:
-      shape: of its array, ``(records, 28, 28)`` or ``(records,)``.
-      archive: the official download, gzipped.
-    """
+    """One of the four files: its array is ``(records, 28, 28)`` or ``(records,)``, its download is gzipped."""
 
     shape: tuple[int, ...]
     archive: Archive
 
     @property
     def header(self) -> bytes:
-        """The first bytes of the unpacked file."""
+        """The first bytes of the unpacked file; 8 is the type: unsigned bytes."""
         return struct.pack(f">HBB{len(self.shape)}I", 0, 8, len(self.shape), *self.shape)
 
     @property
     def size(self) -> int:
-        """The exact size of the unpacked file in bytes."""
+        """Bytes of the unpacked file."""
         return len(self.header) + math.prod(self.shape)
 
 
@@ -68,12 +61,11 @@ FILES: dict[str, IdxFile] = {
 
 def official() -> OfficialData:
     """The description of MNIST."""
-    (train_size, *image_shape), _, (test_size, *_), _ = (file.shape for file in FILES.values())
-    height, width = image_shape
+    (train_size, height, width), _, (test_size, *_), _ = (file.shape for file in FILES.values())
     return OfficialData(
-        name="mnist",
-        title="MNIST",
-        image_shape=(height, width, 1),
+        "mnist",
+        "MNIST",
+        (height, width, 1),
         train_size=train_size,
         test_size=test_size,
         num_classes=NUM_CLASSES,
@@ -110,9 +102,8 @@ def read(folder: Path) -> Arrays:
             f"(each plain or .gz). Download {urls} and put it next to the others"
         )
     train_images, train_labels, test_images, test_labels = (_decode(paths[name], FILES[name]) for name in FILES)
-    return Arrays(
-        train_images[..., None], train_labels.astype(np.int32), test_images[..., None], test_labels.astype(np.int32)
-    )
+    train_labels, test_labels = train_labels.astype(np.int32), test_labels.astype(np.int32)
+    return Arrays(train_images[..., None], train_labels, test_images[..., None], test_labels)
 
 
 def _paths(folder: Path) -> dict[str, Path]:
@@ -141,6 +132,7 @@ def _decode(path: Path, file: IdxFile) -> np.ndarray:
         problem = f"has {found} bytes (unpacked); it must have {file.size:,}"
     if problem is not None:
         raise DataError(f"{path} {problem}. {_again(file)}")
+    # A copy, because arrays over bytes are read-only.
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
     wrong = np.flatnonzero(array >= NUM_CLASSES) if axes == 1 else np.empty(0)
     if wrong.size:
@@ -150,11 +142,9 @@ def _decode(path: Path, file: IdxFile) -> np.ndarray:
 
 
 def _unpacked(path: Path, file: IdxFile) -> bytes:
-    """The unpacked content, at most one byte more than expected.
-
-    Some browsers unpack a download and keep the name with .gz, so the first bytes decide whether it is packed.
-    """
+    """The unpacked content, at most one byte more than expected."""
     try:
+        # Some browsers unpack a download and keep the name with .gz: the first bytes decide whether it is packed.
         with path.open("rb") as raw:
             packed = raw.read(2) == GZIP_MAGIC
         with gzip.open(path) if packed else path.open("rb") as stream:

@@ -10,8 +10,6 @@ import numpy as np
 
 from fr_jax.data.download import Archive
 
-__all__ = ["Arrays", "OfficialData"]
-
 
 class Arrays(NamedTuple):
     """Images, uint8 ``(N, H, W, C)``, and labels, int32 ``(N,)``, of both splits."""
@@ -26,14 +24,10 @@ class OfficialData(NamedTuple):
     """A data set as published by its authors: its contents, its addresses, and how to read its files.
 
     Attributes:
-      name: the name in TFDS and in :func:`fr_jax.data.load`.
-      title: the name in messages.
+      name: the name in TFDS and in :func:`fr_jax.data.load`; ``title`` is that in messages.
       image_shape: ``(H, W, C)``.
-      train_size, test_size: number of examples.
-      num_classes: labels are 0 .. num_classes - 1.
       crop, flip: as in :class:`fr_jax.data.Dataset`.
-      kind_of_files: for messages, such as "binary".
-      places: for messages, what a data folder may be.
+      kind_of_files, places: for messages: such as "binary", and what a data folder may be.
       archives: the official downloads, all of them needed.
       find: ``place -> Path | None``: what :attr:`read` accepts, at or below a folder or file given by a user.
       read: ``Path -> Arrays``, from what :attr:`find` returned, from the downloaded archive, or from the folder of the

@@ -13,8 +13,6 @@ import numpy as np
 from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import DataError
 
-__all__ = ["can_prepare", "find", "folder", "prepare", "read"]
-
 
 def folder() -> Path:
     """The data folder of TFDS: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
@@ -54,17 +52,18 @@ def read(copy: Path, official: OfficialData) -> Arrays:
 
 
 def prepare(name: str) -> None:
-    """Downloads ``name`` and prepares it in the folder of TFDS as ``array_record`` files. Needs TensorFlow."""
+    """Downloads ``name`` and prepares it in the folder of TFDS. Needs TensorFlow."""
     import tensorflow_datasets as tfds
 
     _keep_tensorflow_off_the_accelerator()
+    # array_record, so that the next run reads it without TensorFlow.
     tfds.builder(name, data_dir=folder(), file_format="array_record").download_and_prepare()
 
 
 def _examples(builder: Any, split: str) -> Iterable[dict[str, Any]]:
     try:
         return builder.as_data_source(split)
-    except NotImplementedError:
+    except NotImplementedError:  # tfrecord: without random access, which TFDS needs to read a copy by itself
         pass
     if not can_prepare():
         raise DataError(
@@ -91,6 +90,7 @@ def _stack(examples: Iterable[dict[str, Any]], count: int, official: OfficialDat
 
 
 def _keep_tensorflow_off_the_accelerator() -> None:
+    # TensorFlow would reserve all memory of the GPU, and leave none for JAX.
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

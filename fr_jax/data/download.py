@@ -32,13 +32,7 @@ class FetchError(DataError):
 
 
 class Archive(NamedTuple):
-    """One file on the web.
-
-    Attributes:
-      url: its address.
-      md5: its checksum, as stated by its publisher.
-      mirrors: other URLs of the same file, tried in turn if ``url`` fails.
-    """
+    """One file on the web, with its publisher's checksum; the mirrors are tried in turn if ``url`` fails."""
 
     url: str
     md5: str
@@ -66,14 +60,7 @@ def cached(archive: Archive) -> Path | None:
 
 
 def fetch(archive: Archive, *, log: Log = print) -> Path:
-    """Downloads ``archive`` into the cache folder, unless it is there already.
-
-    Args:
-      archive: what to download.
-      log: receives one line per URL that answers.
-
-    Returns:
-      The path of the verified file.
+    """The verified ``archive`` in the cache folder, downloaded unless it is there; ``log`` gets a line per download.
 
     Raises:
       FetchError: no network, a broken transfer, a wrong checksum, or a folder that cannot be written; with the reason
@@ -81,18 +68,16 @@ def fetch(archive: Archive, *, log: Log = print) -> Path:
     """
     import pooch
 
-    pooch.get_logger().setLevel("ERROR")
+    pooch.get_logger().setLevel("ERROR")  # each download is announced below
 
     def download(url: str) -> Path:
         _check_answers(url)
         log(f"Downloading {url} into {cache_folder()}")
-        downloader = pooch.HTTPDownloader(
-            progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=(CONNECT_SECONDS, READ_SECONDS)
-        )
-        name = archive.file_name
-        files = pooch.create(
-            cache_folder(), "", registry={name: f"md5:{archive.md5}"}, urls={name: url}, retry_if_failed=RETRIES
-        )
+        timeout = (CONNECT_SECONDS, READ_SECONDS)
+        downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=timeout)
+        name, checksum = archive.file_name, f"md5:{archive.md5}"
+        # Not pooch.retrieve: only a Pooch tries again.
+        files = pooch.create(cache_folder(), "", registry={name: checksum}, urls={name: url}, retry_if_failed=RETRIES)
         return Path(files.fetch(name, downloader=downloader))  # type: ignore[arg-type]  # pooch 1.9 annotates it wrongly
 
     return cached(archive) or _first_success(archive, download)

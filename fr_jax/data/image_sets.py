@@ -25,12 +25,9 @@ class Dataset(NamedTuple):
     """A data set for image classification, in memory.
 
     Attributes:
-      name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"`` or ``"synthetic"``; never ``"auto"``.
-      train_images: uint8 ``(N, H, W, C)``.
-      train_labels: int32 ``(N,)``, values ``0 .. num_classes - 1``.
-      test_images: uint8 ``(M, H, W, C)``.
-      test_labels: int32 ``(M,)``.
-      num_classes: number of classes.
+      name: one of ``DATASETS``, but never ``"auto"``.
+      train_images, test_images: uint8 ``(N, H, W, C)``.
+      train_labels, test_labels: int32 ``(N,)``, values ``0 .. num_classes - 1``.
       mean, std: float32 ``(C,)``, per channel, of the training images scaled to [0, 1].
       flip: whether a mirrored image is a valid example of its class.
       source: one line of text: which data these are, and where they came from.
@@ -58,8 +55,8 @@ def load(
     ``cifar10``, ``cifar100`` and ``mnist`` are read from ``data_dir`` if it is given. Otherwise they are searched for
     in the folder of TFDS (``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``) and in the user's cache folder
     (``$FR_JAX_CACHE``), and downloaded if they are in neither. ``auto`` is the ``preferred`` one of them; if that is
-    not found and cannot be downloaded, ``auto`` prints one line that says so and falls back to ``digits``. ``digits``
-    and ``synthetic`` need no files.
+    not found and cannot be downloaded, it falls back to ``digits`` with a prominent line. ``digits`` and ``synthetic``
+    need no files.
 
     Args:
       name: one of ``DATASETS``.
@@ -83,7 +80,8 @@ def load(
         if data_dir is not None:
             log(f"The data set {name!r} needs no files: the data folder {data_dir} is not used.")
         return _digits() if name == "digits" else _synthetic()
-    official = _official(preferred if name == "auto" else name)
+    wanted = preferred if name == "auto" else name
+    official = _mnist.official() if wanted == "mnist" else _cifar.official(wanted)
     if data_dir is not None:
         return _given(official, Path(data_dir).expanduser())
     try:
@@ -108,10 +106,6 @@ def _check_name(problem: str, name: str, valid: tuple[str, ...]) -> None:
         raise DataError(f"{problem} {name!r}. Valid names: {', '.join(valid)}.{meant}")
 
 
-def _official(name: str) -> OfficialData:
-    return _mnist.official() if name == "mnist" else _cifar.official(name)
-
-
 def _given(official: OfficialData, data_dir: Path) -> Dataset:
     place = official.find(data_dir)
     if place is not None:
@@ -127,18 +121,14 @@ def _given(official: OfficialData, data_dir: Path) -> Dataset:
 
 
 def _searched(official: OfficialData, log: Log) -> Dataset:
-    dataset = _from_tfds(official, log)
-    if dataset is not None:
+    if (dataset := _from_tfds(official, log)) is not None:
         return dataset
     paths = [download.cached(archive) for archive in official.archives]
     try:
-        if None in paths and _tfds_copies.can_prepare():
-            dataset = _through_tfds(official, log)
-            if dataset is not None:
-                return dataset
-        found = [
-            path or download.fetch(archive, log=log) for path, archive in zip(paths, official.archives, strict=True)
-        ]
+        if None in paths and _tfds_copies.can_prepare() and (dataset := _through_tfds(official, log)) is not None:
+            return dataset
+        pairs = zip(paths, official.archives, strict=True)
+        found = [path or download.fetch(archive, log=log) for path, archive in pairs]
     except FetchError as error:
         raise FetchError(f"{official.title} is not on this machine, and {error}. {_what_to_do(official)}") from error
     if len(found) == 1:
@@ -161,7 +151,7 @@ def _from_tfds(official: OfficialData, log: Log) -> Dataset | None:
 def _through_tfds(official: OfficialData, log: Log) -> Dataset | None:
     """Prepares a copy with TFDS; ``None`` if that fails, because the plain download may still succeed."""
     name, archive = official.name, official.archives[0]
-    download.check_reachable(archive)
+    download.check_reachable(archive)  # without a network TFDS would try for minutes
     log(f"Downloading {name} through TFDS into {_tfds_copies.folder()}")
     try:
         _tfds_copies.prepare(name)
@@ -183,15 +173,8 @@ def _what_to_do(official: OfficialData) -> str:
 
 
 def _labelled(official: OfficialData, arrays: Arrays, place: str) -> Dataset:
-    return _dataset(
-        official.name,
-        arrays,
-        official.num_classes,
-        crop=official.crop,
-        flip=official.flip,
-        title=official.title,
-        place=place,
-    )
+    look = {"crop": official.crop, "flip": official.flip}
+    return _dataset(official.name, arrays, official.num_classes, title=official.title, place=place, **look)
 
 
 def _digits() -> Dataset:
@@ -229,7 +212,8 @@ def _dataset(name: str, arrays: Arrays, num_classes: int, *, crop: bool, flip: b
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact, from a histogram per channel. A constant channel gets std 1, so that division by it is possible."""
+    """Per channel, of images scaled to [0, 1]."""
+    # From histograms of integers: exact, and the same on every machine, which a sum of 150 million floats is not.
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for chunk in np.array_split(images, max(1, len(images) // 1000)):
@@ -239,4 +223,5 @@ def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weights = counts / counts.sum(axis=1, keepdims=True)
     mean = weights @ values
     std = np.sqrt((weights * np.square(values[None] - mean[:, None])).sum(axis=1))
+    # A constant channel gets std 1: images are divided by it.
     return mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)

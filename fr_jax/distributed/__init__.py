@@ -1,15 +1,7 @@
 """A run of several processes: joining, coordination, launch and supervision."""
 
 from fr_jax.distributed._coordination import Group, GroupError
-from fr_jax.distributed._joining import (
-    COORDINATOR,
-    NUM_PROCESSES,
-    PROCESS_ID,
-    free_port,
-    group,
-    initialize,
-    is_first,
-)
+from fr_jax.distributed._joining import COORDINATOR, NUM_PROCESSES, PROCESS_ID, free_port, group, initialize, is_first
 
 __all__ = [
     "COORDINATOR",

@@ -1,7 +1,4 @@
-"""The processes of a run as a group that exchanges small values.
-
-It uses the key-value store of ``jax.distributed`` and never touches a device.
-"""
+"""The processes of a run as a group that exchanges small values, without touching a device."""
 
 from __future__ import annotations
 
@@ -22,9 +19,7 @@ POLL_MILLISECONDS = 1000
 class GroupError(RuntimeError):
     """The processes cannot work together, or another process failed.
 
-    Attributes:
-      exit_code: the code with which this process should end.
-      reported: whether another process prints the reason.
+    This process should end with ``exit_code``; ``reported`` tells whether another one prints the reason.
     """
 
     def __init__(self, message: str, exit_code: int = 1, *, reported: bool = False) -> None:
@@ -34,12 +29,7 @@ class GroupError(RuntimeError):
 
 
 class Group:
-    """The processes of a run; an ordinary process is a group of size 1.
-
-    Attributes:
-      index: the number of this process, from 0.
-      size: the number of processes.
-    """
+    """The ``size`` processes of a run, of which this is number ``index``; an ordinary process is a group of size 1."""
 
     def __init__(self, index: int = 0, size: int = 1) -> None:
         self.index, self.size = index, size
@@ -70,8 +60,7 @@ class Group:
     def from_first(self, make: Callable[[], T]) -> T:
         """The result of ``make`` in process 0 (JSON), in every process; the others do not call it.
 
-        If ``make`` uses JAX, let all processes call ``jax.devices()`` before: their backends wait for each other when
-        they start.
+        If ``make`` uses JAX, let all call ``jax.devices()`` before: their backends wait for each other when they start.
         """
         return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
@@ -98,11 +87,7 @@ class Group:
                 )
 
     def fail(self, exit_code: int) -> bool:
-        """Tells the others that this process gives up, so that they stop too.
-
-        Returns:
-          False if another process has done so before, which then prints the reason.
-        """
+        """Tells the others that this process gives up, so that they stop too; False if another one did so before."""
         if self.size > 1:
             try:
                 _client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
@@ -124,11 +109,9 @@ class Group:
 
 
 def distributed_state() -> Any:
-    """The state of ``jax.distributed``.
-
-    Its key-value store has no public name (jax 0.11; orbax uses it in the same way), and ``jax.process_count()`` would
-    start the backend, after which the number of CPU devices can no longer be set.
-    """
+    """The state of ``jax.distributed``."""
+    # Its key-value store has no public name (jax 0.11; orbax uses it in the same way), and jax.process_count() would
+    # start the backend, after which the number of CPU devices can no longer be set.
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,8 +1,4 @@
-"""How the processes of a run find each other.
-
-Every process runs the same program. A JAX array may live on a device of another process, and ``jax.device_put`` moves
-it there. The processes agree on settings, on metrics and on when to stop through :func:`group`.
-"""
+"""How the processes of a run, which all run the same program, find each other."""
 
 from __future__ import annotations
 
@@ -35,19 +31,17 @@ def initialize(
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     join_seconds: int = JOIN_SECONDS,
 ) -> bool:
-    """Makes this process a member of a group; call it before any other use of JAX.
+    """Makes this process a member of a group; call it before any other use of JAX. A second call does nothing.
 
     Arguments that are not given are read from the environment made by ``python -m fr_jax.launch``. Between processes,
-    GPUs exchange arrays over NCCL, and CPUs over one socket per process. A second call in a process of the group does
-    nothing.
+    GPUs exchange arrays over NCCL, and CPUs over one socket per process.
 
     Args:
       coordinator: ``HOST:PORT`` at which all processes can reach process 0.
       num_processes: number of processes.
       process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
-      heartbeat_seconds: after so long without a sign of life from one process, the others end with a message
-        (JAX aborts them: exit code 134).
+      heartbeat_seconds: after so long without a sign of life from one process, JAX aborts the others (exit code 134).
       join_seconds: how long to wait for all processes at the start. With ``detect``, or for a process that is lost
         just after all have come, JAX does the waiting and aborts (exit code 134).
 
@@ -113,25 +107,12 @@ def group() -> Group:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that prints, plots and writes; True in an ordinary process.
-
-    Example:
-      >>> from fr_jax import distributed
-      >>> if distributed.is_first():
-      ...     print("step 1: loss 2.30")
-      step 1: loss 2.30
-    """
+    """Whether this is process 0, the one that prints, plots and writes; True in an ordinary process."""
     return group().index == 0
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine that is free at the moment.
-
-    Example:
-      >>> from fr_jax import distributed
-      >>> 1 <= distributed.free_port() <= 65535
-      True
-    """
+    """A port of this machine that is free at the moment."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -157,17 +138,13 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
             2,
         )
     assert coordinator is not None and num_processes is not None and process_id is not None
-    host, _, port = coordinator.rpartition(":")
+    host, _, port = coordinator.rpartition(":")  # the last colon: an IPv6 address has more
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise GroupError(
-            f"--coordinator {coordinator} is not HOST:PORT with a port of 1 to 65535, such as 10.0.0.1:8476.", 2
-        )
+        wanted = "HOST:PORT with a port of 1 to 65535, such as 10.0.0.1:8476"
+        raise GroupError(f"--coordinator {coordinator} is not {wanted}.", 2)
     if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise GroupError(
-            f"--process-id {process_id} of --num-processes {num_processes} is out of range; it can be 0 to "
-            f"{max(num_processes - 1, 0)}.",
-            2,
-        )
+        given = f"--process-id {process_id} of --num-processes {num_processes}"
+        raise GroupError(f"{given} is out of range; it can be 0 to {max(num_processes - 1, 0)}.", 2)
 
 
 def _why_not_joined(known: tuple, error: Exception) -> str:
@@ -193,7 +170,8 @@ def _cluster_address(join_seconds: int) -> str:
 
 
 def _own_address(coordinator: str) -> str:
-    """The address of this machine for the others of the group, on the way to the coordinator; nothing is sent."""
+    """The address of this machine for the others of the group."""
+    # Connecting a UDP socket sends nothing, but selects the network interface on the way to the coordinator.
     host = coordinator.rpartition(":")[0]
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), 9, type=socket.SOCK_DGRAM)[0]

@@ -33,14 +33,10 @@ Signal: TypeAlias = tuple[int, float]
 def wait(group: Sequence[subprocess.Popen]) -> int:
     """Forwards the output of a group, and signals to it, until all of its processes have ended.
 
-    Processes that do not end by themselves are killed:
-
-    - :data:`GRACE_SECONDS` after one has failed, or :data:`STOP_SECONDS` if a signal came first;
-    - :data:`SIGNAL_SECONDS` after a first signal, and :data:`GRACE_SECONDS` after a second one;
-    - :data:`EARLY_SECONDS` after one has ended with code 0, because they may be waiting for it.
-
-    Args:
-      group: the processes, in order. Each line from their pipes is prefixed with their number.
+    Each line from their pipes is prefixed with their number. Processes that do not end by themselves are killed
+    :data:`GRACE_SECONDS` after one has failed (:data:`STOP_SECONDS` if a signal came first), :data:`SIGNAL_SECONDS`
+    after a first signal and :data:`GRACE_SECONDS` after a second one, or :data:`EARLY_SECONDS` after one has ended with
+    code 0, because they may be waiting for it.
 
     Returns:
       0, or the exit code of the first process that failed, as shells count (128 + signal). If none failed before some
@@ -146,10 +142,11 @@ _writing = threading.Lock()
 
 
 def _copy_lines(pipe: BinaryIO, out: object, prefix: str) -> None:
-    """Copies a process's output, each line (or redrawn line of a progress bar) with a prefix."""
-    rest = b""
+    """Copies a process's output, each line with a prefix."""
+    rest = b""  # the beginning of a line whose end has not come
     with pipe:
         while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
+            # splitlines also ends a line at \r, with which a progress bar is drawn again.
             *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True)
             if rest.endswith((b"\n", b"\r")):
                 whole, rest = [*whole, rest], b""
@@ -159,6 +156,7 @@ def _copy_lines(pipe: BinaryIO, out: object, prefix: str) -> None:
 
 
 def _write(out: object, text: str) -> None:
+    # One write at a time, so that lines of several processes do not mix; a closed terminal must not end the run.
     with _writing, contextlib.suppress(BrokenPipeError, ValueError):
         out.write(text)  # type: ignore[attr-defined]
         out.flush()  # type: ignore[attr-defined]

@@ -44,13 +44,7 @@ class LaunchError(ValueError):
 
 
 def cores_of(process_id: int, processes: int, available: Sequence[int]) -> list[int]:
-    """The cores of one process: an equal, contiguous share; a LaunchError if there are too few.
-
-    Example:
-      >>> from fr_jax.distributed.launch import cores_of
-      >>> cores_of(1, 2, [0, 1, 2, 3])
-      [2, 3]
-    """
+    """The cores of one process: an equal, contiguous share; a LaunchError if there are too few."""
     share = len(available) // processes
     if share < 1:
         raise LaunchError(
@@ -61,19 +55,14 @@ def cores_of(process_id: int, processes: int, available: Sequence[int]) -> list[
 
 
 def gpus_of(process_id: int, processes: int, available: int) -> str | None:
-    """The GPUs of one process, for ``JAX_LOCAL_DEVICE_IDS``; None if there are fewer GPUs than processes.
-
-    Example:
-      >>> from fr_jax.distributed.launch import gpus_of
-      >>> gpus_of(1, 2, 4), gpus_of(0, 2, 1)
-      ('2,3', None)
-    """
+    """The GPUs of one process, for ``JAX_LOCAL_DEVICE_IDS``; None if there are fewer GPUs than processes."""
     share = available // processes
     return ",".join(map(str, range(process_id * share, (process_id + 1) * share))) if share else None
 
 
 def count_gpus() -> int:
-    """The number of NVIDIA GPUs that JAX would use in a process started here; JAX itself must not start here."""
+    """The number of NVIDIA GPUs that JAX would use in a process started here."""
+    # JAX itself must not start here: it would take the memory of the GPUs that the processes need.
     if os.environ.get("JAX_PLATFORMS", "cuda").startswith("cpu"):
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -86,18 +75,14 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def start(
-    arguments: Sequence[str], processes: int, *, pin: bool = True, coordinator: str | None = None, mark: bool = True
-) -> list[subprocess.Popen]:
+def start(arguments: Sequence[str], processes: int, *, pin: bool = True, mark: bool = True) -> list[subprocess.Popen]:
     """Starts ``python ARGUMENTS`` once per process, with the environment for :func:`fr_jax.distributed.initialize`.
 
     Args:
       arguments: of the Python interpreter, such as ``["-m", "fr_jax.experiments.cifar", "--K", "4"]``.
-      processes: number of processes.
+      processes: how many.
       pin: restrict each process to an equal share of the cores (Linux only).
-      coordinator: ``HOST:PORT`` of process 0; a free port of 127.0.0.1 by default.
-      mark: prefix each line of output with the number of its process; otherwise the output goes where that of this
-        process goes.
+      mark: let :func:`wait` prefix each line of output; otherwise it goes where that of this process goes.
 
     Returns:
       The processes, for :func:`wait`. They receive SIGTERM if this process dies (Linux only), and no signals from the
@@ -114,7 +99,7 @@ def start(
     """
     if processes < 1:
         raise LaunchError(f"--processes {processes} is out of range; it must be at least 1.")
-    coordinator = coordinator or f"127.0.0.1:{free_port()}"
+    coordinator = f"127.0.0.1:{free_port()}"
     available = sorted(os.sched_getaffinity(0)) if pin and hasattr(os, "sched_setaffinity") else None
     shares = [None if available is None else cores_of(i, processes, available) for i in range(processes)]
     gpus = count_gpus()
@@ -134,16 +119,10 @@ def start(
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(prefix_of(i))))
         if (devices := gpus_of(i, processes, gpus)) is not None:
             environment.setdefault("JAX_LOCAL_DEVICE_IDS", devices)
-        group.append(
-            subprocess.Popen(
-                [sys.executable, "-c", _PREPARE, ",".join(map(str, cores or ())), *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        )
+        command = [sys.executable, "-c", _PREPARE, ",".join(map(str, cores or ())), *arguments]
+        # A session of its own: Ctrl-C reaches the processes through `wait` only, once.
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        group.append(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
     return group
 
 
@@ -162,15 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Example: python -m fr_jax.launch --processes 2 -- -m fr_jax.experiments.cifar --K 4",
     )
     parser.add_argument("--processes", type=int, required=True, help="number of processes")
-    parser.add_argument(
-        "--pin",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="restrict each process to its share of the cores",
-    )
+    pin = "restrict each process to its share of the cores"
+    parser.add_argument("--pin", action=argparse.BooleanOptionalAction, default=True, help=pin)
     parser.add_argument("program", nargs=argparse.REMAINDER, help="-- and the arguments of `python`")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    settings = parser.parse_args(words)
+    settings = parser.parse_args(arguments)
     program = settings.program[1:] if settings.program[:1] == ["--"] else settings.program
     if not program:
         parser.error("the program is missing; give it after --, such as -- -m fr_jax.experiments.cifar --K 4")

@@ -19,9 +19,7 @@ __all__ = ["variance_scaling"]
 
 
 def variance_scaling(
-    scale: float,
-    mode: Literal["fan_in", "fan_out"],
-    distribution: Literal["truncated_normal", "normal", "uniform"],
+    scale: float, mode: Literal["fan_in", "fan_out"], distribution: Literal["truncated_normal", "normal", "uniform"]
 ) -> nn.initializers.Initializer:
     """``flax.linen.initializers.variance_scaling``, bit for bit: a variance of ``scale / fan``.
 

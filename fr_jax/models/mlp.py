@@ -27,7 +27,7 @@ class DenseLayer(nn.Module):
         x = x.reshape(x.shape[0], -1)
         init = nn.initializers.variance_scaling(1.0 if self.output else 2.0, "fan_in", "truncated_normal")
         x = nn.Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)(x)
-        if self.output:
+        if self.output:  # the loss is computed in float32 at least, whatever dtype the layers compute in
             return x.astype(self.param_dtype if jnp.finfo(self.param_dtype).bits > 32 else jnp.float32)
         return nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
 
@@ -47,11 +47,11 @@ def mlp(
     Args:
       num_classes: size of the output.
       dtype: of the computation.
+      param_dtype: of the weights.
       depth: number of dense layers, including the output layer.
       width: units of each hidden layer.
       hidden: the width of each hidden layer, instead of ``depth`` and ``width``.
       dropout_rate: of every hidden layer, in [0, 1).
-      param_dtype: of the weights.
 
     Returns:
       One stage per layer; the outputs are logits ``(B, num_classes)``.

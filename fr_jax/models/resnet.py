@@ -18,19 +18,8 @@ from fr_jax.models.initializers import variance_scaling
 from fr_jax.stages import from_linen
 from fr_jax.types import Array, Stage
 
-__all__ = [
-    "resnet8",
-    "resnet18",
-    "resnet20",
-    "resnet32",
-    "resnet50",
-    "resnet56",
-    "resnet101",
-    "resnet110",
-    "resnet152",
-    "resnet164",
-    "wrn28_10",
-]
+__all__ = ["resnet8", "resnet18", "resnet20", "resnet32", "resnet50", "resnet56", "resnet101", "resnet110"]
+__all__ += ["resnet152", "resnet164", "wrn28_10"]
 
 
 class Layer(nn.Module):
@@ -42,12 +31,15 @@ class Layer(nn.Module):
 
     def conv(self, x: Array, features: int, kernel: int, strides: int = 1) -> Array:
         """Convolution without bias, zero-padded to ``kernel // 2`` on each side."""
+        # He et al. 2015 with fan_out, not fan_in: so the code of the features replay paper initialises.
         init = variance_scaling(2.0, "fan_out", "normal")
+        # Explicit padding: with stride 2, "SAME" would pad 0 and 1 pixels, and shift the image against the shortcut.
         options = {"padding": kernel // 2, "use_bias": False, "kernel_init": init, "dtype": self.dtype}
         return nn.Conv(features, (kernel, kernel), (strides, strides), **options)(x)
 
     def norm(self, x: Array, train: bool) -> Array:
         """Batch normalisation; the running statistics move by a tenth each time."""
+        # Flax's momentum is what the old statistics keep: 0.9 here is PyTorch's 0.1.
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)(x)
 
 
@@ -78,6 +70,7 @@ class BasicBlock(Layer):
                 extra = self.features - x.shape[-1]
                 x = x[:, :: self.strides, :: self.strides]
                 x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        # An input of a wider dtype than that of the layers must not widen the sum.
         return nn.relu(y + x.astype(y.dtype))
 
 
@@ -130,99 +123,83 @@ class Head(Layer):
         return nn.Dense(self.features, kernel_init=init, dtype=self.dtype)(x).astype(jnp.float32)
 
 
-def _layers(
-    block: Callable[..., nn.Module], counts: Sequence[int], widths: Sequence[int], stem: nn.Module, head: nn.Module
-) -> list[Stage]:
-    """Stem, groups of blocks (the first of each later group halves the image), head."""
-    layers = [stem]
-    for group, (count, width) in enumerate(zip(counts, widths, strict=True)):
-        layers += [block(width, strides=2 if group > 0 and i == 0 else 1) for i in range(count)]
-    return [from_linen(layer) for layer in (*layers, head)]
-
-
-def _small(n: int, num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
-    block = functools.partial(BasicBlock, dtype=dtype)
-    widths = (width, 2 * width, 4 * width)
-    return _layers(block, (n, n, n), widths, Stem(width, dtype=dtype), Head(num_classes, dtype=dtype))
-
-
-def _large(
+def _network(
     block: Callable[..., nn.Module],
     counts: Sequence[int],
-    num_classes: int = 10,
-    dtype: jnp.dtype = jnp.float32,
+    num_classes: int,
+    dtype: jnp.dtype,
+    width: int,
     *,
-    width: int = 64,
+    stem: nn.Module | None = None,
+    head: nn.Module | None = None,
 ) -> list[Stage]:
-    widths = (width, 2 * width, 4 * width, 8 * width)
-    stem, head = Stem(width, dtype=dtype), Head(num_classes, dtype=dtype)
-    return _layers(functools.partial(block, dtype=dtype), counts, widths, stem, head)
+    """Stem, groups of blocks, head. Each group but the first halves the image and doubles the channels."""
+    layers = [stem or Stem(width, dtype=dtype)]
+    for group, count in enumerate(counts):
+        strides = [2 if group > 0 and i == 0 else 1 for i in range(count)]
+        layers += [block(2**group * width, strides=stride, dtype=dtype) for stride in strides]
+    return [from_linen(layer) for layer in (*layers, head or Head(num_classes, dtype=dtype))]
 
 
 def resnet20(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """ResNet-20 for 32x32 images: 3 groups of 3 basic blocks, 11 layers, 0.27 M parameters.
 
-    Args:
-      num_classes: size of the output.
-      dtype: of the computation; parameters and logits are always float32.
-      width: channels of the first group; 16 in the paper.
-
-    Returns:
-      One stage per layer: stem, blocks, head. Inputs are ``(B, height, width, channels)``, outputs logits
-      ``(B, num_classes)``. The other networks of this file take the same arguments.
+    One stage per layer: stem, blocks, head. Inputs are ``(B, height, width, channels)``, outputs logits
+    ``(B, num_classes)``. ``dtype`` is that of the computation; parameters and logits are always float32. ``width`` are
+    the channels of the first group. All networks of this file are like this.
 
     Example:
       >>> from fr_jax.models import resnet20
       >>> len(resnet20())
       11
     """
-    return _small(3, num_classes, dtype, width=width)
+    return _network(BasicBlock, (3, 3, 3), num_classes, dtype, width)
 
 
 def resnet8(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """ResNet-8: 3 groups of one basic block, 0.075 M parameters; for studies on a CPU. See :func:`resnet20`."""
-    return _small(1, num_classes, dtype, width=width)
+    return _network(BasicBlock, (1, 1, 1), num_classes, dtype, width)
 
 
 def resnet32(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """ResNet-32: 3 groups of 5 basic blocks, 0.46 M parameters. See :func:`resnet20`."""
-    return _small(5, num_classes, dtype, width=width)
+    return _network(BasicBlock, (5, 5, 5), num_classes, dtype, width)
 
 
 def resnet56(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """ResNet-56: 3 groups of 9 basic blocks, 0.85 M parameters. See :func:`resnet20`."""
-    return _small(9, num_classes, dtype, width=width)
+    return _network(BasicBlock, (9, 9, 9), num_classes, dtype, width)
 
 
 def resnet110(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """ResNet-110: 3 groups of 18 basic blocks, 1.7 M parameters. See :func:`resnet20`."""
-    return _small(18, num_classes, dtype, width=width)
+    return _network(BasicBlock, (18, 18, 18), num_classes, dtype, width)
 
 
 def resnet164(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 16) -> list[Stage]:
     """The features replay paper's ResNet164: 3 groups of 27 basic blocks, 2.6 M parameters. See :func:`resnet20`."""
-    return _small(27, num_classes, dtype, width=width)
+    return _network(BasicBlock, (27, 27, 27), num_classes, dtype, width)
 
 
 def resnet18(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
     """ResNet-18 with the stem for 32x32 images and projection shortcuts, 11.2 M parameters. See :func:`resnet20`."""
     block = functools.partial(BasicBlock, project=True)
-    return _large(block, (2, 2, 2, 2), num_classes, dtype, width=width)
+    return _network(block, (2, 2, 2, 2), num_classes, dtype, width)
 
 
 def resnet50(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
     """ResNet-50 with the stem for 32x32 images, 23.5 M parameters. See :func:`resnet20`."""
-    return _large(BottleneckBlock, (3, 4, 6, 3), num_classes, dtype, width=width)
+    return _network(BottleneckBlock, (3, 4, 6, 3), num_classes, dtype, width)
 
 
 def resnet101(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
     """ResNet-101 with the stem for 32x32 images, 42.5 M parameters. See :func:`resnet20`."""
-    return _large(BottleneckBlock, (3, 4, 23, 3), num_classes, dtype, width=width)
+    return _network(BottleneckBlock, (3, 4, 23, 3), num_classes, dtype, width)
 
 
 def resnet152(num_classes: int = 10, dtype: jnp.dtype = jnp.float32, *, width: int = 64) -> list[Stage]:
     """ResNet-152 with the stem for 32x32 images, 58.2 M parameters. See :func:`resnet20`."""
-    return _large(BottleneckBlock, (3, 8, 36, 3), num_classes, dtype, width=width)
+    return _network(BottleneckBlock, (3, 8, 36, 3), num_classes, dtype, width)
 
 
 def wrn28_10(
@@ -232,6 +209,6 @@ def wrn28_10(
 
     ``width`` is that of the first group, 10 times 16; the stem keeps 16 channels.
     """
-    block = functools.partial(WideBlock, dtype=dtype, dropout_rate=dropout_rate)
+    block = functools.partial(WideBlock, dropout_rate=dropout_rate)
     stem, head = Stem(16, dtype=dtype, activate=False), Head(num_classes, dtype=dtype, normalize=True)
-    return _layers(block, (4, 4, 4), (width, 2 * width, 4 * width), stem, head)
+    return _network(block, (4, 4, 4), num_classes, dtype, width, stem=stem, head=head)

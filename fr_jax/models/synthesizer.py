@@ -15,7 +15,7 @@ __all__ = ["synthesizer"]
 
 
 class Synthesizer(nn.Module):
-    """Two hidden layers with batch normalisation and ReLU, and an output layer that starts at zero."""
+    """The network of :func:`synthesizer`."""
 
     hidden: int | None = None
     num_classes: int | None = None
@@ -69,16 +69,15 @@ def synthesizer(
     """The synthesizer M(h) of the features replay paper (section 5, after Jaderberg et al. 2016).
 
     For images ``(B, H, W, C)``: two hidden 5×5 convolutions with padding 2, batch normalisation and ReLU, and a 5×5
-    output convolution with padding 2. For vectors ``(B, C)`` and sequences ``(B, T, C)``: the same with dense layers.
-    The output layer starts at zero. Its output is divided by B: the layers predict the gradient of one example's
-    loss, whatever the batch size, and the result is the gradient of the batch mean.
+    output convolution that starts at zero. For vectors ``(B, C)`` and sequences ``(B, T, C)``: dense layers instead.
+    The output is divided by B: the layers predict the gradient of one example's loss, whatever the batch size.
 
     Args:
       num_classes: for a synthesizer conditioned on the labels (cDNI), whose input is ``(h, labels)`` with integer
         labels ``(B,)``: one further channel per class. ``None``: the input is ``h``.
       dtype: of the computation.
-      hidden: channels of the hidden layers; ``None``: as many as ``h`` has.
       param_dtype: of the weights.
+      hidden: channels of the hidden layers; ``None``: as many as ``h`` has.
 
     Returns:
       A stage whose output has the shape and dtype of ``h``.

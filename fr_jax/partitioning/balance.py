@@ -12,10 +12,10 @@ __all__ = ["balance", "balance_stages"]
 def balance(costs: Sequence[float], K: int, *, last_stage_weight: float = 1.0) -> tuple[int, ...]:
     """Cuts a list of layers into K stages so that the slowest stage is as fast as possible.
 
-    A stage costs the sum of its layers; where it does not, use :func:`balance_stages`.
+    A stage costs the sum of its layers; see :func:`balance_stages` for others.
 
     Args:
-      costs: one non-negative number a layer (:func:`fr_jax.layer_costs`).
+      costs: one non-negative number per layer (:func:`fr_jax.layer_costs`).
       K: number of stages, 1 to ``len(costs)``.
       last_stage_weight: what a unit of cost counts in the last stage. Features replay does 4 units of work in each
         stage (play 1, replay 1, backward 2), but 3 in the last, whose play is its replay: use 0.75.
@@ -47,10 +47,10 @@ def balance(costs: Sequence[float], K: int, *, last_stage_weight: float = 1.0) -
 
 
 def balance_stages(stage_cost: Callable[[int, int, int], float], layers: int, K: int) -> tuple[int, ...]:
-    """Cuts layers into K stages so that the slowest stage is as fast as possible, whatever a stage costs.
+    """As :func:`balance`, for stages that cost something other than the sum of their layers.
 
-    Features replay's last stage does not play, the first stage computes no gradient for its input, a synthesizer
-    belongs to a cut: with a cost of each stage of its own the cuts know.
+    In features replay the last stage does not play, and the first computes no gradient for its input; a synthesizer
+    belongs to a cut.
 
     Args:
       stage_cost: ``(k, start, stop) -> cost``, of stage k = 0..K-1 if it holds ``layers[start:stop]``; not negative,
@@ -58,14 +58,10 @@ def balance_stages(stage_cost: Callable[[int, int, int], float], layers: int, K:
       layers: L, the number of layers.
       K: number of stages, 1 to L.
 
-    Returns:
-      K-1 increasing positions; stage k holds ``layers[cuts[k-1]:cuts[k]]``.
-
     Raises:
       ValueError: K is out of range, or a cost is negative or not finite.
 
     Example:
-      >>> from fr_jax.partitioning.balance import balance_stages
       >>> balance_stages(lambda k, start, stop: (2.0 if k == 0 else 1.0) * (stop - start), 9, 2)
       (3,)
     """
@@ -89,19 +85,17 @@ def _check(K: int, L: int) -> None:
 
 
 def _best_cuts(stage_costs: Callable[[int, range, int], np.ndarray], L: int, K: int) -> tuple[int, ...]:
-    """Exact, by dynamic programming in O(K L^2).
-
-    best[k][i] is the least possible cost of the slowest of the first k stages when they hold the first i layers.
-    """
+    """Exact, by dynamic programming in O(K L^2)."""
+    # best[k][i]: the least possible cost of the slowest of the first k stages if they hold the first i layers.
     best = np.full((K + 1, L + 1), np.inf)
     start_of_last = np.zeros((K + 1, L + 1), int)
     best[0, 0] = 0.0
     for k in range(1, K + 1):
         stops = range(k, L - (K - k) + 1) if k < K else range(L, L + 1)
-        for i in stops:
+        for i in stops:  # every later stage needs at least one layer
             starts = range(k - 1, i) if k > 1 else range(1)
             slowest = np.maximum(best[k - 1, starts.start : starts.stop], stage_costs(k - 1, starts, i))
-            j = int(np.argmin(slowest))
+            j = int(np.argmin(slowest))  # the first of equal ones: recorded runs have these cuts
             best[k, i], start_of_last[k, i] = slowest[j], starts[j]
     cuts, i = [], L
     for k in range(K, 1, -1):

@@ -1,4 +1,4 @@
-"""What each layer of a network costs: its forward pass alone, and with its gradients; counted, or measured."""
+"""The cost of each layer of a network: of its forward pass, and with its gradients; counted, or measured."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class LayerCost(NamedTuple):
     """What a layer costs for one mini-batch: seconds (:func:`layer_times`), or operations (:func:`layer_flops`).
 
     Attributes:
-      forward: of the forward pass alone, a play.
-      weights_gradient: of the forward pass and the gradient for the weights, in one function; what the first layer of
-        the first stage does.
-      both_gradients: of the forward pass and the gradients for weights and input, in one function: a replay.
+      forward: cost of the forward pass, a play.
+      weights_gradient: cost of forward pass and gradient for the weights, in one function: the network's first layer.
+      both_gradients: cost of forward pass and gradients for weights and input, in one function: a replay.
     """
 
     forward: float
@@ -33,17 +32,16 @@ class LayerCost(NamedTuple):
 
     @property
     def input_gradient(self) -> float:
-        """Of the forward pass and the gradient for the input only, by the difference of the others."""
+        """Cost of forward pass and gradient for the input only, by the difference of the others."""
+        # Times are noisy: the two can be the wrong way round, and a negative cost is no cost.
         return self.forward + max(0.0, self.both_gradients - self.weights_gradient)
 
 
 class StageWork(NamedTuple):
     """How often a stage does what in one step of a method.
 
-    Attributes:
-      plays: forward passes whose activations are not kept.
-      passes: forward and backward passes; back-propagation does one.
-      input_passes: forward passes with the gradient for the stage's input only (BlockProp's h-steps).
+    ``plays`` are forward passes whose activations are not kept; ``passes`` are forward and backward passes, of which
+    back-propagation does one; ``input_passes`` have the gradient for the stage's input only (BlockProp's h-steps).
     """
 
     plays: float = 0.0
@@ -52,27 +50,16 @@ class StageWork(NamedTuple):
 
 
 def stage_cost(costs: Sequence[LayerCost], work: StageWork, start: int, stop: int) -> float:
-    """What a stage made of ``layers[start:stop]`` costs in one step: the sum over its layers.
+    """Cost of one step of a stage that holds ``layers[start:stop]``, in the unit of ``costs`` (one per layer).
 
     The network's first layer needs no gradient for its input.
 
-    Args:
-      costs: one a layer of the whole network.
-      work: what the stage does in one step.
-      start: the stage's first layer.
-      stop: the layer after its last.
-
-    Returns:
-      Seconds or operations, as ``costs`` are.
-
     Example:
-      >>> from fr_jax.partitioning.costs import LayerCost, StageWork, stage_cost
       >>> stage_cost([LayerCost(1.0, 2.0, 3.0)] * 4, StageWork(plays=1), 0, 2)
       7.0
     """
     total = 0.0
-    for i in range(start, stop):
-        one = costs[i]
+    for i, one in enumerate(costs[start:stop], start):
         total += work.plays * one.forward
         total += work.passes * (one.both_gradients if i > 0 else one.weights_gradient)
         total += work.input_passes * one.input_gradient
@@ -80,32 +67,21 @@ def stage_cost(costs: Sequence[LayerCost], work: StageWork, start: int, stop: in
 
 
 def layer_flops(layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeStruct) -> list[LayerCost]:
-    """The floating-point operations of every layer, as XLA counts them; nothing runs.
+    """The floating-point operations of every layer for a mini-batch, as XLA counts them; nothing runs.
 
-    Args:
-      layers: the network, one stage a layer.
-      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
-
-    Returns:
-      One :class:`LayerCost` a layer, in floating-point operations for the mini-batch.
+    Args: as for :func:`layer_costs`.
 
     Raises:
       ValueError: there are no layers, or JAX has no CPU backend (``JAX_PLATFORMS=cuda``), which does the counting.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import fr_jax as fr
-      >>> from fr_jax.partitioning.costs import layer_flops
+      >>> import jax.numpy as jnp, fr_jax as fr
       >>> first, *_ = layer_flops(fr.models.mlp(depth=2, width=64), jnp.ones((8, 784)))
       >>> 2 * 8 * 784 * 64 <= first.forward < 1.1 * 2 * 8 * 784 * 64
       True
     """
     kinds, of_layer = _different_layers(layers, example_inputs)
-    counted = []
-    for kind in kinds:
-        functions = _passes(kind)
-        flops = [_count_flops(run, *specs) for run, specs in functions]
-        counted.append(LayerCost(*flops))
+    counted = [LayerCost(*(_count_flops(run, *specs) for run, specs in _passes(kind))) for kind in kinds]
     return [counted[i] for i in of_layer]
 
 
@@ -116,27 +92,16 @@ def layer_times(
     repeats: int = 5,
     device: jax.Device | None = None,
 ) -> list[LayerCost]:
-    """Seconds of every layer, measured on a device: the median of some runs, in which all layers take turns.
+    """Seconds of every layer for a mini-batch, measured on a device: the median of some runs.
 
-    Taking turns spreads a slow moment of the machine over all of them. Equal layers with equal inputs are measured
-    once. Each function is timed from its call to its result, so what a call itself costs is included.
-
-    Args:
-      layers: the network, one stage a layer.
-      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
-      repeats: timed runs of each function, after one to warm up.
-      device: where; the default device if None.
-
-    Returns:
-      One :class:`LayerCost` a layer, in seconds for the mini-batch.
+    Equal layers with equal inputs are measured once. Each function is timed from its call to its result, so the time of
+    the call itself is included. Arguments as for :func:`layer_costs`; ``device`` is the default device if None.
 
     Raises:
       ValueError: there are no layers, or ``repeats`` is less than 1.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import fr_jax as fr
-      >>> from fr_jax.partitioning.costs import layer_times
+      >>> import jax.numpy as jnp, fr_jax as fr
       >>> times = layer_times(fr.models.mlp(depth=3, width=64), jnp.ones((8, 784)), repeats=2)
       >>> len(times), times[0].both_gradients > 0
       (3, True)
@@ -146,6 +111,7 @@ def layer_times(
     kinds, of_layer = _different_layers(layers, example_inputs)
     with jax.default_device(device):
         jobs = [_ready(run, specs, seed) for seed, kind in enumerate(kinds) for run, specs in _passes(kind)]
+        # In turns, so that a slow moment of the machine is spread over all layers.
         seconds = [[job() for job in jobs] for _ in range(repeats)]
     medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
     timed = [LayerCost(*medians[i : i + 3]) for i in range(0, len(medians), 3)]
@@ -164,29 +130,28 @@ def layer_costs(
     :func:`layer_flops` and :func:`layer_times` have the parts.
 
     Args:
-      layers: the network, one stage a layer.
+      layers: the network, one stage per layer.
       example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
       measure: ``"flops"``, counted by XLA without running anything; or ``"time"``, measured on the default device.
       repeats: timed runs of each different layer, after one to warm up.
 
     Returns:
-      One number a layer: floating-point operations, or seconds.
+      One number per layer: floating-point operations, or seconds.
 
     Raises:
       ValueError: ``measure`` is neither of the two, or there are no layers.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import fr_jax as fr
+      >>> import jax.numpy as jnp, fr_jax as fr
       >>> costs = fr.layer_costs(fr.models.mlp(depth=3, width=64), jnp.ones((8, 784)))
       >>> costs[0] > costs[1]
       True
     """
     if measure not in ("flops", "time"):
         raise ValueError(f"measure = {measure!r} is unknown; it can be 'flops' or 'time'.")
-    if measure == "flops":
-        return [cost.both_gradients for cost in layer_flops(layers, example_inputs)]
-    return [cost.both_gradients for cost in layer_times(layers, example_inputs, repeats=repeats)]
+    flops = measure == "flops"
+    found = layer_flops(layers, example_inputs) if flops else layer_times(layers, example_inputs, repeats=repeats)
+    return [cost.both_gradients for cost in found]
 
 
 class _Kind(NamedTuple):
@@ -228,7 +193,7 @@ def _apply(layer: Stage) -> Callable:
 
 
 def _passes(kind: _Kind) -> list[tuple[Callable, tuple]]:
-    """The functions of a :class:`LayerCost` and the specs of their arguments; integers (tokens) have no gradient."""
+    """The functions of a :class:`LayerCost` and the specs of their arguments."""
     run, specs = _apply(kind.layer), (kind.params, kind.state, kind.h_in)
 
     def weights_gradient(params: PyTree, state: PyTree, h_in: PyTree, delta: PyTree) -> PyTree:
@@ -239,6 +204,7 @@ def _passes(kind: _Kind) -> list[tuple[Callable, tuple]]:
         h_out, vjp, new_state = jax.vjp(lambda p, x: run(p, state, x), params, h_in, has_aux=True)
         return h_out, new_state, vjp(delta)
 
+    # Tokens are integers, which have no gradient: the layer that reads them only has one for its weights.
     differentiable = all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(kind.h_in))
     both = both_gradients if differentiable else weights_gradient
     return [(run, specs), (weights_gradient, (*specs, kind.h_out)), (both, (*specs, kind.h_out))]

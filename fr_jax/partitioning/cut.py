@@ -42,20 +42,16 @@ def cut(
     Args:
       layers: the network, one stage per layer, first to last.
       K: number of stages, 1 to ``len(layers)``.
-      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``; only its shape and dtype matter.
+      example_inputs: ``(B, ...)``, a mini-batch or a ``jax.ShapeDtypeStruct``.
       method: ``"fr"``, ``"bp"``, ``"ddg"``, ``"dni"``, ``"blockprop"`` or ``"gpipe"``.
       measure: ``"flops"``, counted by XLA without running anything; or ``"time"``, measured on the default device.
         Measured times differ from process to process: in a run of several, measure in one.
-
-    Returns:
-      K stages, each a chain of its layers.
 
     Raises:
       ValueError: K is out of range, or ``method`` or ``measure`` is unknown.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import fr_jax as fr
+      >>> import jax, jax.numpy as jnp, fr_jax as fr
       >>> stages = fr.cut(fr.models.mlp(depth=6, width=64), 3, jax.ShapeDtypeStruct((8, 64), jnp.float32))
       >>> [len(stage.layers) for stage in stages]
       [2, 1, 3]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fr_jax._files import write_atomically
 from fr_jax.plotting.curves import Rows, curve, is_finite, smoothed, time_unit
-from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.plotting.style import COLOURS, page, plain_axes, png, set_log_scale
 from fr_jax.training.task import ACCURACY, Headline
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Line", "comparison_figure", "plot_comparison"]
 
 STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-LOG_SCALE_RATIO = 30.0
 
 
 class Line(NamedTuple):
@@ -81,16 +80,10 @@ def comparison_figure(
     """
     if not lines:
         raise ValueError("no runs to compare: give at least one line.")
-    from matplotlib.figure import Figure
-
     widest = max(len(line.label) for line in lines) + 13  # with "(× diverged)"
     columns = max(1, min(len(lines), 190 // (widest + 6)))
-    legend_rows = math.ceil(len(lines) / columns)
-    height = 4.6 + 0.24 * legend_rows
-    drawing = Figure(figsize=(14, height))
-    drawing.suptitle(title, y=1 - 0.14 / height, va="top", fontsize=13, fontweight="bold")
-    drawing.text(0.5, 0.08 / height, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
-    loss, clock, error = drawing.subplots(1, 3)
+    drawing, space = page(14, 5.4 + 0.24 * math.ceil(len(lines) / columns), title, f"Data: {data_source}")
+    loss, clock, error = space.subplots(1, 3)
     unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
     for line in reversed(lines):  # the first, the baseline, on top
         _draw(loss, line, "train_loss", "epoch", 1.0, headline)
@@ -100,9 +93,7 @@ def comparison_figure(
     _finish(clock, f"{time} ({unit})", "training loss")
     _finish(error, "epoch", f"test {headline.label}")
     handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
-    top = 1 - (0.5 + 0.24 * legend_rows) / height
-    drawing.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, top), ncols=columns, frameon=False)
-    drawing.subplots_adjust(left=0.05, right=0.99, bottom=0.78 / height, top=top - 0.02, wspace=0.17)
+    space.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     return drawing
 
 
@@ -128,7 +119,7 @@ def mean_over_runs(
 
 
 def _diverged(rows: Rows) -> bool:
-    return curve(rows, "train_loss", "epoch").diverged  # there it shows
+    return curve(rows, "train_loss", "epoch").diverged  # a loss that is not finite is in the training rows
 
 
 def _last_common(runs: Sequence[Rows], points: Sequence[dict[int, Any]]) -> float:
@@ -136,16 +127,6 @@ def _last_common(runs: Sequence[Rows], points: Sequence[dict[int, Any]]) -> floa
     ends = [(max(own), _diverged(rows)) for rows, own in zip(runs, points, strict=True) if own]
     whole = [end for end, diverged in ends if not diverged]
     return min(whole) if whole else max((end for end, _ in ends), default=0)
-
-
-def _further(
-    runs: Sequence[Rows], quantity: str, against: str, headline: Headline
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each run that goes on where the mean ends, x and y from there."""
-    points = [_points(rows, quantity, against, headline) for rows in runs]
-    end = _last_common(runs, points)
-    tails = [np.array([own[step] for step in sorted(own) if step >= end]) for own in points]
-    return [(tail[:, 0], tail[:, 1]) for tail in tails if len(tail) > 1]
 
 
 def _points(rows: Rows, quantity: str, against: str, headline: Headline) -> dict[int, tuple[float, float]]:
@@ -158,18 +139,20 @@ def _points(rows: Rows, quantity: str, against: str, headline: Headline) -> dict
 
 def _draw(axes: Axes, line: Line, quantity: str, against: str, scale: float, headline: Headline) -> None:
     mean, diverged = mean_over_runs(line.runs, quantity, against, headline)
-    look: dict[str, Any] = {
-        "color": COLOURS[line.colour % len(COLOURS)],
-        "linestyle": STROKES[line.stroke % len(STROKES)],
-    }
+    look: Any = {"color": COLOURS[line.colour % len(COLOURS)], "linestyle": STROKES[line.stroke % len(STROKES)]}
+    # Few test points look like a smooth curve without markers, and a single one is invisible.
     sparse = len(mean.x) == 1 or (quantity.startswith("test_") and len(mean.x) <= 40)
     few: dict[str, Any] = {"marker": "o", "markersize": 4} if sparse else {}
     label = f"{line.label} (× diverged)" if diverged else line.label
     axes.plot(mean.x / scale, mean.y, label=label, linewidth=1.7, **few, **look)
     if len(line.runs) > 1:
         axes.fill_between(mean.x / scale, mean.low, mean.high, color=look["color"], alpha=0.15, linewidth=0)
-        for x, y in _further(line.runs, quantity, against, headline):
-            axes.plot(x / scale, y, linewidth=0.9, alpha=0.6, **look)
+        points = [_points(rows, quantity, against, headline) for rows in line.runs]
+        end = _last_common(line.runs, points)
+        for own in points:  # each run that goes on where the mean ends
+            tail = np.array([own[step] for step in sorted(own) if step >= end])
+            if len(tail) > 1:
+                axes.plot(tail[:, 0] / scale, tail[:, 1], linewidth=0.9, alpha=0.6, **look)
     if diverged and len(mean.x):
         axes.plot(mean.x[-1:] / scale, mean.y[-1:], "X", color=look["color"], markersize=10, markeredgecolor="white")
 
@@ -181,6 +164,5 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     plain_axes(axes, which="both")
     shown = np.concatenate([np.asarray(one.get_ydata(), float) for one in axes.get_lines()] or [np.zeros(0)])
     shown = shown[np.isfinite(shown)]
-    if len(shown) and shown.min() > 0 and shown.max() > LOG_SCALE_RATIO * shown.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+    if len(shown):
+        set_log_scale(axes, shown.min(), shown.max())

@@ -10,29 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax._files import write_atomically
-from fr_jax.plotting.style import COLOURS, plain_axes, png
+from fr_jax.plotting.style import COLOURS, page, plain_axes, png, set_log_scale
 from fr_jax.training.task import ACCURACY, Headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 Rows = Sequence[Mapping[str, Any]]
 
-_LOG_SCALE_RATIO = 30.0
 _SMOOTH_SHARE = 1 / 25
-_LEGEND_CHARACTERS = 150
 _TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
 class Curve(NamedTuple):
-    """One quantity of one run.
-
-    Attributes:
-      x: ``(n,)`` epochs or seconds.
-      y: ``(n,)`` values, all finite.
-      diverged: whether values that are not finite were left out.
-    """
+    """One quantity of one run: ``(n,)`` finite ``y`` over ``x``; whether values that are not finite were left out."""
 
     x: np.ndarray
     y: np.ndarray
@@ -40,24 +32,14 @@ class Curve(NamedTuple):
 
 
 def plot_curves(
-    runs: Mapping[str, Rows],
-    path: str | pathlib.Path,
-    *,
-    title: str,
-    data_source: str,
-    headline: Headline = ACCURACY,
+    runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: str, data_source: str, headline: Headline = ACCURACY
 ) -> None:
     """Draws the curves of ``runs`` into a PNG file, which is replaced in one operation.
 
     Row 1 is the loss, row 2 the headline number; column 1 against epoch, column 2 against time. Thin: training,
     smoothed, with the raw values pale behind. Thick with markers: test.
 
-    Args:
-      runs: rows of ``metrics.jsonl`` by label (``"FR, K = 4"``).
-      path: the PNG file.
-      title: one line over the figure.
-      data_source: what the runs were trained on, written below the figure.
-      headline: the number that the runs are judged by.
+    ``runs`` are rows of ``metrics.jsonl`` by label (``"FR, K = 4"``); the note below states the ``data_source``.
 
     Raises:
       ValueError: for no runs.
@@ -70,12 +52,8 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str, headline: 
     """The figure of :func:`plot_curves`, for a notebook to show; it needs no display and no pyplot."""
     if not runs:
         raise ValueError("no runs to plot: give at least one label with its rows.")
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(11, 7))
-    drawing.suptitle(title, y=0.975, fontsize=13, fontweight="bold")
-    drawing.text(0.5, 0.012, f"Data: {data_source}", ha="center", fontsize=8.5, color="0.35")
-    axes = drawing.subplots(2, 2, sharex="col", sharey="row")
+    drawing, space = page(11, 7, title, f"Data: {data_source}")
+    axes = space.subplots(2, 2, sharex="col", sharey="row")
     unit, seconds_per_unit = time_unit(runs)
     for row, quantity in enumerate((Headline("loss"), headline)):
         for column, (against, scale) in enumerate((("epoch", 1.0), ("seconds", seconds_per_unit))):
@@ -83,9 +61,13 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str, headline: 
                 _draw_run(axes[row, column], rows, quantity, against, scale, COLOURS[number % len(COLOURS)])
         _set_limits(axes[row, 0], runs, quantity)
         axes[row, 0].set_ylabel(f"{quantity.words} (%)" if quantity.fraction else quantity.words)
-    _label(axes, unit)
-    lines = _add_legend(drawing, runs)
-    drawing.subplots_adjust(left=0.065, right=0.985, bottom=0.1, top=0.92 - 0.03 * lines, wspace=0.05, hspace=0.09)
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 1].set_xlabel(f"training time ({unit})")
+    for panel in axes.flat:
+        plain_axes(panel)
+        panel.margins(x=0.02)
+        panel.set_xlim(left=0)
+    _add_legend(space, runs)
     return drawing
 
 
@@ -102,6 +84,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     half = int(len(values) * _SMOOTH_SHARE / 2)
     if half == 0:
         return values
+    # Differences of running sums: O(n) for every width of the window.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
@@ -117,21 +100,19 @@ def _diverged(rows: Rows) -> bool:
     return curve(rows, "train_loss", "epoch").diverged or curve(rows, "test_loss", "epoch").diverged
 
 
-def _percent(quantity: Headline) -> float:
-    return 100.0 if quantity.fraction else 1.0
-
-
 def _draw_run(axes: Axes, rows: Rows, quantity: Headline, against: str, scale: float, colour: str) -> None:
     train, test = (curve(rows, f"{split}_{quantity.name}", against) for split in ("train", "test"))
-    y = train.y * _percent(quantity)
+    factor = 100.0 if quantity.fraction else 1.0
+    y = train.y * factor
     mean = smoothed(y)
     if mean is not y:
         axes.plot(train.x / scale, y, color=colour, linewidth=0.6, alpha=0.18, zorder=1)
+    # A line of one point would be invisible.
     lone = "." if len(mean) == 1 else None
     axes.plot(train.x / scale, mean, color=colour, linewidth=1.1, alpha=0.75, zorder=2, marker=lone)
     every = max(1, math.ceil(len(test.x) / 25))
     style = {"linewidth": 2.1, "marker": "o", "markersize": 4.5, "markevery": every, "zorder": 3}
-    axes.plot(test.x / scale, test.y * _percent(quantity), color=colour, **style)
+    axes.plot(test.x / scale, test.y * factor, color=colour, **style)
     if quantity.name == "loss" and _diverged(rows) and len(train.x):
         cross = {"marker": "X", "markersize": 11, "color": colour, "markeredgecolor": "white", "zorder": 4}
         axes.plot(train.x[-1:] / scale, mean[-1:], linestyle="none", clip_on=False, **cross)
@@ -141,33 +122,21 @@ def _set_limits(axes: Axes, runs: Mapping[str, Rows], quantity: Headline) -> Non
     """Limits for the smoothed training curves and the test curves; raw values may leave the picture."""
     names = (f"train_{quantity.name}", f"test_{quantity.name}")
     curves = [curve(rows, name, "epoch").y for rows in runs.values() for name in names]
-    shown = np.concatenate([smoothed(y) for y in curves]) * _percent(quantity)
+    shown = np.concatenate([smoothed(y) for y in curves]) * (100.0 if quantity.fraction else 1.0)
     if not len(shown):
         return
     low, high = float(shown.min()), float(shown.max())
     if quantity.fraction:
         margin = max(0.06 * (high - low), 1.0)
         axes.set_ylim(max(low - margin, -2.0), min(high + margin, 102.0))
-    elif low > 0 and high > _LOG_SCALE_RATIO * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+    elif set_log_scale(axes, low, high):
         axes.set_ylim(low / 1.4, high * 1.4)
     else:
         margin = max(0.06 * (high - low), 0.02 * abs(high), 1e-6)
         axes.set_ylim(0.0 if 0 <= low < 0.3 * high else low - margin, high + margin)
 
 
-def _label(axes: np.ndarray, unit: str) -> None:
-    axes[1, 0].set_xlabel("epoch")
-    axes[1, 1].set_xlabel(f"training time ({unit})")
-    for panel in axes.flat:
-        plain_axes(panel)
-        panel.margins(x=0.02)
-        panel.set_xlim(left=0)
-
-
-def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
-    """Puts one legend under the title and returns how many lines it has."""
+def _add_legend(space: SubFigure, runs: Mapping[str, Rows]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -177,11 +146,8 @@ def _add_legend(drawing: Figure, runs: Mapping[str, Rows]) -> int:
     handles.append(Line2D([], [], color="0.3", linewidth=1.1, label="training"))
     handles.append(Line2D([], [], color="0.3", linewidth=2.1, marker="o", markersize=4.5, label="test"))
     widest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(len(handles), _LEGEND_CHARACTERS // (widest + 9)))
-    drawing.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.945), ncols=columns, frameon=False, borderaxespad=0
-    )
-    return math.ceil(len(handles) / columns)
+    columns = max(1, min(len(handles), 150 // (widest + 9)))
+    space.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def time_unit(runs: Mapping[str, Rows]) -> tuple[str, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fr_jax.diagnostics.simulation.timeline import Task, Timeline, summarise
+from fr_jax.plotting.style import page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ LOOK_OF = {kind: look for look in LOOKS for kind in look.kinds}
 
 DEVICES_WITH_ROOM, BARS_WITH_ROOM = 12, 150
 """Numbers of devices, and of bars per device, up to which a chart shows mini-batch numbers and single transfers."""
-WIDTH_INCHES, LEFT_INCHES, RIGHT_INCHES = 13.0, 0.75, 0.15
+WIDTH_INCHES, MARGIN_INCHES = 13.0, 0.9
 POINTS_PER_DIGIT = 4.6
 
 
@@ -62,7 +63,7 @@ def gantt_figure(
       timelines: by label, each of at least two steps.
       title: one line above the figure.
       seconds: the end of the time axis; by default the end of the shortest timeline.
-      unit: the unit of the times, such as ``"s"``.
+      unit: the unit of the times.
       reference: the time of a step of back-propagation on one device, to state the speed of each timeline.
 
     Raises:
@@ -78,32 +79,20 @@ def gantt_figure(
     """
     if not timelines:
         raise ValueError("no timelines to draw: give at least one, with its label.")
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     end = min(float(timeline.end.max()) for timeline in timelines.values()) if seconds is None else seconds
     rows = [1 + max(task.device for task in timeline.schedule) for timeline in timelines.values()]
     heights = [max(0.35, min(0.24 * devices, 0.7 + 0.1 * devices, 2.2)) for devices in rows]
-    gap, top, bottom = 0.42, 1.05, 0.62
-    height = sum(heights) + gap * (len(rows) - 1) + top + bottom
-    drawing = Figure(figsize=(WIDTH_INCHES, height))
-    drawing.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=13, fontweight="bold")
-    upper = height - top
+    drawing, space = page(WIDTH_INCHES, sum(heights) + 0.42 * len(rows) + 1.25, title, "")
+    panels = space.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     shown: set[str] = set()
-    left, width = LEFT_INCHES / WIDTH_INCHES, 1 - (LEFT_INCHES + RIGHT_INCHES) / WIDTH_INCHES
-    for number, (label, timeline) in enumerate(timelines.items()):
-        lower = upper - heights[number]
-        axes = drawing.add_axes((left, lower / height, width, heights[number] / height))
+    for axes, (label, timeline) in zip(panels, timelines.items(), strict=True):
         shown |= _draw(axes, timeline, end)
         axes.set_title(f"{label}: {_summary(timeline, unit, reference)}", loc="left", fontsize=10, pad=3)
-        if number == len(rows) - 1:
-            axes.set_xlabel(f"time ({unit})")
-        else:
-            axes.tick_params(labelbottom=False)
-        upper = lower - gap
+    panels[-1].set_xlabel(f"time ({unit})")
     handles = [Patch(color=look.colour, label=look.label) for look in (*LOOKS, OTHER) if look.label in shown]
-    anchor = (0.5, 1 - 0.36 / height)
-    drawing.legend(handles=handles, loc="upper center", bbox_to_anchor=anchor, ncols=len(handles), frameon=False)
+    space.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return drawing
 
 
@@ -129,7 +118,7 @@ def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:
             shown.add(look.label)
             _draw_bars(axes, look, bars, few)
     if few:
-        points_per_unit = 72 * (WIDTH_INCHES - LEFT_INCHES - RIGHT_INCHES) / end
+        points_per_unit = 72 * (WIDTH_INCHES - MARGIN_INCHES) / end
         _draw_numbers(axes, visible, end, points_per_unit)
         lines = [one for one in timeline.transfers if one.start < end]
         for one in lines:
@@ -143,10 +132,11 @@ def _draw_bars(axes: Axes, look: Look, bars: Sequence[tuple[Task, float, float]]
     from matplotlib.collections import PolyCollection
 
     half = 0.42 if few else 0.5
-    corners = [
-        np.array([[start, k - half], [stop, k - half], [stop, k + half], [start, k + half]])
-        for k, start, stop in ((task.device, start, stop) for task, start, stop in bars)
-    ]
+    corners = []
+    for task, start, stop in bars:
+        low, high = task.device - half, task.device + half
+        corners.append(np.array([[start, low], [stop, low], [stop, high], [start, high]]))
+    # Antialiased edges of thousands of bars side by side would show as pale lines between them.
     edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6} if few else {"antialiased": False}
     axes.add_collection(PolyCollection(corners, facecolors=look.colour, **edge))
 
@@ -154,19 +144,15 @@ def _draw_bars(axes: Axes, look: Look, bars: Sequence[tuple[Task, float, float]]
 def _draw_numbers(axes: Axes, bars: Sequence[tuple[Task, float, float]], end: float, points_per_unit: float) -> None:
     for task, start, stop in bars:
         text = str(task.minibatch)
-        if (
-            task.kind != "transfer"
-            and stop <= end
-            and (stop - start) * points_per_unit > POINTS_PER_DIGIT * len(text) + 3
-        ):
-            ink = LOOK_OF.get(task.kind, OTHER).ink
-            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": ink}
-            axes.text((start + stop) / 2, task.device, text, **style)
+        fits = stop <= end and (stop - start) * points_per_unit > POINTS_PER_DIGIT * len(text) + 3
+        if fits and task.kind != "transfer":
+            style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5}
+            axes.text((start + stop) / 2, task.device, text, color=LOOK_OF.get(task.kind, OTHER).ink, **style)
 
 
 def _finish(axes: Axes, devices: int, end: float) -> None:
     axes.set_xlim(0, end)
-    axes.set_ylim(devices - 0.4, -0.6)
+    axes.set_ylim(devices - 0.4, -0.6)  # device 1 on top
     every = 1 if devices <= DEVICES_WITH_ROOM else max(1, devices // 8)
     ticks = [k for k in range(devices) if (k + 1) % every == 0 or k == 0]
     axes.set_yticks(ticks, [str(k + 1) for k in ticks], fontsize=8)

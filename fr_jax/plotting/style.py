@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["COLOURS", "page", "plain_axes", "png", "shades"]
+__all__ = ["COLOURS", "page", "plain_axes", "png", "set_log_scale", "shades"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is left out, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 def page(width: float, height: float, title: str, note: str) -> tuple[Figure, SubFigure]:
-    """A figure of that size in inches, with a title above and a note below; and the space between them for the panels.
+    """A figure of that size in inches, and the space between its title and its note for the panels; without pyplot.
 
-    It needs no display and no pyplot. A legend of the whole figure is ``space.legend(loc="outside upper center")``.
+    A legend of the whole figure is ``space.legend(loc="outside upper center")``.
     """
     from matplotlib.figure import Figure
 
@@ -35,6 +35,15 @@ def plain_axes(panel: Axes, axis: Literal["both", "x", "y"] = "both", **grid: An
     panel.grid(True, axis=axis, color="0.9", linewidth=0.8, **grid)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def set_log_scale(panel: Axes, low: float, high: float) -> bool:
+    """A logarithmic y axis if positive values reach over a factor of 30; whether it was set."""
+    if not 0 < low < high / 30:
+        return False
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    return True
 
 
 def shades(number: int) -> list[Any]:

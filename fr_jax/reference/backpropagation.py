@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from fr_jax.reference.counting import Multiplications
+from fr_jax.reference.counting import Counter, Multiplications
 from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, check_one_example, forward
 
 __all__ = ["loss_gradients", "output_gradients"]
 
 
-def output_gradients(params: Params, trace: Trace, counter: Multiplications | None = None) -> Params:
-    """∂ŷ/∂θ of one example: base case ∂ŷ/∂z^T = α, then layer by layer back to the first.
+def output_gradients(params: Params, trace: Trace, counter: Counter = None) -> Params:
+    """As :func:`fr_jax.reference.chain_rule.output_gradients`, layer by layer from ∂ŷ/∂z^T = α back to the first.
 
     For t = T-1, ..., 1:  ∂ŷ/∂u^{t+1} = ∂ŷ/∂z^{t+1} ⊙ σ'(u^{t+1}),  ∂ŷ/∂W^t = ∂ŷ/∂u^{t+1} (z^t)ᵀ,
-    ∂ŷ/∂z^t = (W^t)ᵀ ∂ŷ/∂u^{t+1}. The last of these is not needed at t = 1 and not computed. This takes at most two
-    multiplications per edge and one per hidden node, after a forward pass of one per edge: O(E + V). The lecture's
-    chain of T weights takes 2T - 1.
-
-    Args, Returns, Raises: as :func:`fr_jax.reference.chain_rule.output_gradients`.
+    ∂ŷ/∂z^t = (W^t)ᵀ ∂ŷ/∂u^{t+1}. This takes at most two multiplications per edge and one per hidden node, after a
+    forward pass of one per edge: O(E + V). The lecture's chain of T weights takes 2T - 1.
 
     Example:
       >>> from fr_jax.reference.network import IDENTITY, chain
@@ -37,24 +34,12 @@ def output_gradients(params: Params, trace: Trace, counter: Multiplications | No
 
 
 def loss_gradients(
-    params: Params,
-    x: np.ndarray,
-    y: np.ndarray | float,
-    activation: Activation = RELU,
-    counter: Multiplications | None = None,
+    params: Params, x: np.ndarray, y: np.ndarray | float, activation: Activation = RELU, counter: Counter = None
 ) -> Params:
-    """Gradient of the mean square loss by one forward and one backward pass over a whole batch.
+    """As :func:`fr_jax.reference.chain_rule.loss_gradients`, by one forward and one backward pass over a whole batch.
 
     The backward pass starts with ∂ℓ/∂ŷ = 2 (ŷ - y) / B and ∂ℓ/∂z^T = ∂ℓ/∂ŷ αᵀ, one row per example. The counter
     counts the multiplications of both passes.
-
-    Args, Returns, Raises: as :func:`fr_jax.reference.chain_rule.loss_gradients`.
-
-    Example:
-      >>> from fr_jax.reference.network import IDENTITY, chain
-      >>> g = loss_gradients(chain([2.0], a=3.0), np.array([1.0]), 5.0, IDENTITY)
-      >>> g.weights, g.alpha, float(g.b)
-      ((array([[6.]]),), array([4.]), 2.0)
     """
     counter = Multiplications() if counter is None else counter
     x, y = as_batch(params, x, y)
@@ -69,8 +54,9 @@ def _backward(params: Params, trace: Trace, d_z: np.ndarray, counter: Multiplica
     derivative = trace.activation.derivative
     grads = []
     for t in reversed(range(len(params.weights))):
+        # σ' = 1 is not a product in the lecture's count, so the identity must not multiply by it.
         d_u = d_z if derivative is None else counter.times(d_z, derivative(trace.u[t]))
         grads.append(counter.matmul(d_u.T, trace.z[t]))
-        if t > 0:
+        if t > 0:  # nothing needs the derivative by x
             d_z = counter.matmul(d_u, params.weights[t])
     return tuple(reversed(grads))

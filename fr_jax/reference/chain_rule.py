@@ -7,35 +7,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from fr_jax.reference.counting import Multiplications
+from fr_jax.reference.counting import Counter, Multiplications
 from fr_jax.reference.network import RELU, Activation, Params, Trace, as_batch, check_one_example, forward, map_params
 
 __all__ = ["loss_gradients", "output_gradients"]
 
 
-def output_gradients(params: Params, trace: Trace, counter: Multiplications | None = None) -> Params:
+def output_gradients(params: Params, trace: Trace, counter: Counter = None) -> Params:
     """∂ŷ/∂θ of one example, weight by weight; no result for one weight is used for another.
 
     For the edge w from node j of layer t to node i of layer t + 1, the derivative of every later node by w is carried
-    forward through the graph, from that node to the output:
-    ∂u_i/∂w = z_j, then ∂z/∂w = σ'(u) ∂u/∂w and ∂u/∂w = W ∂z/∂w layer by layer, and ∂ŷ/∂w = αᵀ ∂z/∂w at the end.
-    That takes O(E + V) multiplications per weight and O((E + V)²) for all. ∂ŷ/∂α = z^T and ∂ŷ/∂b = 1 take none.
+    forward through the graph: ∂u_i/∂w = z_j, then ∂z/∂w = σ'(u) ∂u/∂w and ∂u/∂w = W ∂z/∂w layer by layer, and
+    ∂ŷ/∂w = αᵀ ∂z/∂w at the end. That takes O(E + V) multiplications per weight and O((E + V)²) for all. ∂ŷ/∂α = z^T
+    and ∂ŷ/∂b = 1 take none.
 
     The counter counts the multiplications between the factors of the chain rule, after the forward pass. For the
     lecture's chain ŷ = a w_T ... w_1 x with the identity, ∂ŷ/∂w_i = (∂ŷ/∂z_T) (∂z_T/∂z_{T-1}) ... (∂z_i/∂w_i) has
     T - i + 2 factors and therefore T - i + 1 products, which the lecture calls its computation: T for w_1, 1 for w_T,
     and 1 + 2 + ... + T = T (T + 1) / 2 in all. A ReLU adds a product with σ' at each node on the way.
 
-    Args:
-      params: the network.
-      trace: its forward pass for one example.
-      counter: counts the multiplications.
-
-    Returns:
-      The gradient of the prediction.
-
     Raises:
-      ValueError: the trace is of a batch.
+      ValueError: the trace is of a batch, not of one example.
 
     Example:
       >>> from fr_jax.reference.network import IDENTITY, chain
@@ -55,7 +47,8 @@ def output_gradients(params: Params, trace: Trace, counter: Multiplications | No
 
 def _edge_derivative(params: Params, trace: Trace, t: int, i: int, j: int, counter: Multiplications) -> np.ndarray:
     """∂ŷ/∂w for the edge from node j of layer t to node i of layer t + 1."""
-    reached = slice(i, i + 1)  # the nodes of the current layer that depend on the edge: one, and then all
+    # The nodes of the current layer that depend on the edge: one, then all. Products for the others are not counted.
+    reached = slice(i, i + 1)
     d_u = trace.z[t][j : j + 1]
     d_z = _through_activation(trace, t, reached, d_u, counter)
     for later in range(t + 1, len(params.weights)):
@@ -71,23 +64,12 @@ def _through_activation(trace: Trace, t: int, reached: slice, d_u: np.ndarray, c
 
 
 def loss_gradients(
-    params: Params,
-    x: np.ndarray,
-    y: np.ndarray | float,
-    activation: Activation = RELU,
-    counter: Multiplications | None = None,
+    params: Params, x: np.ndarray, y: np.ndarray | float, activation: Activation = RELU, counter: Counter = None
 ) -> Params:
-    """Gradient of the mean square loss: for each example 2 (ŷ - y) ∂ŷ/∂θ, averaged.
+    """∇_θ (1/B) Σ (ŷ - y)²: for each example 2 (ŷ - y) ∂ŷ/∂θ, averaged.
 
-    Args:
-      params: the network.
-      x: ``(n_1,)`` or ``(B, n_1)``.
-      y: ``()`` or ``(B,)``.
-      activation: σ.
-      counter: counts the multiplications of the forward pass, of the chain rule, and those with 2 (ŷ - y).
-
-    Returns:
-      ``∇_θ (1/B) Σ (ŷ - y)²``.
+    x is ``(n_1,)`` or ``(B, n_1)``, y is ``()`` or ``(B,)``. The counter counts the forward pass, the chain rule, and the
+    multiplications with 2 (ŷ - y).
 
     Raises:
       ValueError: x does not fit the first layer, y is not one number per example, or there is no example.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
-__all__ = ["Multiplications"]
+__all__ = ["Counter", "Multiplications"]
 
 
 class Multiplications:
@@ -29,11 +31,7 @@ class Multiplications:
         self.count = 0
 
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """``a @ b`` for vectors and matrices: ``m · n · p`` multiplications for ``(m, n) @ (n, p)``.
-
-        Raises:
-          ValueError: an operand is not a vector or matrix, or the inner lengths differ.
-        """
+        """``a @ b`` for vectors and matrices: ``m · n · p`` multiplications for ``(m, n) @ (n, p)``."""
         if not (1 <= a.ndim <= 2 and 1 <= b.ndim <= 2 and a.shape[-1] == b.shape[0]):
             raise ValueError(
                 f"shapes {a.shape} and {b.shape} cannot be multiplied: give vectors or matrices, the last axis of the "
@@ -43,11 +41,11 @@ class Multiplications:
         return a @ b
 
     def times(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
-        """``a * b``, element by element with broadcasting: one multiplication for each element of the result.
-
-        Raises:
-          ValueError: the shapes do not broadcast.
-        """
+        """``a * b``, element by element with broadcasting: one multiplication for each element of the result."""
         product = np.multiply(a, b)
         self.count += product.size
         return product
+
+
+Counter: TypeAlias = Multiplications | None
+"""None: nothing is counted."""

@@ -23,11 +23,10 @@ class Trajectory(NamedTuple):
     """Everything that happened in T iterations of K stages; the lists of stage k are at index k - 1.
 
     Attributes:
-      w: ``w[k - 1][t]``, the weights w_k^t before iteration t; T + 1 entries, the last after the last iteration.
-      h: ``h[k][t]`` for k = 0..K, the features h_k^t of mini-batch t as played: ``h[0]`` are the inputs, ``h[k - 1]``
-        is the input of stage k, ``h[K]`` are the outputs.
-      delta: ``delta[k - 1][t]``, the gradient δ_k with respect to h_k that stage k used at iteration t; None if it
-        had nothing to do. It belongs to mini-batch t + k - K (in back-propagation to mini-batch t).
+      w: ``w[k - 1][t]``, the weights w_k^t before iteration t; the last of T + 1 entries is after the last iteration.
+      h: ``h[k][t]`` for k = 0..K, the features h_k^t of mini-batch t as played; ``h[0]`` are the inputs.
+      delta: ``delta[k - 1][t]``, the gradient δ_k with respect to h_k that stage k used at iteration t, of mini-batch
+        t + k - K (in back-propagation of mini-batch t); None if it had nothing to do.
       grads: ``grads[k - 1][t]``, the gradient with which w_k was updated at iteration t; None if it was not.
       loss: ``loss[t]``, of mini-batch t as played.
     """
@@ -54,22 +53,15 @@ def backpropagation(
       w: w_k^0, one per stage: anything that ``stages`` and ``updates`` understand.
       batches: pairs ``(inputs, targets)``; further entries are ignored.
 
-    Returns:
-      The trajectory.
-
     Raises:
       ValueError: there is no stage, or not one update and one w per stage.
 
     Example:
-      >>> from fr_jax.reference.stages import init_layers, mean_squared_error, relu_stage, sgd_update
-      >>> rng = np.random.default_rng(0)
-      >>> layers = init_layers(rng, (3, 8, 8, 1))
-      >>> stages = [relu_stage(2), relu_stage(1, linear_output=True)]
-      >>> batches = [(x, x.sum(1, keepdims=True)) for x in rng.uniform(-1, 1, (50, 16, 3))]
-      >>> updates = [sgd_update(0.05)] * 2
-      >>> run = backpropagation(stages, updates, mean_squared_error, [layers[:2], layers[2:]], batches)
-      >>> run.loss[-1] < 0.2 * run.loss[0]
-      True
+      >>> square = lambda w, h, s: (w**2 * h, lambda dy: (2 * w * dy * h, w**2 * dy))
+      >>> loss = lambda outputs, targets: (outputs, 1.0)
+      >>> updates = [lambda w, g: w - 0.25 * g] * 2
+      >>> backpropagation([square] * 2, updates, loss, [1.0, 1.0], [(1.0, None)]).grads
+      [[2.0], [2.0]]
     """
     K, run = _start(stages, updates, w)
     for t, (x, targets, *_) in enumerate(batches):
@@ -145,12 +137,13 @@ def _decoupled(
         run.loss.append(value)
         for k in range(1, K + 1):
             s = t + k - K
-            if s < 0:
+            if s < 0:  # the pipeline fills: there is nothing to replay yet
                 run.delta[k - 1].append(None)
                 run.grads[k - 1].append(None)
                 run.w[k - 1].append(run.w[k - 1][t])
                 continue
             delta = sent[k - 1][t]
+            # DDG plays again, too: with the weights of iteration s this is its VJP, and only w and h need be stored.
             _, pull = stages[k - 1](run.w[k - 1][weights_of(t, s)], run.h[k - 1][s], s)
             g, d_input = pull(delta)
             if k > 1:

@@ -13,22 +13,6 @@ import numpy as np
 
 from fr_jax.reference.counting import Multiplications
 
-__all__ = [
-    "IDENTITY",
-    "RELU",
-    "Activation",
-    "Params",
-    "Trace",
-    "as_batch",
-    "chain",
-    "check_one_example",
-    "forward",
-    "init",
-    "loss",
-    "map_params",
-    "size",
-]
-
 
 class Activation(NamedTuple):
     """A function σ of one number, applied to each node.
@@ -68,7 +52,7 @@ class Trace(NamedTuple):
 
     Attributes:
       z: T arrays ``(n_t,)`` or ``(B, n_t)``, the layers' outputs; ``z[0]`` is x.
-      u: T - 1 arrays ``(n_{t+1},)`` or ``(B, n_{t+1})``: ``u[t] = W^t z[t]`` goes into the nodes of layer t + 1.
+      u: T - 1 arrays; ``u[t] = W^t z[t]`` goes into the nodes of layer t + 1.
       y_hat: ``()`` or ``(B,)``, the prediction.
       activation: what was applied to u.
     """
@@ -82,12 +66,7 @@ class Trace(NamedTuple):
 def init(rng: np.random.Generator, widths: Sequence[int]) -> Params:
     """Random weights: W^t ~ N(0, 2 / n_t) (He et al. 2015, equation 10), α ~ N(0, 1 / n_T), b = 0.
 
-    Args:
-      rng: the source of random numbers.
-      widths: ``(n_1, ..., n_T)``: nodes of the input and of each hidden layer; T is at least 1.
-
-    Returns:
-      float64 parameters.
+    ``widths`` are ``(n_1, ..., n_T)``, the nodes of the input and of each hidden layer. The weights are float64.
 
     Raises:
       ValueError: there is no width, or one below 1.
@@ -105,13 +84,6 @@ def init(rng: np.random.Generator, widths: Sequence[int]) -> Params:
 
 def chain(weights: Sequence[float] | np.ndarray, a: float) -> Params:
     """The lecture's one-dimensional chain ŷ = a w_T ... w_2 w_1 x; run it with ``activation=IDENTITY``.
-
-    Args:
-      weights: ``(w_1, ..., w_T)``.
-      a: the weight of the output.
-
-    Returns:
-      A network with one node per layer, and b = 0.
 
     Example:
       >>> float(forward(chain([2.0, 3.0], a=5.0), np.array([7.0]), IDENTITY).y_hat)
@@ -136,16 +108,7 @@ def forward(
 ) -> Trace:
     """The forward pass, storing every u and z: z¹ = x, u^{t+1} = W^t z^t, z^{t+1} = σ(u^{t+1}), ŷ = αᵀ z^T + b.
 
-    It takes one multiplication per edge and example.
-
-    Args:
-      params: the network.
-      x: ``(n_1,)``, one example, or ``(B, n_1)``, a batch.
-      activation: σ.
-      counter: counts the multiplications.
-
-    Returns:
-      Every node's value.
+    It takes one multiplication per edge and example. ``x`` is ``(n_1,)``, one example, or ``(B, n_1)``, a batch.
 
     Raises:
       ValueError: x does not fit the first layer.
@@ -159,19 +122,13 @@ def forward(
     counter = Multiplications() if counter is None else counter
     z, u = [_inputs(params, x)], []
     for W in params.weights:
-        u.append(counter.matmul(z[-1], W.T))
+        u.append(counter.matmul(z[-1], W.T))  # W z of one example, or of each row of a batch
         z.append(activation.value(u[-1]))
     return Trace(tuple(z), tuple(u), counter.matmul(z[-1], params.alpha) + params.b, activation)
 
 
 def loss(params: Params, x: np.ndarray, y: np.ndarray | float, activation: Activation = RELU) -> float:
-    """The square loss (ŷ - y)², its mean over a batch.
-
-    Args:
-      params: the network.
-      x: ``(n_1,)`` or ``(B, n_1)``.
-      y: ``()`` or ``(B,)``, the targets.
-      activation: σ.
+    """The square loss (ŷ - y)², its mean over a batch: x is ``(n_1,)`` or ``(B, n_1)``, y is ``()`` or ``(B,)``.
 
     Raises:
       ValueError: x does not fit the first layer, y is not one number per example, or there is no example.
@@ -185,15 +142,7 @@ def loss(params: Params, x: np.ndarray, y: np.ndarray | float, activation: Activ
 
 
 def as_batch(params: Params, x: np.ndarray, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """``(x, y)`` as float64 arrays ``(B, n_1)`` and ``(B,)``; one example ``(n_1,)``, ``()`` becomes a batch of one.
-
-    Raises:
-      ValueError: x does not fit the first layer, y is not one number per example, or there is no example.
-
-    Example:
-      >>> as_batch(chain([1.0], a=1.0), np.array([3.0]), 4.0)
-      (array([[3.]]), array([4.]))
-    """
+    """``(x, y)`` as float64 arrays ``(B, n_1)`` and ``(B,)``; one example ``(n_1,)``, ``()`` becomes a batch of one."""
     x, y = _inputs(params, x), np.asarray(y, np.float64)
     if y.shape != x.shape[:-1]:
         raise ValueError(f"y of shape {y.shape} for x of shape {x.shape}: give one target per example, {x.shape[:-1]}.")
@@ -201,6 +150,7 @@ def as_batch(params: Params, x: np.ndarray, y: np.ndarray | float) -> tuple[np.n
 
 
 def _inputs(params: Params, x: np.ndarray) -> np.ndarray:
+    # Without a hidden layer (T = 1) the output's weights tell the number of inputs.
     x, n = np.asarray(x, np.float64), (*params.weights, params.alpha[None])[0].shape[1]
     if x.ndim not in (1, 2) or x.shape[-1] != n or len(x) == 0:
         raise ValueError(f"x of shape {x.shape} does not fit a network of {n} inputs: give ({n},) or (B, {n}), B >= 1.")

@@ -32,7 +32,7 @@ def train(
     g = (1/B) Σ_{(x, y) ∈ D_i} ∇_θ (ŷ - y)² and θ ← θ - η g.
 
     Args:
-      params: θ at the start; not changed.
+      params: θ at the start.
       x: ``(n, n_1)``, the data.
       y: ``(n,)``, the targets.
       epochs: passes over the data.
@@ -42,7 +42,7 @@ def train(
       gradients: ``(params, x, y) -> g``; ``chain_rule.loss_gradients`` gives the same result, more slowly.
 
     Returns:
-      ``(params, losses)``: θ at the end, and ``(epochs,)``, the mean square loss over all data after each epoch.
+      θ at the end, and ``(epochs,)``, the mean square loss over all data after each epoch.
 
     Raises:
       ValueError: B does not divide n, or the data do not fit the network.
@@ -63,6 +63,7 @@ def train(
     losses = np.empty(epochs)
     for epoch in range(epochs):
         for batch in rng.permutation(n).reshape(-1, batch_size):
+            # n / B whole mini-batches: B divides n, so that every example counts equally.
             g = gradients(params, x[batch], y[batch])
             params = map_params(lambda theta, g: theta - learning_rate * g, params, g)
         losses[epoch] = np.mean((forward(params, x).y_hat - y) ** 2)

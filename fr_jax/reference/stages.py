@@ -18,12 +18,8 @@ Layers: TypeAlias = tuple[tuple[np.ndarray, np.ndarray], ...]
 def init_layers(rng: np.random.Generator, widths: Sequence[int]) -> Layers:
     """Random layers: W ~ N(0, 2 / n_in) (He et al. 2015, equation 10), b = 0.
 
-    Args:
-      rng: the source of random numbers.
-      widths: ``(n_0, ..., n_L)``: inputs, then the nodes of each of L layers.
-
-    Returns:
-      L pairs ``(W, b)``, float64; slices of it are the weights of stages.
+    ``widths`` are ``(n_0, ..., n_L)``: inputs, then the nodes of each of L layers. Slices of the L float64 pairs
+    ``(W, b)`` are the weights of stages.
 
     Raises:
       ValueError: there are fewer than two widths, or one below 1.
@@ -41,11 +37,7 @@ def init_layers(rng: np.random.Generator, widths: Sequence[int]) -> Layers:
 
 
 def relu_stage(layers: int, *, linear_output: bool = False) -> Callable:
-    """A stage of dense layers: z ← ReLU(W z + b), one after another.
-
-    Args:
-      layers: how many; the weights are a tuple of as many pairs ``(W, b)``.
-      linear_output: omit the ReLU of the last layer, as the last stage of a network does.
+    """A stage of so many dense layers: z ← ReLU(W z + b), the last one without ReLU if ``linear_output``.
 
     Returns:
       ``stage(w, h, s) -> (y, pull)``: h ``(B, n_in)``, y ``(B, n_out)``; the mini-batch's number s is not used.
@@ -72,6 +64,7 @@ def relu_stage(layers: int, *, linear_output: bool = False) -> Callable:
             u = z[-1] @ W.T + b
             linear = linear_output and j == layers - 1
             z.append(u if linear else np.maximum(u, 0.0))
+            # The derivative at u = 0 is 0, as in jax.nn.relu, with which the tests compare it.
             slopes.append(np.ones_like(u) if linear else (u > 0).astype(u.dtype))
 
         def pull(dy: np.ndarray) -> tuple[Layers, np.ndarray]:
@@ -90,12 +83,7 @@ def relu_stage(layers: int, *, linear_output: bool = False) -> Callable:
 def mean_squared_error(outputs: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
     """(1/B) Σ ‖outputs - targets‖²: the mean over the batch of the sum over features, and its gradient by the outputs.
 
-    Args:
-      outputs: ``(B, n)``.
-      targets: ``(B, n)``.
-
-    Returns:
-      ``(value, gradient)``; the gradient is ``(B, n)``.
+    Outputs, targets and gradient are ``(B, n)``.
 
     Raises:
       ValueError: the shapes differ.
@@ -121,7 +109,7 @@ def sgd_update(learning_rate: float) -> Callable[[Any, Any], Any]:
     def update(w: Any, g: Any) -> Any:
         if isinstance(w, Mapping):
             return {name: update(w[name], g[name]) for name in w}
-        if isinstance(w, tuple | list):
+        if isinstance(w, tuple | list):  # a NamedTuple takes its fields one by one
             items = [update(*pair) for pair in zip(w, g, strict=True)]
             return type(w)(*items) if hasattr(w, "_fields") else type(w)(items)
         return w - learning_rate * g

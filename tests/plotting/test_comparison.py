@@ -59,7 +59,7 @@ def test_a_long_legend_stays_in_the_picture():
     lines = [Line(f"DNI, K = 4, synthesizer learning rate 0.00{n}", [rows(1.0)], n, 0) for n in range(9)]
     drawing = comparison_figure(lines, title="", data_source="")
     drawing.canvas.draw()
-    box = drawing.legends[0].get_window_extent()
+    box = drawing.subfigs[0].legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= drawing.bbox.x1
 
 
@@ -72,7 +72,7 @@ def test_figure_has_three_panels_and_a_legend_of_all():
     drawing = comparison_figure(lines, title="a title", data_source="some data")
     assert [axes.get_xlabel() for axes in drawing.axes] == ["epoch", "training time, compilation included (s)", "epoch"]
     assert [axes.get_ylabel() for axes in drawing.axes] == ["training loss", "training loss", "test error (%)"]
-    (legend,) = drawing.legends
+    (legend,) = drawing.subfigs[0].legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["back-propagation", "features replay, K = 2", "features replay, K = 3 (× diverged)"]
     third, cross, second, first = drawing.axes[0].get_lines()  # the first line is drawn last, on top

@@ -52,7 +52,7 @@ def test_what_the_panels_show():
     fast, slow = made_up_rows(scale=0.5), made_up_rows(scale=0.8)
     drawing = figure({"FR": fast, "BP": slow}, title="A title", data_source="real digits")
     assert [text.get_text() for text in drawing.texts] == ["A title", "Data: real digits"]
-    assert [text.get_text() for text in drawing.legends[0].get_texts()] == ["FR", "BP", "training", "test"]
+    assert [text.get_text() for text in drawing.subfigs[0].legends[0].get_texts()] == ["FR", "BP", "training", "test"]
     panels = np.reshape(drawing.axes, (2, 2))
     assert [panel.get_ylabel() for panel in panels[:, 0]] == ["loss", "accuracy (%)"]
     assert [panel.get_xlabel() for panel in panels[1]] == ["epoch", "training time (h)"]
@@ -79,7 +79,11 @@ def test_nothing_overlaps():
     drawing = figure({f"run {i}": made_up_rows() for i in range(7)}, title="A title", data_source="made up")
     drawing.canvas.draw()
     title, source = drawing.texts
-    boxes = [title.get_window_extent(), drawing.legends[0].get_window_extent(), drawing.axes[0].get_tightbbox()]
+    boxes = [
+        title.get_window_extent(),
+        drawing.subfigs[0].legends[0].get_window_extent(),
+        drawing.axes[0].get_tightbbox(),
+    ]
     boxes += [drawing.axes[2].get_tightbbox(), source.get_window_extent()]
     for above, below in zip(boxes, boxes[1:], strict=False):
         assert above.y0 > below.y1
@@ -91,7 +95,7 @@ def test_a_run_that_diverged_is_marked_and_cut(tmp_path):
     rows = made_up_rows()[:70]
     rows += [{**rows[-1], "epoch": 2.5, "train_loss": bad} for bad in (None, float("nan"), float("inf"))]
     drawing = figure({"FR": rows, "BP": made_up_rows()}, title="", data_source="")
-    labels = [text.get_text() for text in drawing.legends[0].get_texts()]
+    labels = [text.get_text() for text in drawing.subfigs[0].legends[0].get_texts()]
     assert labels[:2] == ["FR (× diverged)", "BP"]
     crosses = [line for line in drawing.axes[0].lines if line.get_marker() == "X"]
     assert [line.get_color() for line in crosses] == [COLOURS[0]]

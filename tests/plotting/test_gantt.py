@@ -31,7 +31,7 @@ def test_a_chart_a_timeline_with_the_bubble_in_its_title():
         assert any(isinstance(one, PolyCollection) for one in axes.collections)
     numbers = {text.get_text() for text in figure.axes[1].texts}
     assert {"0", "1", "2"} <= numbers
-    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    labels = {text.get_text() for text in figure.subfigs[0].legends[0].get_texts()}
     assert labels == {look.label for look in LOOKS}
     assert drawn(figure).startswith(b"\x89PNG")
 
@@ -45,7 +45,7 @@ def test_many_devices_have_no_numbers():
 
 def test_transfers_that_occupy_devices_are_bars():
     figure = gantt_figure({"BP": timelines(2, share=0.5)["bp"]}, title="busy")
-    assert LOOKS[-1].label in {text.get_text() for text in figure.legends[0].get_texts()}
+    assert LOOKS[-1].label in {text.get_text() for text in figure.subfigs[0].legends[0].get_texts()}
     assert len(figure.axes[0].lines) == 0
 
 
@@ -56,7 +56,7 @@ def test_every_kind_of_work_has_a_look():
 def test_kinds_of_ones_own_are_grey():
     tasks = [Task(kind, 0, 1.0, t, t) for t in range(4) for kind in ("last", "allreduce")]
     figure = gantt_figure({"mine": simulate(tasks)}, title="own kinds")
-    assert OTHER.label in {text.get_text() for text in figure.legends[0].get_texts()}
+    assert OTHER.label in {text.get_text() for text in figure.subfigs[0].legends[0].get_texts()}
     assert drawn(figure)
 
 

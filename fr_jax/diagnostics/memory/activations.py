@@ -28,12 +28,7 @@ __all__ = ["FORMS", "StageActivations", "closed_form", "stage_activations"]
 
 
 class StageActivations(NamedTuple):
-    """Bytes of one stage for one mini-batch.
-
-    Attributes:
-      inputs: f_k, its input.
-      residuals: A_k, what the VJP of its forward pass stores, weights not counted.
-    """
+    """Bytes of one stage for one mini-batch: f_k, its input; A_k, what its VJP stores, weights not counted."""
 
     inputs: float
     residuals: float
@@ -44,19 +39,12 @@ def _nbytes(tree: PyTree) -> int:
 
 
 def stage_activations(stages: Sequence[Stage], inputs: jax.ShapeDtypeStruct) -> tuple[StageActivations, ...]:
-    """Counts the activations of every stage, from shapes alone.
+    """Counts the activations of each of the K stages for a mini-batch ``(B, ...)``, in bytes, from shapes alone.
 
-    Args:
-      stages: the K stages.
-      inputs: ``(B, ...)``, a mini-batch.
-
-    Returns:
-      K entries, in bytes. JAX stores more than XLA needs if both passes are one function.
+    JAX stores more than XLA needs if both passes are one function.
 
     Example:
-      >>> import jax
       >>> import fr_jax as fr
-      >>> from fr_jax.diagnostics.memory.activations import stage_activations
       >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
       >>> [one.inputs for one in stage_activations(stages, jax.ShapeDtypeStruct((4, 784), "float32"))]
       [12544, 128]
@@ -65,6 +53,7 @@ def stage_activations(stages: Sequence[Stage], inputs: jax.ShapeDtypeStruct) -> 
     stream = jax.eval_shape(lambda: KeyStream(jax.random.key(0), jnp.zeros((), jnp.int32)))
     for k, stage in enumerate(stages):
         params, state = jax.eval_shape(stage.init, stream.key, h)
+        # The VJP without the weights: every method keeps those anyway.
         forward = make_forward(stage, input_gradient=k > 0, keep_weights=False)
         h_out, vjp, _, _ = jax.eval_shape(forward, params, state, stream, h)
         found.append(StageActivations(_nbytes(h), _nbytes(vjp)))
@@ -76,15 +65,14 @@ def _history(stages: Sequence[StageActivations]) -> float:
     return sum((len(stages) - k) * stage.inputs for k, stage in enumerate(stages[:-1]))
 
 
-def _checkpointed(stages: Sequence[StageActivations]) -> float:
-    return max(stage.residuals for stage in stages) + sum(stage.inputs for stage in stages)
-
+_residuals = lambda stages: [stage.residuals for stage in stages]
+_checkpointed = lambda stages: max(_residuals(stages)) + sum(stage.inputs for stage in stages)
 
 FORMS = {
-    "bp": lambda stages: sum(stage.residuals for stage in stages),
+    "bp": lambda stages: sum(_residuals(stages)),
     "ddg": lambda stages: sum((len(stages) - k) * stage.residuals for k, stage in enumerate(stages)),
-    "fr": lambda stages: sum(stage.residuals for stage in stages) + _history(stages),
-    "fr-one-device": lambda stages: max(stage.residuals for stage in stages) + _history(stages),
+    "fr": lambda stages: sum(_residuals(stages)) + _history(stages),
+    "fr-one-device": lambda stages: max(_residuals(stages)) + _history(stages),
     "checkpoint": _checkpointed,
     "recompute": _checkpointed,
 }
@@ -92,16 +80,12 @@ FORMS = {
 
 
 def closed_form(method: str, stages: Sequence[StageActivations], whole: float | None = None) -> float | None:
-    """Activations of a method in bytes, by its closed form; None if the table has none for it.
+    """Activations of a method in bytes, by its closed form; None if :data:`FORMS` has none for it.
 
-    Args:
-      method: a key of :data:`FORMS`.
-      stages: the K stages.
-      whole: the activations of the whole network in bytes, if they are known better than as the sum of the residuals:
-        each stage then has its share of them.
+    ``whole`` are the activations of the whole network in bytes, if they are known better than as the sum of the
+    residuals: each stage then has its share of them.
 
     Example:
-      >>> from fr_jax.diagnostics.memory.activations import StageActivations, closed_form
       >>> stages = [StageActivations(inputs=1, residuals=100)] * 4
       >>> [closed_form(method, stages) for method in ("bp", "fr", "ddg", "checkpoint")]
       [400.0, 409.0, 1000.0, 104.0]

@@ -24,12 +24,7 @@ __all__ = ["Buffer", "Call", "StepCalls", "step_calls"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buffer:
-    """An array on its devices. Each object is one allocation.
-
-    Attributes:
-      aval: shape and dtype.
-      sharding: the devices, and how the array is split over them.
-    """
+    """An array (``aval``: shape and dtype) on its devices. Each object is one allocation."""
 
     aval: Any
     sharding: Sharding
@@ -47,16 +42,10 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One jitted function as a step issues it, or a transfer between devices.
+    """One jitted function (``name``: ``play``, ``replay``, ...) as a step issues it, or a transfer between devices.
 
-    Attributes:
-      name: of the function: ``play``, ``replay``, ...
-      devices: where it runs, or the receivers of the transfer.
-      inputs: what it reads.
-      donated: the inputs whose memory it may reuse.
-      outputs: new buffers.
-      aliased: bytes per device of the outputs in donated memory.
-      temporaries: bytes per device that XLA needs in addition to inputs and outputs.
+    It runs on ``devices``, the receivers of a transfer. ``donated`` are the inputs whose memory it may reuse; bytes per
+    device: ``aliased`` of the outputs in donated memory, ``temporaries`` that XLA needs in addition to in- and outputs.
     """
 
     name: str
@@ -70,13 +59,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class StepCalls:
-    """One step, as a list of calls.
-
-    Attributes:
-      calls: in the order of issue.
-      state, batch: the arguments of the step, pytrees of :class:`Buffer`; ``state.step`` is None.
-      new_state, info: its results.
-    """
+    """One step: its calls in the order of issue; its arguments and results, pytrees of :class:`Buffer`, no ``step``."""
 
     calls: tuple[Call, ...]
     state: PyTree
@@ -94,23 +77,15 @@ def step_calls(
 ) -> StepCalls:
     """Traces ``init`` and a step in which every stage updates, and compiles the functions that the step issues.
 
-    Args:
-      algorithm: any method. Its functions must not read the values of arrays; those of fr_jax do not.
-      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them, for an array on the default device.
-      progress: called with the name of each function before it is compiled.
-      analyses: a cache from code to memory analyses, read and added to. Functions that several calls with the same
-        cache have in common are compiled once.
-
-    Returns:
-      The calls, with the sizes for the backend in use.
+    A batch of ``jax.ShapeDtypeStruct`` stands for arrays on the default device. The algorithm's functions must not read
+    the values of arrays; those of fr_jax do not. ``progress`` is called with the name of each function before it is
+    compiled. ``analyses`` is a cache from code to memory analyses, to be passed to several calls.
 
     Raises:
       ValueError: the batch does not suit the algorithm.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import fr_jax as fr
-      >>> from fr_jax.diagnostics.memory.step_calls import step_calls
+      >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
       >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
       >>> fit = fr.features_replay(stages, lambda y, t: jnp.mean(y), optax.sgd(0.1))
       >>> batch = fr.Batch(jax.ShapeDtypeStruct((4, 784), "float32"), jax.ShapeDtypeStruct((4,), "int32"))
@@ -123,6 +98,7 @@ def step_calls(
     batch_buffers = [Buffer(leaf, place) for leaf, place in zip(jax.tree.leaves(spec), places, strict=True)]
 
     key = jax.random.key(0)
+    # state.step is an int that the method's Python code reads: it cannot be traced.
     without_step = lambda key, batch: algorithm.init(key, batch)._replace(step=None)
     traced, state_spec = jax.make_jaxpr(without_step, return_shape=True)(key, spec)
     _, state_buffers = walk.follow(traced, [Buffer(jax.typeof(key), walk.default), *batch_buffers], compiling=False)

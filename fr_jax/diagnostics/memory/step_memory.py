@@ -33,14 +33,8 @@ KINDS = {
     "temporaries": "what XLA needs inside a function, such as the activations of a replay",
 }
 ACTIVATIONS = ("history", "batch", "residuals", "temporaries")
-_KIND_OF_FIELD = {
-    "params": "parameters",
-    "opt_state": "optimizer",
-    "last_update": "optimizer",
-    "model_state": "statistics",
-    "streams": "statistics",
-    "stream": "statistics",
-}
+_KIND_OF_FIELD = {"params": "parameters", **dict.fromkeys(("opt_state", "last_update"), "optimizer")}
+_KIND_OF_FIELD |= dict.fromkeys(("model_state", "streams", "stream"), "statistics")
 
 
 class StageMemory(NamedTuple):
@@ -53,14 +47,10 @@ class StageMemory(NamedTuple):
 
 
 class DeviceMemory(NamedTuple):
-    """One device at the moment of a step at which it holds the most.
+    """One device at the moment of a step at which it holds the most, and the stages k = 1..K on it.
 
-    Attributes:
-      device: such as ``cpu:0``.
-      stages: the stages on it, k = 1..K.
-      peak: bytes by kind (:data:`KINDS`) at that moment.
-      during: the function that runs at that moment.
-      between_steps: bytes by kind that the new state holds.
+    ``peak`` are the bytes by kind (:data:`KINDS`) at that moment, when the function ``during`` runs; ``between_steps``
+    those that the new state holds.
     """
 
     device: str
@@ -81,14 +71,9 @@ class DeviceMemory(NamedTuple):
 
 
 class CallMemory(NamedTuple):
-    """A function that the step issues.
+    """A function that the step issues: its name, its first device, and bytes there.
 
-    Attributes:
-      name: ``play``, ``replay``, ...
-      device: where it runs; the first of several.
-      live: bytes on that device when it starts, including its inputs.
-      inputs, outputs, aliased, temporaries: bytes on that device; ``aliased`` is the part of the outputs in donated
-        inputs.
+    ``live`` are those when it starts, including its inputs; ``aliased`` is the part of the outputs in donated inputs.
     """
 
     name: str
@@ -101,13 +86,7 @@ class CallMemory(NamedTuple):
 
 
 class MemoryReport(NamedTuple):
-    """The memory of one training method.
-
-    Attributes:
-      devices: the devices that are used, sorted.
-      stages: K entries.
-      calls: everything that a step issues, in order.
-    """
+    """The memory of one training method: by device (sorted), by stage, and by function in the order of issue."""
 
     devices: tuple[DeviceMemory, ...]
     stages: tuple[StageMemory, ...]
@@ -137,22 +116,11 @@ def step_memory(
     use more: an allocator rounds up, a convolution library takes workspace, and a host that runs several steps ahead
     keeps their features alive. :func:`device_peaks` reads the device's own count after a run.
 
-    Args:
-      algorithm: any method; the programs use ``donate=True``.
-      batch: ``(B, ...)`` arrays, or ``jax.ShapeDtypeStruct`` of them.
-      progress: called with the name of each function before it is compiled.
-      analyses: as for :func:`fr_jax.diagnostics.memory.step_calls.step_calls`.
-
-    Returns:
-      Bytes by device, by stage and by function.
-
-    Raises:
-      ValueError: the batch does not suit the algorithm.
+    Arguments and errors as for :func:`fr_jax.diagnostics.memory.step_calls.step_calls`; the programs examine methods
+    with ``donate=True``.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import fr_jax as fr
-      >>> from fr_jax.diagnostics.memory.step_memory import step_memory
+      >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
       >>> stages = fr.partition(fr.models.mlp(depth=2, width=8), (1,))
       >>> fit = fr.features_replay(stages, lambda y, t: jnp.mean(y), optax.sgd(0.1), donate=True)
       >>> batch = fr.Batch(jax.ShapeDtypeStruct((4, 784), "float32"), jax.ShapeDtypeStruct((4,), "int32"))
@@ -160,12 +128,12 @@ def step_memory(
       [12672, 0]
     """
     step = step_calls(algorithm, batch, progress=progress, analyses=analyses)
-    kinds = _kinds(step)
-    peaks = _peaks(step, kinds)
-    stages_of = _stages_of(step.state)
+    # The devices of a stage are those of its keys: every stage has some, and weights it may lack.
+    streams = [jax.tree.leaves(stream) for stream in step.state.streams]
+    stages_of = [set().union(*(key.sharding.device_set for key in keys)) for keys in streams]
     after = {buffer: _kind(path) for path, buffer in jax.tree.leaves_with_path(step.new_state)}
     devices = []
-    for device, (during, peak) in sorted(peaks.items(), key=lambda item: item[0].id):
+    for device, (during, peak) in sorted(_peaks(step).items(), key=lambda item: item[0].id):
         held = Counter(dict.fromkeys(KINDS, 0))
         for buffer, kind in after.items():
             held[kind] += buffer.nbytes if device in buffer.sharding.device_set else 0
@@ -176,13 +144,9 @@ def step_memory(
 
 
 def device_peaks(devices: Iterable[jax.Device] | None = None) -> dict[str, int | None]:
-    """The most bytes that each device has had in use since the program started; waits for nothing.
+    """``{"gpu:0": bytes}``: the most that each device (of this process) had in use since the program started.
 
-    Args:
-      devices: those of this process by default.
-
-    Returns:
-      ``{"gpu:0": bytes}``; None if the backend does not count (a CPU).
+    None if the backend does not count (a CPU). It waits for nothing.
     """
     devices = jax.local_devices() if devices is None else devices
     return {_name(device): (device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices}
@@ -194,16 +158,10 @@ def _name(device: jax.Device) -> str:
 
 def _call_memory(call: Call, live: list[Buffer]) -> CallMemory:
     device = min(call.devices, key=lambda device: device.id)
+    # A buffer that is read twice is there once.
     on = lambda buffers: sum(b.nbytes for b in dict.fromkeys(buffers) if device in b.sharding.device_set)
-    return CallMemory(
-        name=call.name,
-        device=_name(device),
-        live=on(live),
-        inputs=on(call.inputs),
-        outputs=on(call.outputs),
-        aliased=call.aliased,
-        temporaries=call.temporaries,
-    )
+    sizes = (on(live), on(call.inputs), on(call.outputs), call.aliased, call.temporaries)
+    return CallMemory(call.name, _name(device), *sizes)
 
 
 def _kind(path: tuple[Any, ...]) -> str:
@@ -222,17 +180,12 @@ def _kinds(step: StepCalls) -> dict[Buffer, str]:
 
 
 def _stages(state: Any) -> tuple[StageMemory, ...]:
-    """Every field of a state except ``step`` has one entry per stage."""
+    # Every field of a state except `step` has one entry per stage: path[1] is the stage.
     K = len(state.params)
     held = [Counter() for _ in range(K)]
     for path, buffer in jax.tree.leaves_with_path(state):
         held[path[1].idx][_kind(path)] += buffer.nbytes
     return tuple(StageMemory(*(one[kind] for kind in StageMemory._fields)) for one in held)
-
-
-def _stages_of(state: Any) -> list[set[jax.Device]]:
-    """The devices of each stage."""
-    return [set().union(*(key.sharding.device_set for key in jax.tree.leaves(stream))) for stream in state.streams]
 
 
 def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
@@ -249,9 +202,9 @@ def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
         live = [buffer for buffer in (*live, *call.outputs) if last_use.get(buffer, -1) > i]
 
 
-def _peaks(step: StepCalls, kinds: dict[Buffer, str]) -> dict[jax.Device, tuple[str, dict[str, int]]]:
+def _peaks(step: StepCalls) -> dict[jax.Device, tuple[str, dict[str, int]]]:
     """For each device, the call at which it holds the most, and the bytes by kind."""
-    peaks: dict[jax.Device, tuple[str, dict[str, int]]] = {}
+    kinds, peaks = _kinds(step), {}
     for call, live in _alive(step):
         given = set(call.donated)
         for device in call.devices:

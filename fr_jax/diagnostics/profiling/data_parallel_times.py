@@ -53,25 +53,18 @@ def data_parallel_timer(
     after the other, as in the step, each after an equal share of as much other work, by what they add to that work (at
     least what they take alone): an all-reduce of processes that have just computed also waits for the slower one.
 
-    Args:
-      network: the whole network as one stage.
-      loss_fn: as for ``fr_jax.backprop``.
-      optimizer: an optax transformation.
-      batch: the mini-batch.
-      placement: the sharding of data parallelism over D devices.
-      repeats: timed calls in a measurement, of which the median counts.
+    ``network`` is the whole network as one stage, ``batch`` the whole mini-batch, ``placement`` the sharding over D
+    devices; the median of ``repeats`` timed calls counts.
 
     Returns:
       A function that measures: ``times.stages[0].last`` are the seconds of the slowest device's share,
       ``times.all_reduce`` those of all all-reduces. In a run of several processes all must call it.
 
     Raises:
-      ValueError: a placement that is not over several devices, ``repeats`` less than 1, or a mini-batch that does not
-        fit.
+      ValueError: ``placement`` is not over several devices, ``repeats`` is less than 1, or the mini-batch does not fit.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import fr_jax as fr
+      >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
       >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 8)))
       >>> network = fr.chain(*fr.models.mlp(depth=1, num_classes=8))
       >>> (placement,) = fr.placement(1, data_parallel=2)
@@ -90,8 +83,7 @@ def data_parallel_timer(
     reduce_seconds = _all_reduce_timer(found, placement, repeats)
     part = jax.tree.map(lambda x: x[: len(x) // placement.num_devices], batch)
     calls: list[Call] = []
-    for device in (device for device in placement.mesh.devices.flat if device.process_index == jax.process_index()):
-        here = SingleDeviceSharding(device)
+    for here in map(SingleDeviceSharding, placement.addressable_devices):
         ((call,),) = recorded_calls(["bp"], setup_on(here), place(part, here)).values()
         calls.append(call)
 
@@ -107,11 +99,8 @@ def data_parallel_timer(
 
 
 def all_reduces(compiled: Any) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
-    """For each all-reduce of a compiled function (``jax.jit(f).lower(...).compile()``) the arrays that it adds up.
-
-    Raises:
-      ValueError: a dtype that is not among :data:`DTYPES`.
-    """
+    """For each all-reduce of a compiled function (``jax.jit(f).lower(...).compile()``) the arrays that it adds up."""
+    # Nothing public tells an executable's collectives: they are read from the text of the optimised HLO (jax 0.11).
     found = []
     for match in ALL_REDUCE.finditer(compiled.as_text()):
         shapes = [(one["dtype"], one["sizes"]) for one in SHAPE.finditer(match["shapes"])]
@@ -161,14 +150,12 @@ def _all_reduce_timer(
 def _reducer(
     groups: Sequence[Sequence[jax.ShapeDtypeStruct]], placement: NamedSharding, *, sums: bool
 ) -> tuple[Callable[..., jax.Array], list[jax.Array]]:
-    """A function of these all-reduces, with ``rounds`` of other work before each, and its arguments after ``rounds``.
-
-    Each needs the result of the one before. Without ``sums`` there is only the other work.
-    """
+    """A function with ``rounds`` of work before each all-reduce, and its arguments; only the work without ``sums``."""
     mesh, D = placement.mesh, placement.num_devices
     (axis,) = mesh.axis_names
 
     def work(rounds: jax.Array, before: jax.Array) -> jax.Array:
+        # The next all-reduce adds this zero: XLA can neither start it before the work nor drop the work.
         started = jnp.eye(SIZE) + before
         return 0 * jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), started)[0, 0]
 

@@ -31,7 +31,7 @@ init = features_replay.init
 
 
 class LockstepParts(NamedTuple):
-    """The jitted functions: K-1 plays and replays, and stage K's forward pass, backward pass and update."""
+    """The jitted functions; ``forward``, ``backward`` and ``update`` are stage K's."""
 
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
@@ -62,7 +62,7 @@ def make_parts(setup: Setup) -> LockstepParts:
 def step(
     setup: Setup, parts: LockstepParts, state: FeaturesReplayState, batch: Batch
 ) -> tuple[FeaturesReplayState, Info]:
-    """Iteration t; the processes of a group wait for each other, too."""
+    """Iteration t."""
     now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
     history, deltas = list(state.history), list(state.deltas)
 
@@ -76,7 +76,7 @@ def step(
     now.loss, grads, delta = parts.backward(vjp, outputs, now.send(batch.targets, K - 1), now.params[-1])
     now.update(K - 1, parts.update, grads)
     for k in reversed(range(K - 1)):
-        if delta is not None:
+        if delta is not None:  # of stage k+1, for the next iteration: this one replays with state.deltas
             deltas[k] = now.send(delta, k)
         h_s, history[k] = fifo.pop(history[k])
         delta = None
@@ -95,11 +95,7 @@ def barrier(tree: Any) -> None:
 
 
 def lockstep(
-    stages: Sequence[Stage],
-    loss_fn: LossFn,
-    optimizer: Optimizers,
-    *,
-    placement: Sequence[Sharding] | None = None,
+    stages: Sequence[Stage], loss_fn: LossFn, optimizer: Optimizers, *, placement: Sequence[Sharding] | None = None
 ) -> Algorithm:
     """Features replay in lock step, with donated buffers; arguments as for :func:`fr_jax.features_replay`."""
     setup = check_setup(stages, loss_fn, optimizer, placement, donate=True)

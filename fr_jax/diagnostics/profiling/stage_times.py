@@ -3,8 +3,7 @@
 A function is timed alone, again and again, or in its place in the method's step. Alone, all processes can work at the
 same time, as they do in a method without locking. But a function of back-propagation or GPipe is faster alone than in a
 step, where its inputs come from another core's memory, its device has just been idle, and the VJPs of other
-micro-batches are alive: time these in the step. There each function is waited for, so the sum of the times is not a
-step's time. The schedule says what overlaps.
+micro-batches are alive: time these in the step. Each function is waited for there, so the sum is not a step's time.
 """
 
 from __future__ import annotations
@@ -61,41 +60,25 @@ def stage_timer(
     synthesizer_optimizer: optax.GradientTransformation | None = None,
     repeats: int = 3,
     hops: int = 10,
-    together: bool = True,
 ) -> Callable[[], Measured]:
     """Prepares a measurement: makes the methods' functions, with donated buffers, and calls them.
 
-    A function is timed from the call to the result. A transfer is timed as a ping-pong of the feature between the
-    devices of two stages.
+    A function is timed from the call to the result, a transfer as a ping-pong of the feature between two stages; the
+    median of ``repeats`` counts. What is not described here is as for the methods. In a run of several processes all
+    must call the function that measures.
 
-    Args:
-      methods: ``"bp"``, ``"fr"``, ``"fr-lockstep"``, ``"ddg"``, ``"dni"``, ``"gpipe"``; kinds of functions that several
-        of them have are measured once. None of them: the transfers alone.
-      stages: the K stages.
-      loss_fn: as for the methods.
-      optimizer: one optax transformation, or K.
-      batch: the mini-batch.
-      in_step: whether functions are timed in their places in the step of the one method that is given.
-      placement: one sharding per stage; None puts all on the default device.
-      microbatches: M, of GPipe, whose times are those of a micro-batch.
-      synthesizers: of DNI: one stage for all K-1, or a sequence.
-      synthesizer_optimizer: of DNI.
-      repeats: timed calls of each function, or steps, in a measurement, of which the median counts.
-      hops: there-and-back journeys of a feature in a measurement.
-      together: in a run of several processes, whether functions that are timed alone run at the same time, and slow
-        each other down by what they share (memory); otherwise the processes take turns.
-
-    Returns:
-      A function that measures. In a run of several processes all must call it.
+    ``methods`` are keys of :data:`STEPS`; kinds of functions that several of them have are measured once, and without
+    methods the transfers alone. With ``in_step``, functions are timed in their places in the step of the one method
+    that is given; the times of GPipe are those of a micro-batch. Otherwise the processes of a run
+    measure at the same time, and slow each other down by what they share (memory). A feature goes there and back
+    ``hops`` times.
 
     Raises:
-      ValueError: an unknown method, synthesizers that are missing, a wrong number of stages, optimizers or shardings,
-        a batch that cannot be split, ``repeats`` or ``hops`` less than 1, or back-propagation of several stages on a
-        single device, which is one function.
+      ValueError: as the methods, and for an unknown method, ``repeats`` or ``hops`` less than 1, or back-propagation
+        of several stages on a single device, which is one function.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import fr_jax as fr
+      >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
       >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 8)))
       >>> stages = fr.partition(fr.models.mlp(depth=2, width=8, num_classes=8), (1,))
       >>> loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
@@ -107,25 +90,29 @@ def stage_timer(
     shardings = setup.shardings
     check_count("repeats", repeats)
     check_count("hops", hops)
-    check_methods(methods, setup, in_step)
+    _check_methods(methods, setup, in_step)
     own: dict[str, Any] = {"microbatches": check_count("microbatches", microbatches)}
     if "dni" in methods:
         if synthesizers is None or synthesizer_optimizer is None:
             raise ValueError("method 'dni' needs synthesizers and synthesizer_optimizer; pass both.")
         own["synthesizers"] = dni.check_synthesizers(synthesizers, synthesizer_optimizer, False, len(setup.stages))
     batch = Batch(place(batch.inputs, shardings[0]), place(batch.targets, shardings[-1]))
-    timed = (
-        _in_step(methods[0], setup, batch, repeats, own)
-        if in_step
-        else _alone(methods, setup, batch, repeats, together, own)
-    )
+    if in_step:
+        timed = _in_step(methods[0], setup, batch, repeats, own)
+    else:
+        timed = _alone(methods, setup, batch, repeats, own)
     parts = microbatches if "gpipe" in methods and in_step else 1
-    sent = features(setup.stages, jax.tree.map(lambda x: x[: x.shape[0] // parts], batch.inputs), shardings)
-    return lambda: exchanged(len(setup.stages), timed(), crossings(sent, shardings, hops))
+    sent = _features(setup.stages, jax.tree.map(lambda x: x[: x.shape[0] // parts], batch.inputs), shardings)
+
+    def measure() -> Measured:
+        seconds = timed()
+        crossings = [_ping_pong(h, shardings[k], shardings[k + 1], hops) for k, h in enumerate(sent)]
+        return _exchanged(len(setup.stages), seconds, crossings)
+
+    return measure
 
 
-def check_methods(methods: Sequence[str], setup: Setup, in_step: bool) -> None:
-    """Raises ValueError for methods that :func:`stage_timer` refuses."""
+def _check_methods(methods: Sequence[str], setup: Setup, in_step: bool) -> None:
     unknown = [method for method in methods if method not in STEPS]
     if isinstance(methods, str) or unknown:
         raise ValueError(f"methods = {methods!r} were given; give a sequence, each one of {', '.join(STEPS)}.")
@@ -136,20 +123,16 @@ def check_methods(methods: Sequence[str], setup: Setup, in_step: bool) -> None:
 
 
 def _alone(
-    methods: Sequence[str], setup: Setup, batch: Batch, repeats: int, together: bool, own: dict[str, Any]
+    methods: Sequence[str], setup: Setup, batch: Batch, repeats: int, own: dict[str, Any]
 ) -> Callable[[], dict[Watched, float]]:
-    jobs = [
-        (watched, call) for watched, calls in recorded_calls(methods, setup, batch, **own).items() for call in calls
-    ]
+    recorded = recorded_calls(methods, setup, batch, **own)
+    jobs = [(watched, call) for watched, calls in recorded.items() for call in calls]
 
     def measure() -> dict[Watched, float]:
-        for _, call in jobs:
+        for _, call in jobs:  # to warm up
             call.seconds()
-        rounds: list[list[float]] = []
-        for index in [group().index] if together else range(group().size):
-            group().exchange(None)
-            if index == group().index:
-                rounds = [[call.seconds() for _, call in jobs] for _ in range(repeats)]
+        group().exchange(None)  # all processes measure at the same time, as they work in a step
+        rounds = [[call.seconds() for _, call in jobs] for _ in range(repeats)]
         found = defaultdict(list)
         for (watched, _), column in zip(jobs, zip(*rounds, strict=True), strict=True):
             found[watched].append(statistics.median(column))
@@ -165,6 +148,7 @@ def _in_step(
 
     def watch(run: Callable, watched: Watched) -> Callable:
         def timed(*arguments: Any) -> Any:
+            # Without this wait a function would be charged for the one that makes its inputs.
             jax.block_until_ready(arguments)
             start = time.perf_counter()
             result = jax.block_until_ready(run(*arguments))
@@ -183,7 +167,8 @@ def _in_step(
             seconds.clear()
             group().exchange(None)
             state, info = step(state, batch)
-            jax.block_until_ready([x for x in jax.tree.leaves((state, info)) if _is_here(x)])
+            arrays = [x for x in jax.tree.leaves((state, info)) if isinstance(x, jax.Array)]
+            jax.block_until_ready([x for x in arrays if x.is_fully_addressable])
             if number >= warm_up:
                 rounds.append({watched: statistics.fmean(each) for watched, each in seconds.items()})
         return {watched: statistics.median(one[watched] for one in rounds) for watched in rounds[0]}
@@ -191,11 +176,7 @@ def _in_step(
     return measure
 
 
-def _is_here(x: Any) -> bool:
-    return isinstance(x, jax.Array) and x.is_fully_addressable
-
-
-def exchanged(K: int, mine: Mapping[Watched, float], crossing: Sequence[tuple[float, float]]) -> Measured:
+def _exchanged(K: int, mine: Mapping[Watched, float], crossing: Sequence[tuple[float, float]]) -> Measured:
     """What all processes have measured, each of its own stages; all must call it."""
     table: list[dict[str, float]] = [defaultdict(float) for _ in range(K)]
     for (k, kind, _), seconds in (row for rows in group().exchange([*mine.items()]) for row in rows):
@@ -206,7 +187,7 @@ def exchanged(K: int, mine: Mapping[Watched, float], crossing: Sequence[tuple[fl
     return Measured(times, statistics.fmean(shares) if shares else 0.0)
 
 
-def features(stages: Sequence[Stage], inputs: PyTree, shardings: Sequence[Sharding]) -> list[PyTree]:
+def _features(stages: Sequence[Stage], inputs: PyTree, shardings: Sequence[Sharding]) -> list[PyTree]:
     """Zeros like h_k for k < K, each on its stage's devices, from shapes alone."""
     found, h = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     for stage, sharding in zip(stages[:-1], shardings[:-1], strict=True):
@@ -216,12 +197,8 @@ def features(stages: Sequence[Stage], inputs: PyTree, shardings: Sequence[Shardi
     return found
 
 
-def crossings(features: Sequence[PyTree], shardings: Sequence[Sharding], hops: int) -> list[tuple[float, float]]:
-    """For each cut the seconds of one way, and the share of them for which the processors at its ends are busy."""
-    return [_ping_pong(h, shardings[k], shardings[k + 1], hops) for k, h in enumerate(features)]
-
-
 def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[float, float]:
+    """The seconds of one way, and the share of them for which the processors at the ends are busy."""
     if here == there:
         return 0.0, 0.0
     put(put(h, there), here)
@@ -233,6 +210,7 @@ def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[f
         jax.block_until_ready(h)
     seconds = time.perf_counter() - start if is_mine(here) else math.nan
     group().exchange(None)
+    # On a GPU the processor only issues the copies: its time says nothing of the device's.
     takes_part = is_mine(here) + is_mine(there)
     on_cpu = all(device.platform == "cpu" for device in here.device_set | there.device_set)
     busy = time.process_time() - busy if on_cpu and takes_part else 0.0
@@ -242,10 +220,7 @@ def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[f
 
 
 def median(measured: Sequence[Measured]) -> Measured:
-    """The median of several measurements, number by number.
-
-    Raises:
-      ValueError: there are none.
+    """The median of one or more measurements, number by number.
 
     Example:
       >>> one, two = (Measured(Times((StageTimes(last=s),), (), ()), 0.0) for s in (1.0, 2.0))
@@ -257,12 +232,10 @@ def median(measured: Sequence[Measured]) -> Measured:
     middle = lambda rows: tuple(statistics.median(column) for column in zip(*rows, strict=True))
     all_times = [one.times for one in measured]
     stages = zip(*(times.stages for times in all_times), strict=True)
-    return Measured(
-        Times(
-            tuple(StageTimes(*middle(rows)) for rows in stages),
-            middle([times.features for times in all_times]),
-            middle([times.gradients for times in all_times]),
-            statistics.median(times.all_reduce for times in all_times),
-        ),
-        statistics.median(one.transfer_share for one in measured),
+    times = Times(
+        tuple(StageTimes(*middle(rows)) for rows in stages),
+        middle([times.features for times in all_times]),
+        middle([times.gradients for times in all_times]),
+        statistics.median(times.all_reduce for times in all_times),
     )
+    return Measured(times, statistics.median(one.transfer_share for one in measured))

@@ -27,20 +27,8 @@ STEPS: dict[str, Callable[[Setup, int, Any], tuple[Any, Any, tuple]]] = {
     "dni": lambda setup, M, own: (dni, dni.make_parts(setup, own), (own,)),
     "gpipe": lambda setup, M, own: (gpipe, gpipe.make_parts(setup, M), (M,)),
 }
-_KINDS = {
-    "plays": "play",
-    "replays": "replay",
-    "forwards": "forward",
-    "pulls": "backward",
-    "updates": "update",
-    "accumulates": "accumulate",
-    "synthesizes": "synthesize",
-    "errors": "learn",
-    "learns": "learn",
-    "forward": "forward",
-    "backward": "backward",
-    "update": "update",
-}
+_WORK = ("play", "replay", "forward", "backward", "update", "accumulate", "synthesize", "learn")
+_KINDS = {name: kind for kind in _WORK for name in (kind, f"{kind}s")} | {"pulls": "backward", "errors": "learn"}
 """Field of a method's ``Parts`` -> field of ``StageTimes``; for ``last`` it depends on the method."""
 
 
@@ -56,14 +44,14 @@ Watch: TypeAlias = Callable[[Callable, Watched], Callable]
 
 
 class Call(NamedTuple):
-    """A function and its arguments; both stay usable after a timed call, which works on copies."""
+    """A function and its arguments."""
 
     run: Callable
     arguments: tuple
 
     @classmethod
     def of(cls, run: Callable, arguments: tuple) -> Call:
-        """With copies of the arguments, whose buffers ``run`` may be given."""
+        """With copies of the arguments: ``run`` may donate their buffers, and they are needed again."""
         return cls(run, jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, arguments))
 
     def seconds(self) -> float:
@@ -83,16 +71,7 @@ def is_mine(sharding: Sharding | None) -> bool:
 def watched_step(
     method: str, setup: Setup, batch: Batch, watch: Watch, *, microbatches: int = 1, synthesizers: Any = None
 ) -> tuple[Callable, Any]:
-    """``(step, state)`` of a method, where ``watch`` replaces each function of this process's stages.
-
-    Args:
-      method: a key of :data:`STEPS`.
-      setup: the stages and their optimizers.
-      batch: the mini-batch.
-      watch: ``(function, watched) -> function``.
-      microbatches: M, of GPipe.
-      synthesizers: of DNI, checked.
-    """
+    """``(step, state)`` of a method, where ``watch`` replaces each function of this process's stages."""
     room, parts, own = STEPS[method](setup, microbatches, synthesizers)
     state = room.init(*own, setup, parts, jax.random.key(0), batch, None, None)
     kinds = _KINDS | {"last": "gradient" if method == "gpipe" else "last"}
@@ -103,27 +82,23 @@ def watched_step(
 
     fields: dict[str, Any] = {}
     for field, found in parts._asdict().items():
-        if field in kinds:
-            one = callable(found)
-            fields[field] = (
-                watched(found, top, field) if one else tuple(watched(f, k, field) for k, f in enumerate(found))
-            )
+        if field in kinds and callable(found):
+            fields[field] = watched(found, top, field)
+        elif field in kinds:
+            fields[field] = tuple(watched(run, k, field) for k, run in enumerate(found))
     return functools.partial(room.step, *own, setup, parts._replace(**fields)), state
 
 
 def recorded_calls(methods: Iterable[str], setup: Setup, batch: Batch, **own: Any) -> dict[Watched, list[Call]]:
     """What the methods call in step K, the first in which all stages update; of equal kinds those of the first method.
 
-    Args:
-      methods: keys of :data:`STEPS`.
-      setup: the stages and their optimizers.
-      batch: the mini-batch.
-      own: ``microbatches`` and ``synthesizers``, as for :func:`watched_step`.
+    ``own`` are the ``microbatches`` and ``synthesizers`` of :func:`watched_step`.
     """
     calls: dict[Watched, list[Call]] = {}
     for method in methods:
         found: dict[Watched, list[Call]] = defaultdict(list)
 
+        # `found` is bound as a default: the closure of a loop would see the dict of the last method.
         def record(run: Callable, watched: Watched, found: dict[Watched, list[Call]] = found) -> Callable:
             def recorded(*arguments: Any) -> Any:
                 found[watched].append(Call.of(run, arguments))
@@ -133,7 +108,7 @@ def recorded_calls(methods: Iterable[str], setup: Setup, batch: Batch, **own: An
 
         step, state = watched_step(method, setup, batch, record, **own)
         for _ in setup.stages:
-            found.clear()
+            found.clear()  # only step K counts: before it, some stages have nothing to replay
             state, _ = step(state, batch)
         known = {(watched.k, watched.kind) for watched in calls}
         calls |= {watched: own_calls for watched, own_calls in found.items() if watched[:2] not in known}

@@ -11,19 +11,6 @@ from typing import Literal, NamedTuple
 from fr_jax.diagnostics.simulation.timeline import Need, Task
 from fr_jax.diagnostics.simulation.times import Times
 
-__all__ = [
-    "SCHEDULES",
-    "MethodSchedule",
-    "Row",
-    "back_propagation",
-    "data_parallel",
-    "ddg",
-    "dni",
-    "features_replay",
-    "features_replay_lockstep",
-    "gpipe",
-]
-
 
 class Row(NamedTuple):
     """Functions that some stages call, stage after stage.
@@ -69,12 +56,7 @@ class MethodSchedule(NamedTuple):
         return tuple(dict.fromkeys(kind for phase in self.phases for row in phase for kind in row.kinds))
 
     def __call__(self, times: Times, steps: int, microbatches: int = 1) -> tuple[Task, ...]:
-        """The tasks.
-
-        Args:
-          times: of one micro-batch; ``update`` of one update.
-          steps: how many.
-          microbatches: M, for :data:`gpipe`.
+        """The tasks; ``times`` are those of one of M micro-batches (:data:`gpipe`), ``update`` of one update.
 
         Raises:
           ValueError: the numbers of stages and transfers do not fit, or ``steps`` or ``microbatches`` is less than 1.
@@ -92,7 +74,7 @@ class MethodSchedule(NamedTuple):
         newest: dict[int, int] = {}  # stage -> its last task that sends something
         held: dict[int, list[Need]] = {}  # stage -> what a barrier makes its next task wait for
         for call in self._calls(K, steps, microbatches):
-            if call is None:
+            if call is None:  # every device waits for all that was sent before the barrier
                 held = {k: [Need(task) for task in newest.values()] for k in range(K)}
                 continue
             t, row, k, minibatch = call
@@ -132,14 +114,8 @@ _ORDERS = {
     "down": lambda K: reversed(range(K - 1)),
     "all": lambda K: reversed(range(K)),
 }
-_RESULTS = {
-    "play": "feature",
-    "forward": "feature",
-    "last": "delta",
-    "gradient": "delta",
-    "replay": "delta",
-    "backward": "delta",
-}
+_RESULTS = dict.fromkeys(("play", "forward"), "feature")
+_RESULTS |= dict.fromkeys(("last", "gradient", "replay", "backward"), "delta")
 """What a kind sends to another stage."""
 _LOCAL = ("synthesize", "accumulate", "update")
 """Kinds that wait for no other device, and that no other device waits for: left out if they take no time."""
@@ -197,11 +173,8 @@ def data_parallel(seconds: float, devices: int, steps: int, all_reduce: float = 
 
     All devices wait for the sum of their gradients, and nothing runs at the same time.
 
-    Args:
-      seconds: of one device for its part of the mini-batch, update included.
-      devices: D.
-      steps: how many.
-      all_reduce: seconds of the sum (:func:`fr_jax.diagnostics.simulation.times.ring_all_reduce_seconds`).
+    ``seconds`` are those of one device for its part of the mini-batch, update included; ``all_reduce`` those of the sum
+    (:func:`fr_jax.diagnostics.simulation.times.ring_all_reduce_seconds`).
 
     Raises:
       ValueError: ``devices`` or ``steps`` is less than 1.

@@ -18,27 +18,9 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-__all__ = [
-    "Need",
-    "Schedule",
-    "Summary",
-    "Task",
-    "Timeline",
-    "Transfer",
-    "occupying",
-    "resumed",
-    "simulate",
-    "summarise",
-]
-
 
 class Need(NamedTuple):
-    """What a task waits for.
-
-    Attributes:
-      task: the position in the schedule of the task that makes it.
-      seconds: the time that the result then takes to arrive.
-    """
+    """What a task waits for: the result of the task at that position in the schedule, and its time to arrive."""
 
     task: int
     seconds: float = 0.0
@@ -77,13 +59,7 @@ class Transfer(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """A schedule with its times.
-
-    Attributes:
-      schedule: n tasks.
-      start, end: ``(n,)`` seconds.
-      transfers: the messages that took time.
-    """
+    """A schedule of n tasks, the ``(n,)`` seconds at which they start and end, and the messages that took time."""
 
     schedule: tuple[Task, ...]
     start: np.ndarray
@@ -92,13 +68,10 @@ class Timeline(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A timeline in steady state.
+    """A timeline in steady state: seconds from one step to the next, and the bubble of all devices and of each.
 
-    Attributes:
-      step_seconds: from one step to the next.
-      bubble: the share of the time of all devices, 0 to 1, in which they do not compute. A second forward pass counts
-        as work, a transfer that occupies a device does not.
-      bubbles: the same for each device.
+    A bubble is the share of the time, 0 to 1, in which devices do not compute. A second forward pass counts as work, a
+    transfer that occupies a device does not.
     """
 
     step_seconds: float
@@ -126,6 +99,7 @@ def simulate(schedule: Schedule) -> Timeline:
         _check(i, task, schedule)
         begin = device_free[task.device]
         for j, seconds in task.needs:
+            # The messages of a link go out in the order in which their readers are issued.
             arrival, link = float(end[j]) + seconds, (schedule[j].device, task.device)
             if seconds > 0 and link[0] != link[1]:
                 sent = max(float(end[j]), link_free[link])
@@ -149,6 +123,7 @@ def _check(i: int, task: Task, schedule: Schedule) -> None:
                 f"task {i}, {task.kind} on device {task.device}, needs task {j}; it can only need tasks that are "
                 "issued before it. Issue it later."
             )
+        # A little below 0 is allowed: `occupying` lets a receiver start before its sender is done.
         if not -schedule[j].seconds <= seconds < math.inf:
             raise ValueError(
                 f"task {i}, {task.kind} on device {task.device}, waits {seconds} s for the result of task {j}; a "
@@ -163,9 +138,7 @@ def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
     for as long right before the task that needs it. From the start of the first to the end of the second it takes s,
     or more if the receiver is busy.
 
-    Args:
-      schedule: tasks whose needs take time.
-      share: 0 (transfers do not disturb the work) to 1 (both devices do nothing else during a transfer).
+    ``share`` is 0 (transfers do not disturb the work) to 1 (both devices do nothing else during a transfer).
 
     Raises:
       ValueError: the share is not between 0 and 1.
@@ -188,8 +161,8 @@ def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
             if seconds > 0 and schedule[j].device != task.device:
                 readers[j].append((i, seconds))
     made: list[Task] = []
-    place: list[int] = []
-    sends: dict[tuple[int, int], int] = {}
+    place: list[int] = []  # where each task of the schedule now stands
+    sends: dict[tuple[int, int], int] = {}  # (sender, reader) -> where the sending stands
     for i, task in enumerate(schedule):
         needs = []
         for j, seconds in task.needs:
@@ -228,10 +201,7 @@ def summarise(timeline: Timeline, skip: int | None = None) -> Summary:
     """Seconds per step, and bubbles, in steady state.
 
     For each device, the time from the end of its last task of step ``skip - 1`` to the end of its last task counts.
-
-    Args:
-      timeline: of at least two steps.
-      skip: the number of first steps, in which the pipeline fills, to leave out; by default half of them.
+    The first ``skip`` steps, by default half of them, are left out: in them the pipeline fills.
 
     Raises:
       ValueError: ``skip`` leaves no step, or is less than 1.

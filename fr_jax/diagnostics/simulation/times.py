@@ -6,13 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = [
-    "StageTimes",
-    "Times",
-    "balanced_shares",
-    "ring_all_reduce_seconds",
-    "times_of_costs",
-]
+__all__ = ["StageTimes", "Times", "balanced_shares", "ring_all_reduce_seconds", "times_of_costs"]
 
 
 class StageTimes(NamedTuple):
@@ -46,11 +40,8 @@ class StageTimes(NamedTuple):
 class Times(NamedTuple):
     """The seconds that a method's schedule is made from.
 
-    Attributes:
-      stages: K entries.
-      features: K-1 entries, the seconds that h_k takes from stage k to stage k+1.
-      gradients: K-1 entries, the seconds that delta_k takes back.
-      all_reduce: of all sums over devices in a step of data parallelism (gradients, batch statistics).
+    ``stages`` has K entries; ``features`` and ``gradients`` have K-1, the seconds that h_k takes from stage k to stage
+    k+1, and that delta_k takes back; ``all_reduce`` is the sum over all all-reduces of a data-parallel step.
     """
 
     stages: tuple[StageTimes, ...]
@@ -68,14 +59,13 @@ def times_of_costs(
 ) -> Times:
     """Times by the rule that a backward pass takes twice as long as a forward pass.
 
+    Adding up gradients (GPipe) costs nothing.
+
     Args:
       costs: K entries, the seconds of each stage's forward and backward pass together, or in any other unit.
       transfers: seconds for a feature to cross a cut, and for its gradient to come back: one for all, or K-1.
       synthesizers: seconds of forward and backward pass of each stage's synthesizer: one for all, or K-1.
       update: seconds of each stage's update; ``replay`` and ``last`` include it.
-
-    Returns:
-      The times. Adding up gradients (GPipe) costs nothing.
 
     Raises:
       ValueError: the numbers of costs, transfers and synthesizers do not fit.
@@ -89,22 +79,13 @@ def times_of_costs(
     if K < 1:
         raise ValueError("no costs were given; there is one for each of K stages, at least 1.")
     crossing = _for_each_cut("transfers", transfers, K)
-    stages = tuple(
-        StageTimes(
-            play=cost / 3,
-            replay=cost + update,
-            forward=cost / 3,
-            backward=2 * cost / 3,
-            update=update,
-            last=cost + update,
-            gradient=cost,
-            accumulate=0.0,
-            synthesize=synthesizer / 3,
-            learn=2 * synthesizer / 3,
-        )
-        for cost, synthesizer in zip(costs, (*_for_each_cut("synthesizers", synthesizers, K), 0.0), strict=True)
-    )
-    return Times(stages, crossing, crossing)
+    stages = []
+    for cost, synthesizer in zip(costs, (*_for_each_cut("synthesizers", synthesizers, K), 0.0), strict=True):
+        forward, backward = cost / 3, 2 * cost / 3
+        fused = {"play": forward, "replay": cost + update, "last": cost + update, "gradient": cost, "accumulate": 0.0}
+        apart = {"forward": forward, "backward": backward, "update": update}
+        stages.append(StageTimes(**fused, **apart, synthesize=synthesizer / 3, learn=2 * synthesizer / 3))
+    return Times(tuple(stages), crossing, crossing)
 
 
 def _for_each_cut(name: str, given: Sequence[float] | float, K: int) -> tuple[float, ...]:
@@ -118,12 +99,7 @@ def _for_each_cut(name: str, given: Sequence[float] | float, K: int) -> tuple[fl
 
 
 def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, ...]:
-    """The shares of a network, adding up to 1, that an ideal cut gives its K stages.
-
-    Args:
-      K: number of stages.
-      last_stage_weight: what a unit of cost counts in the last stage (:func:`fr_jax.balance`): 3/4 for features
-        replay.
+    """The shares of a network, adding up to 1, that :func:`fr_jax.balance` would choose if it could cut anywhere.
 
     Raises:
       ValueError: K is less than 1, or the weight is not positive.
@@ -141,27 +117,21 @@ def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, .
     return (1 / total,) * (K - 1) + (1 / last_stage_weight / total,)
 
 
-def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float, latency: float = 0.0) -> float:
-    """Seconds of an all-reduce over D devices in a ring: 2 (D-1) messages of size/D, one after the other.
+def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float) -> float:
+    """Seconds of an all-reduce of ``size`` bytes in a ring of D devices: 2 (D-1)/D size / bandwidth.
 
-    Without latency that is 2 (D-1)/D size / bandwidth (Patarasuk and Yuan 2009).
-
-    Args:
-      size: bytes that each device holds.
-      devices: D.
-      bandwidth: bytes per second of each link.
-      latency: seconds of each message.
+    2 (D-1) messages of size/D follow each other (Patarasuk and Yuan 2009); the bandwidth is that of a link, per second.
 
     Raises:
-      ValueError: ``devices`` is less than 1, the bandwidth is not positive, or the others are negative.
+      ValueError: ``devices`` is less than 1, the bandwidth is not positive, or the size is negative.
 
     Example:
       >>> ring_all_reduce_seconds(8e6, devices=2, bandwidth=8e6)
       1.0
     """
-    if not (devices >= 1 and bandwidth > 0 and size >= 0 and latency >= 0):
+    if not (devices >= 1 and bandwidth > 0 and size >= 0):
         raise ValueError(
-            f"size = {size}, devices = {devices}, bandwidth = {bandwidth} and latency = {latency} were given; devices "
-            "must be at least 1, the bandwidth above 0, and the others at least 0."
+            f"size = {size}, devices = {devices} and bandwidth = {bandwidth} were given; devices must be at least 1, "
+            "the bandwidth above 0, and the size at least 0."
         )
-    return 2 * (devices - 1) * (latency + size / devices / bandwidth)
+    return 2 * (devices - 1) * (size / devices / bandwidth)

@@ -155,7 +155,7 @@ setting = (stages, cross_entropy, optax.sgd(0.1), batch)
 measure = stage_timer(["fr", "bp"], *setting, placement=fr.placement(2), repeats=1, hops=3)
 measure()
 found = measure()
-stage_timer(["ddg"], *setting, placement=fr.placement(2), together=False)()
+stage_timer(["ddg"], *setting, placement=fr.placement(2))()
 stage_timer(["gpipe"], *setting, placement=fr.placement(2), in_step=True, microbatches=2)()
 with open(sys.argv[1] + str(jax.process_index()), "w") as file:
     json.dump([found.times.stages[0].replay, found.times.stages[1].last, found.times.features, found[1]], file)
