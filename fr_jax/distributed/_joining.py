@@ -33,11 +33,11 @@ def initialize(
 ) -> bool:
     """Makes this process a member of a group; call it before any other use of JAX. A second call does nothing.
 
-    Arguments that are not given are read from the environment made by ``python -m fr_jax.launch``. Between processes,
-    GPUs exchange arrays over NCCL, and CPUs over one socket per process.
+    Between processes, GPUs exchange arrays over NCCL, and CPUs over one socket per process.
 
     Args:
-      coordinator: ``HOST:PORT`` at which all processes can reach process 0.
+      coordinator: ``HOST:PORT`` at which all processes can reach process 0. This and the next two are by default read
+        from the environment made by ``python -m fr_jax.launch``.
       num_processes: number of processes.
       process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.

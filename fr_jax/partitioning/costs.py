@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from fr_jax.stages import check_stages, traced_once
 from fr_jax.types import Array, PyTree, Stage
 
 __all__ = ["LayerCost", "StageWork", "layer_costs", "layer_flops", "layer_times", "stage_cost"]
+
+
+Inputs: TypeAlias = Array | jax.ShapeDtypeStruct
 
 
 class LayerCost(NamedTuple):
@@ -66,7 +69,7 @@ def stage_cost(costs: Sequence[LayerCost], work: StageWork, start: int, stop: in
     return total
 
 
-def layer_flops(layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeStruct) -> list[LayerCost]:
+def layer_flops(layers: Sequence[Stage], example_inputs: Inputs) -> list[LayerCost]:
     """The floating-point operations of every layer for a mini-batch, as XLA counts them; nothing runs.
 
     Args: as for :func:`layer_costs`.
@@ -86,11 +89,7 @@ def layer_flops(layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeS
 
 
 def layer_times(
-    layers: Sequence[Stage],
-    example_inputs: Array | jax.ShapeDtypeStruct,
-    *,
-    repeats: int = 5,
-    device: jax.Device | None = None,
+    layers: Sequence[Stage], example_inputs: Inputs, *, repeats: int = 5, device: jax.Device | None = None
 ) -> list[LayerCost]:
     """Seconds of every layer for a mini-batch, measured on a device: the median of some runs.
 
@@ -119,11 +118,7 @@ def layer_times(
 
 
 def layer_costs(
-    layers: Sequence[Stage],
-    example_inputs: Array | jax.ShapeDtypeStruct,
-    measure: Literal["flops", "time"] = "flops",
-    *,
-    repeats: int = 5,
+    layers: Sequence[Stage], example_inputs: Inputs, measure: Literal["flops", "time"] = "flops", *, repeats: int = 5
 ) -> list[float]:
     """The cost of forward and vector-Jacobian product of every layer, for one mini-batch, as one number each.
 
@@ -164,9 +159,7 @@ class _Kind(NamedTuple):
     h_out: PyTree
 
 
-def _different_layers(
-    layers: Sequence[Stage], example_inputs: Array | jax.ShapeDtypeStruct
-) -> tuple[list[_Kind], list[int]]:
+def _different_layers(layers: Sequence[Stage], example_inputs: Inputs) -> tuple[list[_Kind], list[int]]:
     """The layers without repetition, and for each layer which of these it is."""
     if not layers:
         raise ValueError("the cost of no layers was asked for; a network has at least one layer.")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import jax
-
 from fr_jax.partitioning.balance import balance_stages
-from fr_jax.partitioning.costs import StageWork, layer_flops, layer_times, stage_cost
+from fr_jax.partitioning.costs import Inputs, StageWork, layer_flops, layer_times, stage_cost
 from fr_jax.stages import partition
-from fr_jax.types import Array, Stage
+from fr_jax.types import Stage
 
 __all__ = ["WORK", "cut"]
 
@@ -29,7 +27,7 @@ WORK: dict[str, Callable[..., StageWork]] = {
 def cut(
     layers: Sequence[Stage],
     K: int,
-    example_inputs: Array | jax.ShapeDtypeStruct,
+    example_inputs: Inputs,
     *,
     method: str = "fr",
     measure: Literal["flops", "time"] = "flops",

@@ -68,8 +68,8 @@ def loss_gradients(
 ) -> Params:
     """∇_θ (1/B) Σ (ŷ - y)²: for each example 2 (ŷ - y) ∂ŷ/∂θ, averaged.
 
-    x is ``(n_1,)`` or ``(B, n_1)``, y is ``()`` or ``(B,)``. The counter counts the forward pass, the chain rule, and the
-    multiplications with 2 (ŷ - y).
+    x is ``(n_1,)`` or ``(B, n_1)``, y is ``()`` or ``(B,)``. The counter counts the forward pass, the chain rule, and
+    the multiplications with 2 (ŷ - y).
 
     Raises:
       ValueError: x does not fit the first layer, y is not one number per example, or there is no example.

@@ -79,11 +79,8 @@ def test_nothing_overlaps():
     drawing = figure({f"run {i}": made_up_rows() for i in range(7)}, title="A title", data_source="made up")
     drawing.canvas.draw()
     title, source = drawing.texts
-    boxes = [
-        title.get_window_extent(),
-        drawing.subfigs[0].legends[0].get_window_extent(),
-        drawing.axes[0].get_tightbbox(),
-    ]
+    legend = drawing.subfigs[0].legends[0].get_frame()
+    boxes = [title.get_window_extent(), legend.get_window_extent(), drawing.axes[0].get_tightbbox()]
     boxes += [drawing.axes[2].get_tightbbox(), source.get_window_extent()]
     for above, below in zip(boxes, boxes[1:], strict=False):
         assert above.y0 > below.y1

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -20,6 +20,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from fr_jax.types import Algorithm, Batch, PyTree
 
 __all__ = ["Buffer", "Call", "StepCalls", "step_calls"]
+
+
+Progress: TypeAlias = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,11 +72,7 @@ class StepCalls:
 
 
 def step_calls(
-    algorithm: Algorithm,
-    batch: Batch,
-    *,
-    progress: Callable[[str], None] | None = None,
-    analyses: dict[Any, Any] | None = None,
+    algorithm: Algorithm, batch: Batch, *, progress: Progress | None = None, analyses: dict[Any, Any] | None = None
 ) -> StepCalls:
     """Traces ``init`` and a step in which every stage updates, and compiles the functions that the step issues.
 
@@ -106,7 +105,11 @@ def step_calls(
     # Iteration K is the first in which all stages update. init may have put one zeros buffer into several entries; by
     # now each has its own.
     t, state_buffers = len(state_spec.params), [dataclasses.replace(buffer) for buffer in state_buffers]
-    step = lambda state, batch: _without_step(algorithm.step(state._replace(step=t), batch))
+
+    def step(state: Any, batch: Batch) -> tuple[Any, PyTree]:
+        new_state, info = algorithm.step(state._replace(step=t), batch)
+        return new_state._replace(step=None), info
+
     traced, (new_spec, info_spec) = jax.make_jaxpr(step, return_shape=True)(state_spec, spec)
     calls, made = walk.follow(traced, [*state_buffers, *batch_buffers], compiling=True)
     count = len(jax.tree.leaves(new_spec))
@@ -120,18 +123,12 @@ def step_calls(
     )
 
 
-def _without_step(result: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
-    state, info = result
-    return state._replace(step=None), info
-
-
 class _Walk:
     """Follows the equations of a traced function; equal calls are compiled once."""
 
-    def __init__(self, progress: Callable[[str], None], analyses: dict[Any, Any]) -> None:
+    def __init__(self, progress: Progress, analyses: dict[Any, Any]) -> None:
         self.default = SingleDeviceSharding(jax.devices()[0])
-        self._progress = progress
-        self._analyses = analyses
+        self._progress, self._analyses = progress, analyses
         self._seen: dict[Any, tuple[Any, tuple[Sharding, ...]]] = {}
 
     def follow(self, traced: Any, arguments: list[Buffer], *, compiling: bool) -> tuple[list[Call], list[Buffer]]:
@@ -166,15 +163,11 @@ class _Walk:
         elif compiling:  # for the default device: one compilation serves all devices
             specs = [jax.ShapeDtypeStruct(buffer.aval.shape, buffer.aval.dtype) for buffer in inputs]
             memory, _ = self._compile(params, specs, [None] * len(asked))
-        return Call(
-            name=params["name"],
-            devices=frozenset(placed[0].device_set if placed else place.device_set),
-            inputs=inputs,
-            donated=tuple(b for b, given in zip(inputs, params["donated_invars"], strict=True) if given),
-            outputs=tuple(Buffer(var.aval, s) for var, s in zip(equation.outvars, placed, strict=True)),
-            aliased=memory.alias_size_in_bytes if memory else 0,
-            temporaries=memory.temp_size_in_bytes if memory else 0,
-        )
+        donated = tuple(b for b, given in zip(inputs, params["donated_invars"], strict=True) if given)
+        outputs = tuple(Buffer(var.aval, s) for var, s in zip(equation.outvars, placed, strict=True))
+        devices = frozenset(placed[0].device_set if placed else place.device_set)
+        sizes = (memory.alias_size_in_bytes, memory.temp_size_in_bytes) if memory else (0, 0)
+        return Call(params["name"], devices, inputs, donated, outputs, *sizes)
 
     def _compile(
         self, params: Any, specs: list[jax.ShapeDtypeStruct], asked: list[Sharding | None]

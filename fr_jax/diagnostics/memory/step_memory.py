@@ -13,12 +13,12 @@ nothing is allocated, so a network that fits on no machine can be examined on an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from fr_jax.diagnostics.memory.step_calls import Buffer, Call, StepCalls, step_calls
+from fr_jax.diagnostics.memory.step_calls import Buffer, Call, Progress, StepCalls, step_calls
 from fr_jax.types import Algorithm, Batch
 
 __all__ = ["KINDS", "CallMemory", "DeviceMemory", "MemoryReport", "StageMemory", "device_peaks", "step_memory"]
@@ -104,11 +104,7 @@ class MemoryReport(NamedTuple):
 
 
 def step_memory(
-    algorithm: Algorithm,
-    batch: Batch,
-    *,
-    progress: Callable[[str], None] | None = None,
-    analyses: dict[Any, Any] | None = None,
+    algorithm: Algorithm, batch: Batch, *, progress: Progress | None = None, analyses: dict[Any, Any] | None = None
 ) -> MemoryReport:
     """Memory of a step in which all stages update, from XLA's analysis of the functions that it issues.
 
