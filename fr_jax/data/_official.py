@@ -21,29 +21,20 @@ class Arrays(NamedTuple):
 
 
 class OfficialData(NamedTuple):
-    """A data set as published by its authors: its contents, its addresses, and how to read its files.
+    """A data set as published by its authors: its contents, its addresses, and how to read its files."""
 
-    Attributes:
-      name: the name in TFDS and in :func:`fr_jax.data.load`; ``title`` is that in messages.
-      image_shape: ``(H, W, C)``.
-      crop, flip: as in :class:`fr_jax.data.Dataset`.
-      kind_of_files, places: for messages: such as "binary", and what a data folder may be.
-      archives: the official downloads, all of them needed.
-      find: ``place -> Path | None``: what :attr:`read` accepts, at or below a folder or file given by a user.
-      read: ``Path -> Arrays``, from what :attr:`find` returned, from the downloaded archive, or from the folder of the
-        downloaded archives if there are several. Raises ``DataError`` if data are missing or damaged.
-    """
-
-    name: str
-    title: str
-    image_shape: tuple[int, int, int]
+    name: str  # in TFDS and in fr_jax.data.load
+    title: str  # in messages
+    image_shape: tuple[int, int, int]  # (H, W, C)
     train_size: int
     test_size: int
     num_classes: int
-    crop: bool
+    crop: bool  # as in Dataset
     flip: bool
-    kind_of_files: str
-    places: str
-    archives: tuple[Archive, ...]
-    find: Callable[[Path], Path | None]
+    kind_of_files: str  # for messages, such as "binary"
+    places: str  # for messages: what a data folder may be
+    archives: tuple[Archive, ...]  # the official downloads, all of them needed
+    find: Callable[[Path], Path | None]  # what `read` accepts, at or below a folder or file given by a user
+    # From what `find` returned, from the downloaded archive, or from the folder of the downloaded archives if there are
+    # several. Raises DataError if data are missing or damaged.
     read: Callable[[Path], Arrays]

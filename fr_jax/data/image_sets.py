@@ -58,13 +58,9 @@ def load(
     not found and cannot be downloaded, it falls back to ``digits`` with a prominent line. ``digits`` and ``synthetic``
     need no files.
 
-    Args:
-      name: one of ``DATASETS``.
-      data_dir: a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files, its parent, the official
-        ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files, each plain or ``.gz``, or its
-        parent, if the folder is called ``mnist``, ``MNIST`` or ``MNIST/raw``.
-      preferred: the data set that ``auto`` looks for: ``"cifar10"``, ``"cifar100"`` or ``"mnist"``.
-      log: receives each line of text for the user.
+    ``data_dir`` is a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files, its parent, the official
+    ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files, each plain or ``.gz``, or its
+    parent, if the folder is called ``mnist``, ``MNIST`` or ``MNIST/raw``. ``log`` receives each line for the user.
 
     Raises:
       DataError: the name is unknown, or the data are damaged or missing (with ``data_dir``, also for ``auto``).
@@ -87,10 +83,10 @@ def load(
     try:
         return _searched(official, log)
     except FetchError as error:
-        if name != "auto":
+        if name != "auto":  # a program that was asked for a data set must not train on another
             raise
         dataset = _digits()
-        confusable = "it is not MNIST, and " if preferred == "mnist" else ""
+        confusable = "it is not MNIST, and " if preferred == "mnist" else ""  # digits are digits
         log(
             f"!!! NO {official.title}: not on this machine, and {error.__cause__ or error}. Training on the "
             f"stand-in {dataset.source}; {confusable}its accuracies say nothing about {official.title}. To get an "

@@ -61,11 +61,9 @@ def input_pipeline(
       dataset: what :func:`fr_jax.data.load` returned.
       batch_size: B, examples of a mini-batch, over all devices of a mesh.
       seed: of the order and of the augmentation.
-      sharding: the first stage's: a ``SingleDeviceSharding``, or a ``NamedSharding`` whose first axis splits the
-        batch. ``None`` is the default device.
-      augment: ``None``: crop if ``dataset.crop``, flip if ``dataset.flip``. ``True``: crop in any case, flip if
-        ``dataset.flip``. ``False``: neither. The order is shuffled in any case.
-      test_batch_size: examples of a test batch; ``batch_size`` if ``None``.
+      sharding: the first stage's: a ``SingleDeviceSharding``, or a ``NamedSharding`` whose first axis splits the batch.
+      augment: whether to crop, and to flip if ``dataset.flip``; by default, crop if ``dataset.crop``.
+      test_batch_size: ``batch_size`` by default.
       dtype: of the inputs.
 
     Returns:

@@ -79,12 +79,9 @@ class Group:
         values = self.exchange(value)
         for index, other in enumerate(values):
             if other != values[0]:
-                raise GroupError(
-                    f"process {index} has another {what} than process 0: {_difference(other, values[0])}. "
-                    "Start all processes with the same command and the same data.",
-                    2,
-                    reported=self.index != 0,
-                )
+                problem = f"process {index} has another {what} than process 0: {_difference(other, values[0])}. "
+                advice = "Start all processes with the same command and the same data."
+                raise GroupError(problem + advice, 2, reported=self.index != 0)
 
     def fail(self, exit_code: int) -> bool:
         """Tells the others that this process gives up, so that they stop too; False if another one did so before."""

@@ -43,21 +43,10 @@ class LaunchError(ValueError):
     """The group cannot be started with these settings; the message says which are possible."""
 
 
-def cores_of(process_id: int, processes: int, available: Sequence[int]) -> list[int]:
-    """The cores of one process: an equal, contiguous share; a LaunchError if there are too few."""
-    share = len(available) // processes
-    if share < 1:
-        raise LaunchError(
-            f"--processes {processes} needs one core per process, and there are {len(available)}. Use at most "
-            f"{len(available)}, or --no-pin to share the cores."
-        )
-    return list(available[process_id * share : (process_id + 1) * share])
-
-
-def gpus_of(process_id: int, processes: int, available: int) -> str | None:
-    """The GPUs of one process, for ``JAX_LOCAL_DEVICE_IDS``; None if there are fewer GPUs than processes."""
-    share = available // processes
-    return ",".join(map(str, range(process_id * share, (process_id + 1) * share))) if share else None
+def share_of(process_id: int, processes: int, items: Sequence[int]) -> list[int]:
+    """The cores or GPUs of one process: an equal, contiguous share; empty if there are fewer than processes."""
+    share = len(items) // processes
+    return list(items[process_id * share : (process_id + 1) * share])
 
 
 def count_gpus() -> int:
@@ -101,7 +90,11 @@ def start(arguments: Sequence[str], processes: int, *, pin: bool = True, mark: b
         raise LaunchError(f"--processes {processes} is out of range; it must be at least 1.")
     coordinator = f"127.0.0.1:{free_port()}"
     available = sorted(os.sched_getaffinity(0)) if pin and hasattr(os, "sched_setaffinity") else None
-    shares = [None if available is None else cores_of(i, processes, available) for i in range(processes)]
+    if available is not None and len(available) < processes:
+        raise LaunchError(
+            f"--processes {processes} needs one core per process, and there are {len(available)}. Use at most "
+            f"{len(available)}, or --no-pin to share the cores."
+        )
     gpus = count_gpus()
     if 0 < gpus < processes and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         raise LaunchError(
@@ -111,15 +104,16 @@ def start(arguments: Sequence[str], processes: int, *, pin: bool = True, mark: b
     output = subprocess.PIPE if mark else None
     group = []
     by = f"python -m fr_jax.launch --processes {processes}{'' if pin else ' --no-pin'}"
-    for i, cores in enumerate(shares):
+    for i in range(processes):
+        cores = share_of(i, processes, available or [])
         own = {COORDINATOR: coordinator, NUM_PROCESSES: str(processes), PROCESS_ID: str(i), LAUNCHED_BY: by}
-        tuned = TWO_THREADS if cores is not None and len(cores) == 1 else {}
+        tuned = TWO_THREADS if len(cores) == 1 else {}
         environment = {"PYTHONUNBUFFERED": "1", **tuned, **os.environ, **own}
         if mark and sys.stdout.isatty():
             environment["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns - len(prefix_of(i))))
-        if (devices := gpus_of(i, processes, gpus)) is not None:
-            environment.setdefault("JAX_LOCAL_DEVICE_IDS", devices)
-        command = [sys.executable, "-c", _PREPARE, ",".join(map(str, cores or ())), *arguments]
+        if devices := share_of(i, processes, range(gpus)):
+            environment.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, devices)))
+        command = [sys.executable, "-c", _PREPARE, ",".join(map(str, cores)), *arguments]
         # A session of its own: Ctrl-C reaches the processes through `wait` only, once.
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         group.append(subprocess.Popen(command, env=environment, start_new_session=True, **streams))

@@ -52,11 +52,8 @@ def balance_stages(stage_cost: Callable[[int, int, int], float], layers: int, K:
     In features replay the last stage does not play, and the first computes no gradient for its input; a synthesizer
     belongs to a cut.
 
-    Args:
-      stage_cost: ``(k, start, stop) -> cost``, of stage k = 0..K-1 if it holds ``layers[start:stop]``; not negative,
-        in any unit.
-      layers: L, the number of layers.
-      K: number of stages, 1 to L.
+    ``stage_cost(k, start, stop)`` is the cost of stage k = 0..K-1 if it holds ``layers[start:stop]``, in any unit;
+    ``layers`` is their number L.
 
     Raises:
       ValueError: K is out of range, or a cost is negative or not finite.

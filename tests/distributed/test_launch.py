@@ -146,8 +146,8 @@ def test_bad_arguments(words, message, capsys):
 
 
 def test_gpus_are_divided(monkeypatch):
-    assert [launch.gpus_of(i, 2, 4) for i in range(2)] == ["0,1", "2,3"]
-    assert launch.gpus_of(0, 4, 2) is None
+    assert [launch.share_of(i, 2, range(4)) for i in range(2)] == [[0, 1], [2, 3]]
+    assert launch.share_of(0, 4, range(2)) == []
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert launch.count_gpus() == 2

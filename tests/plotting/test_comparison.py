@@ -58,8 +58,8 @@ def test_one_row_is_drawn_as_a_point():
 def test_a_long_legend_stays_in_the_picture():
     lines = [Line(f"DNI, K = 4, synthesizer learning rate 0.00{n}", [rows(1.0)], n, 0) for n in range(9)]
     drawing = comparison_figure(lines, title="", data_source="")
-    drawing.canvas.draw()
-    box = drawing.subfigs[0].legends[0].get_frame().get_window_extent()
+    drawing.draw_without_rendering()
+    box = drawing.subfigs[0].legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= drawing.bbox.x1
 
 

@@ -77,9 +77,9 @@ def test_what_the_panels_show():
 
 def test_nothing_overlaps():
     drawing = figure({f"run {i}": made_up_rows() for i in range(7)}, title="A title", data_source="made up")
-    drawing.canvas.draw()
+    drawing.draw_without_rendering()
     title, source = drawing.texts
-    legend = drawing.subfigs[0].legends[0].get_frame()
+    legend = drawing.subfigs[0].legends[0]
     boxes = [title.get_window_extent(), legend.get_window_extent(), drawing.axes[0].get_tightbbox()]
     boxes += [drawing.axes[2].get_tightbbox(), source.get_window_extent()]
     for above, below in zip(boxes, boxes[1:], strict=False):

@@ -45,19 +45,15 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One jitted function (``name``: ``play``, ``replay``, ...) as a step issues it, or a transfer between devices.
+    """One jitted function as a step issues it, or a transfer between devices."""
 
-    It runs on ``devices``, the receivers of a transfer. ``donated`` are the inputs whose memory it may reuse; bytes per
-    device: ``aliased`` of the outputs in donated memory, ``temporaries`` that XLA needs in addition to in- and outputs.
-    """
-
-    name: str
-    devices: frozenset[jax.Device]
+    name: str  # of the function: play, replay, ...
+    devices: frozenset[jax.Device]  # where it runs, or the receivers of the transfer
     inputs: tuple[Buffer, ...]
-    donated: tuple[Buffer, ...]
-    outputs: tuple[Buffer, ...]
-    aliased: int
-    temporaries: int
+    donated: tuple[Buffer, ...]  # the inputs whose memory it may reuse
+    outputs: tuple[Buffer, ...]  # new buffers
+    aliased: int  # bytes per device of the outputs in donated memory
+    temporaries: int  # bytes per device that XLA needs in addition to inputs and outputs
 
 
 @dataclasses.dataclass(frozen=True)

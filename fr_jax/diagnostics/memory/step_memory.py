@@ -47,17 +47,13 @@ class StageMemory(NamedTuple):
 
 
 class DeviceMemory(NamedTuple):
-    """One device at the moment of a step at which it holds the most, and the stages k = 1..K on it.
+    """One device at the moment of a step at which it holds the most."""
 
-    ``peak`` are the bytes by kind (:data:`KINDS`) at that moment, when the function ``during`` runs; ``between_steps``
-    those that the new state holds.
-    """
-
-    device: str
-    stages: tuple[int, ...]
-    peak: dict[str, int]
-    during: str
-    between_steps: dict[str, int]
+    device: str  # such as cpu:0
+    stages: tuple[int, ...]  # those on it, k = 1..K
+    peak: dict[str, int]  # bytes by kind at that moment
+    during: str  # the function that runs then
+    between_steps: dict[str, int]  # bytes by kind that the new state holds
 
     @property
     def total(self) -> int:
@@ -71,17 +67,14 @@ class DeviceMemory(NamedTuple):
 
 
 class CallMemory(NamedTuple):
-    """A function that the step issues: its name, its first device, and bytes there.
-
-    ``live`` are those when it starts, including its inputs; ``aliased`` is the part of the outputs in donated inputs.
-    """
+    """A function that the step issues: its name, its first device, and bytes there."""
 
     name: str
     device: str
-    live: int
+    live: int  # when it starts, including its inputs
     inputs: int
     outputs: int
-    aliased: int
+    aliased: int  # the part of the outputs in donated inputs
     temporaries: int
 
 

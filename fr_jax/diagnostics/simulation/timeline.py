@@ -27,23 +27,14 @@ class Need(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One call that a device works on.
+    """One call that a device works on; devices count from 0."""
 
-    Attributes:
-      kind: a field of :class:`fr_jax.diagnostics.simulation.times.StageTimes`, or ``"transfer"``.
-      device: counted from 0.
-      seconds: how long the device works on it.
-      minibatch: the number of its mini-batch, or of its micro-batch, counted over all steps.
-      step: the iteration t that issues it.
-      needs: what must have arrived before it starts.
-    """
-
-    kind: str
+    kind: str  # a field of StageTimes, or "transfer"
     device: int
     seconds: float
-    minibatch: int
-    step: int
-    needs: tuple[Need, ...] = ()
+    minibatch: int  # or micro-batch, counted over all steps
+    step: int  # the iteration t that issues it
+    needs: tuple[Need, ...] = ()  # what must have arrived before it starts
 
 
 Schedule: TypeAlias = Sequence[Task]

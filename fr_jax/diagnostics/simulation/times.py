@@ -10,18 +10,31 @@ __all__ = ["StageTimes", "Times", "balanced_shares", "ring_all_reduce_seconds", 
 
 
 class StageTimes(NamedTuple):
-    """Seconds that the functions of one stage take for one mini-batch; NaN for what was not measured."""
+    """Seconds that the functions of one stage take for one mini-batch; NaN for what was not measured.
 
-    play: float = math.nan  # the forward pass that keeps nothing (features replay)
-    replay: float = math.nan  # forward again, backward and update, one function (features replay)
-    forward: float = math.nan  # the forward pass that keeps its VJP
-    backward: float = math.nan  # applying that VJP
-    update: float = math.nan  # the optimizer
-    last: float = math.nan  # forward, loss, backward and update, one function
-    gradient: float = math.nan  # the same without the update (GPipe)
-    accumulate: float = math.nan  # adding up the gradients of a micro-batch (GPipe)
-    synthesize: float = math.nan  # the forward pass of the stage's synthesizer (DNI)
-    learn: float = math.nan  # the synthesizer's gradient and update (DNI)
+    Attributes:
+      play: the forward pass that keeps nothing (features replay).
+      replay: forward again, backward and update, one function (features replay).
+      forward: the forward pass that keeps its VJP.
+      backward: applying that VJP.
+      update: the optimizer.
+      last: forward, loss, backward and update, one function.
+      gradient: the same without the update (GPipe).
+      accumulate: adding up the gradients of a micro-batch (GPipe).
+      synthesize: the forward pass of the stage's synthesizer (DNI).
+      learn: the synthesizer's gradient and update (DNI).
+    """
+
+    play: float = math.nan
+    replay: float = math.nan
+    forward: float = math.nan
+    backward: float = math.nan
+    update: float = math.nan
+    last: float = math.nan
+    gradient: float = math.nan
+    accumulate: float = math.nan
+    synthesize: float = math.nan
+    learn: float = math.nan
 
 
 class Times(NamedTuple):
