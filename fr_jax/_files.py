@@ -46,7 +46,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # tensorstore raises a ValueError that states it only in the message.
+        # tensorstore states it only in the message.
         if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
             return True
         error = error.__cause__ or error.__context__

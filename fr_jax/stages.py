@@ -46,7 +46,7 @@ def chain(*stages: Stage) -> Stage:
 
 
 def check_stages(stages: Sequence[Any], name: str) -> None:
-    """Raises ValueError, with the number of the first entry that is not a Stage, and how to make one."""
+    """Raises ValueError with the first entry that is not a Stage, and how to make one."""
     for k, stage in enumerate(stages, start=1):
         if not isinstance(stage, Stage):
             raise ValueError(
@@ -77,7 +77,7 @@ def _apply_chain(
     return x, tuple(new_state)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)  # bounded: it keeps functions, and what they compiled, alive
 def traced_once(apply: Callable) -> Callable:
     """``jit`` of a stage's ``apply``, so that equal layers share one trace; inside a jit XLA inlines the call."""
     return jax.jit(apply, static_argnames="train")
@@ -149,7 +149,7 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     arguments = (module, tuple(sorted(call_kwargs.items())), repr((module, sorted(call_kwargs.items()))))
     try:
         hash(arguments)
-    except TypeError:  # nn.Sequential([...]), for example, holds a list
+    except TypeError:  # not hashable: nn.Sequential([...]), for example, holds a list
         return _wrap_linen.__wrapped__(*arguments)
     return _wrap_linen(*arguments)
 
@@ -181,10 +181,8 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Stage, ...]
     if not layers:
         raise ValueError("partition() was given no layers; a network has at least one.")
     if len(cuts) + 1 > len(layers):
-        raise ValueError(
-            f"K = {len(cuts) + 1} stages were asked of a network of {len(layers)} layers; K can be 1 to {len(layers)}. "
-            "Use a smaller K or a deeper network."
-        )
+        asked = f"K = {len(cuts) + 1} stages were asked of a network of {len(layers)} layers"
+        raise ValueError(f"{asked}; K can be 1 to {len(layers)}. Use a smaller K or a deeper network.")
     bounds = (0, *cuts, len(layers))
     for k, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
         if start >= stop:

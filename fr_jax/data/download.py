@@ -13,11 +13,9 @@ from urllib.parse import urlsplit
 __all__ = ["Archive", "DataError", "FetchError", "cache_folder", "cached", "check_reachable", "fetch"]
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 10.0
-"""Time for name look-up, connection and answer together."""
+ANSWER_SECONDS = 10.0  # for name look-up, connection and answer together
 READ_SECONDS = 30.0
-RETRIES = 2
-"""How often a transfer that breaks off is started again from the same URL."""
+RETRIES = 2  # how often a transfer that breaks off is started again from the same URL
 
 Log = Callable[[str], Any]
 T = TypeVar("T")
@@ -102,10 +100,8 @@ def _first_success(archive: Archive, attempt: Callable[[str], T]) -> T:
             failures.append(f"{url} could not be downloaded: {_reason(error, url)}")
             cause = error
         except ValueError as error:  # pooch's, after it has deleted the file
-            failures.append(
-                f"{url} arrived damaged: its MD5 checksum is not {archive.md5}. Try again, and check that no proxy or "
-                "login page stands between this machine and the server"
-            )
+            advice = "Try again, and check that no proxy or login page stands between this machine and the server"
+            failures.append(f"{url} arrived damaged: its MD5 checksum is not {archive.md5}. {advice}")
             cause = error
     raise FetchError("; ".join(failures)) from cause
 

@@ -147,7 +147,7 @@ def _from_tfds(official: OfficialData, log: Log) -> Dataset | None:
 def _through_tfds(official: OfficialData, log: Log) -> Dataset | None:
     """Prepares a copy with TFDS; ``None`` if that fails, because the plain download may still succeed."""
     name, archive = official.name, official.archives[0]
-    download.check_reachable(archive)  # without a network TFDS would try for minutes
+    download.check_reachable(archive)  # TFDS would wait much longer for a network that is not there
     log(f"Downloading {name} through TFDS into {_tfds_copies.folder()}")
     try:
         _tfds_copies.prepare(name)
@@ -209,7 +209,7 @@ def _dataset(name: str, arrays: Arrays, num_classes: int, *, crop: bool, flip: b
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per channel, of images scaled to [0, 1]."""
-    # From histograms of integers: exact, and the same on every machine, which a sum of 150 million floats is not.
+    # From histograms: exact counts instead of sums of 150 million floats, and no float copy of the images.
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for chunk in np.array_split(images, max(1, len(images) // 1000)):

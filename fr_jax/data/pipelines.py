@@ -139,23 +139,19 @@ def _test_batches(
 ) -> Callable[[], Iterator[tuple[Batch, int]]]:
     whole, rows = shardings
     count = len(dataset.test_labels)
-    fill = -count % batch_size
-    images = place(np.pad(dataset.test_images, ((0, fill), (0, 0), (0, 0), (0, 0))), whole, copy=False)
-    labels = place(np.pad(dataset.test_labels, (0, fill)), whole, copy=False)
-    index = place(np.pad(np.arange(count, dtype=np.int32), (0, fill)), whole, copy=False)
+    padded = lambda a: np.pad(a, ((0, -count % batch_size), *((0, 0),) * (a.ndim - 1)))
+    arrays = (dataset.test_images, dataset.test_labels, np.arange(count, dtype=np.int32))
+    examples = Batch(*place(tuple(map(padded, arrays)), whole, copy=False))
 
     @functools.partial(jax.jit, out_shardings=rows)
-    def cut(images: Array, labels: Array, index: Array, start: Array) -> Batch:
-        images, labels, index = (
-            jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(a, start, batch_size), rows)
-            for a in (images, labels, index)
-        )
-        return Batch(normalise(images), labels, index)
+    def cut(examples: Batch, start: Array) -> Batch:
+        part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, batch_size), examples)
+        batch = jax.lax.with_sharding_constraint(part, rows)
+        return batch._replace(inputs=normalise(batch.inputs))
 
     def test_batches() -> Iterator[tuple[Batch, int]]:
         for start in range(0, count, batch_size):
-            batch = cut(images, labels, index, place(np.int32(start), whole))
-            yield batch, min(batch_size, count - start)
+            yield cut(examples, place(np.int32(start), whole)), min(batch_size, count - start)
 
     return test_batches
 

@@ -15,9 +15,9 @@ the mean, and σ too small. :func:`sampled_gradient` takes the mean over all pai
 
     ||∇f||² ≈ s = Σ_{i≠j} <g^(i), g^(j)> / n(n-1) = 2 Σ_i a_i / n(n-1),    a_i = <g^(i), g^(1) + ... + g^(i-1)>
 
-which is unbiased, and may be negative if the noise outweighs the gradient. In that case the a_i have mean zero and are
-uncorrelated (differences of a martingale), so the sizes of a_i - (i-1) s give the standard error of s. An s below twice
-its error says nothing, nor do the σ, cosine and ratio that divide by it.
+which is unbiased, and may be negative. Without a gradient the a_i have mean zero and are uncorrelated (differences of a
+martingale), so the sizes of a_i - (i-1) s give the standard error of s. An s below twice its error says nothing, nor do
+the σ, cosine and ratio that divide by it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _add(total: PyTree, grads: PyTree) -> tuple[PyTree, Array]:
 
 @jax.jit
 def _mean(total: PyTree, products: list[Array]) -> tuple[PyTree, Array, Array]:
-    """The mean of n gradients, s, and its standard error, from their sum and n - 1 products."""
+    """The mean of n gradients, s and its standard error (see above), from their sum and n - 1 products."""
     n = len(products) + 1
     if n == 1:
         square: Any = optax.tree.norm(total, squared=True)
@@ -184,12 +184,11 @@ def _mean(total: PyTree, products: list[Array]) -> tuple[PyTree, Array, Array]:
 
 @jax.jit
 def _direction(gradient: PyTree, square: Array | None, noise: Array | None, direction: PyTree | None) -> Direction:
-    if square is None:
-        square = optax.tree.norm(gradient, squared=True)
+    square = optax.tree.norm(gradient, squared=True) if square is None else square
     assert square is not None
     zero = jnp.zeros_like(square)
     noise = zero if noise is None else noise
-    if direction is None:
+    if direction is None:  # the stage does not update yet
         return Direction(zero, square, zero, noise)
     product: Any = optax.tree.vdot(gradient, direction)
     return Direction(product, square, optax.tree.norm(direction), noise)
@@ -206,7 +205,7 @@ def directions(gradients: Sequence[PyTree] | SampledGradient, grads: Sequence[Py
     Raises:
       ValueError: their numbers differ, or ``grads`` is None.
     """
-    nothing = (None,) * len(gradients)
+    nothing = (None,) * len(gradients)  # a gradient that is not sampled has no estimate of its square
     means, squares, noises = gradients if isinstance(gradients, SampledGradient) else (gradients, nothing, nothing)
     if grads is None or len(means) != len(grads):
         given = "None" if grads is None else len(grads)

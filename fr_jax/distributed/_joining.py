@@ -17,8 +17,7 @@ __all__ = ["COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "free_port", "group", "
 
 HEARTBEAT_SECONDS = 60
 JOIN_SECONDS = 300
-LEAVE_SECONDS = 20
-"""How long a process that ends waits for the others to end too."""
+LEAVE_SECONDS = 20  # how long a process that ends waits for the others to end too
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "FR_JAX_COORDINATOR", "FR_JAX_NUM_PROCESSES", "FR_JAX_PROCESS_ID"
 
 

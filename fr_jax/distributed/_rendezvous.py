@@ -16,8 +16,7 @@ from fr_jax.distributed._coordination import GroupError
 __all__ = ["meet"]
 
 RETRY_SECONDS = 0.1
-GREETING_SECONDS = 2.0
-"""Limit for a connection, and for what a new connection has to send first."""
+GREETING_SECONDS = 2.0  # for a connection, and for what it has to send first
 GO, NO = "go", "no: "
 
 
@@ -88,12 +87,9 @@ def _ask_to_join(coordinator: str, num_processes: int, process_id: int, seconds:
         if answer.startswith(NO):
             raise GroupError(f"{me} cannot join the group at {coordinator}: {answer.removeprefix(NO)}", 2)
         time.sleep(min(RETRY_SECONDS, left))
-    raise GroupError(
-        f"{me} could not join the group: no process 0 admitted it at {coordinator} within {seconds:g} s ({reason}). "
-        "Check that process 0 is started, with the same --coordinator and on that host, and that this port is open to "
-        "the other processes.",
-        2,
-    )
+    problem = f"no process 0 admitted it at {coordinator} within {seconds:g} s ({reason})"
+    advice = "with the same --coordinator and on that host, and that this port is open to the other processes"
+    raise GroupError(f"{me} could not join the group: {problem}. Check that process 0 is started, {advice}.", 2)
 
 
 def _listen(coordinator: str) -> socket.socket:

@@ -14,20 +14,15 @@ from typing import BinaryIO, TypeAlias
 
 __all__ = ["prefix_of", "report", "wait"]
 
-GRACE_SECONDS = 5.0
-"""Time for the others to end by themselves after one process has failed."""
-STOP_SECONDS = 60.0
-"""The same after a signal asked all of them to stop: they may have a checkpoint to write."""
-SIGNAL_SECONDS = 600.0
-"""Time after a first signal if no process ends: a step can be long, and a checkpoint large."""
-EARLY_SECONDS = 120.0
-"""Time for the others after one process has ended with code 0: process 0 may have pictures to draw."""
+GRACE_SECONDS = 5.0  # for the others to end by themselves after one process has failed
+STOP_SECONDS = 60.0  # the same after a signal asked all of them to stop: they may have a checkpoint to write
+SIGNAL_SECONDS = 600.0  # after a first signal if no process ends: a step can be long, and a checkpoint large
+EARLY_SECONDS = 120.0  # for the others after one has ended with code 0: process 0 may have pictures to draw
 POLL_SECONDS = 0.1
 FAILED = 1
 NEVER = float("inf")
 
-Signal: TypeAlias = tuple[int, float]
-"""Number and time of a signal."""
+Signal: TypeAlias = tuple[int, float]  # its number and time
 
 
 def wait(group: Sequence[subprocess.Popen]) -> int:

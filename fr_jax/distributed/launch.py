@@ -18,12 +18,11 @@ from fr_jax.distributed._supervision import prefix_of, report, wait
 
 __all__ = ["LAUNCHED_BY", "LaunchError", "main", "start", "wait"]
 
+# The variable of the processes' environment that holds the command which started the group.
 LAUNCHED_BY = "FR_JAX_LAUNCHED_BY"
-"""Environment variable of the processes that holds the command which started the group."""
-
+# For a process with a single core: XLA's CPU client has one thread per core, and a single thread would send nothing to
+# other processes before it has computed all that was issued.
 TWO_THREADS = {"NPROC": "2"}
-"""Environment of a process with a single core. XLA's CPU client has one thread per core; a single thread would send
-nothing to other processes before it has computed all that was issued."""
 
 # Run by each process before it becomes the program. A preexec_fn would do it too, but needs a fork of this process,
 # which may deadlock once JAX has started threads in it.

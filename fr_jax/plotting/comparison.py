@@ -24,14 +24,10 @@ STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 
 class Line(NamedTuple):
-    """Runs of several seeds that are drawn as their mean, with a band from the least to the greatest.
+    """Runs of several seeds (rows of ``metrics.jsonl``), drawn as their mean, with a band from least to greatest.
 
-    The mean goes as far as the shortest run; those that go on are thin lines from there.
-
-    Attributes:
-      label: in the legend.
-      runs: the rows of each run's ``metrics.jsonl``.
-      colour, stroke: numbers; equal ones look alike.
+    The mean goes as far as the shortest run; those that go on are thin lines from there. Equal numbers ``colour`` and
+    ``stroke`` look alike.
     """
 
     label: str
@@ -52,23 +48,14 @@ class Mean(NamedTuple):
 TIME = "training time, compilation included"
 
 
-def plot_comparison(
-    lines: Sequence[Line],
-    path: str | pathlib.Path,
-    *,
-    title: str,
-    data_source: str,
-    time: str = TIME,
-    headline: Headline = ACCURACY,
-) -> None:
-    """Draws :func:`comparison_figure` into a PNG file, which is replaced in one operation.
+def plot_comparison(lines: Sequence[Line], path: str | pathlib.Path, **text: Any) -> None:
+    """Draws :func:`comparison_figure`, with its arguments, into a PNG file, which is replaced in one operation.
 
     Raises:
       ValueError: for no lines.
       OSError: the file cannot be written; an old one is intact.
     """
-    figure = comparison_figure(lines, title=title, data_source=data_source, time=time, headline=headline)
-    write_atomically(path, png(figure))
+    write_atomically(path, png(comparison_figure(lines, **text)))
 
 
 def comparison_figure(

@@ -31,25 +31,22 @@ class Curve(NamedTuple):
     diverged: bool
 
 
-def plot_curves(
-    runs: Mapping[str, Rows], path: str | pathlib.Path, *, title: str, data_source: str, headline: Headline = ACCURACY
-) -> None:
-    """Draws the curves of ``runs`` into a PNG file, which is replaced in one operation.
-
-    Row 1 is the loss, row 2 the headline number; column 1 against epoch, column 2 against time. Thin: training,
-    smoothed, with the raw values pale behind. Thick with markers: test.
-
-    ``runs`` are rows of ``metrics.jsonl`` by label (``"FR, K = 4"``); the note below states the ``data_source``.
+def plot_curves(runs: Mapping[str, Rows], path: str | pathlib.Path, **text: Any) -> None:
+    """Draws :func:`figure`, with its arguments, into a PNG file, which is replaced in one operation.
 
     Raises:
       ValueError: for no runs.
       OSError: the file cannot be written; an old one is intact.
     """
-    write_atomically(path, png(figure(runs, title=title, data_source=data_source, headline=headline)))
+    write_atomically(path, png(figure(runs, **text)))
 
 
 def figure(runs: Mapping[str, Rows], *, title: str, data_source: str, headline: Headline = ACCURACY) -> Figure:
-    """The figure of :func:`plot_curves`, for a notebook to show; it needs no display and no pyplot."""
+    """The curves of ``runs``, rows of ``metrics.jsonl`` by label (``"FR, K = 4"``), without pyplot.
+
+    Row 1 is the loss, row 2 the headline number; column 1 against epoch, column 2 against time. Thin: training,
+    smoothed, with the raw values pale behind. Thick with markers: test. A note below states the ``data_source``.
+    """
     if not runs:
         raise ValueError("no runs to plot: give at least one label with its rows.")
     drawing, space = page(11, 7, title, f"Data: {data_source}")

@@ -39,8 +39,8 @@ LOOKS = (
 OTHER = Look("other work", "#999999", ())
 LOOK_OF = {kind: look for look in LOOKS for kind in look.kinds}
 
+# Numbers of devices, and of bars per device, up to which a chart shows mini-batch numbers and single transfers.
 DEVICES_WITH_ROOM, BARS_WITH_ROOM = 12, 150
-"""Numbers of devices, and of bars per device, up to which a chart shows mini-batch numbers and single transfers."""
 WIDTH_INCHES, MARGIN_INCHES = 13.0, 0.9
 POINTS_PER_DIGIT = 4.6
 
@@ -105,11 +105,8 @@ def _summary(timeline: Timeline, unit: str, reference: float | None) -> str:
 def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:
     """Draws a timeline, and returns the labels of the looks that it needs."""
     devices = 1 + max(task.device for task in timeline.schedule)
-    visible = [
-        (task, start, stop)
-        for task, start, stop in zip(timeline.schedule, timeline.start.tolist(), timeline.end.tolist(), strict=True)
-        if start < end and stop > start
-    ]
+    bars = zip(timeline.schedule, timeline.start.tolist(), timeline.end.tolist(), strict=True)
+    visible = [(task, start, stop) for task, start, stop in bars if start < end and stop > start]
     few = devices <= DEVICES_WITH_ROOM and len(visible) <= BARS_WITH_ROOM * devices
     shown = set()
     for look in (*LOOKS, OTHER):

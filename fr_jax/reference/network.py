@@ -64,9 +64,9 @@ class Trace(NamedTuple):
 
 
 def init(rng: np.random.Generator, widths: Sequence[int]) -> Params:
-    """Random weights: W^t ~ N(0, 2 / n_t) (He et al. 2015, equation 10), α ~ N(0, 1 / n_T), b = 0.
+    """Random float64 weights: W^t ~ N(0, 2 / n_t) (He et al. 2015, equation 10), α ~ N(0, 1 / n_T), b = 0.
 
-    ``widths`` are ``(n_1, ..., n_T)``, the nodes of the input and of each hidden layer. The weights are float64.
+    ``widths`` are ``(n_1, ..., n_T)``, the nodes of the input and of each hidden layer.
 
     Raises:
       ValueError: there is no width, or one below 1.
@@ -164,12 +164,6 @@ def check_one_example(trace: Trace) -> None:
 
 
 def map_params(function: Callable, *params: Params) -> Params:
-    """Applies a function to corresponding arrays of one or several parameter sets.
-
-    Example:
-      >>> theta, g = chain([2.0], a=1.0), chain([10.0], a=10.0)
-      >>> map_params(lambda p, g: p - 0.1 * g, theta, g)
-      Params(weights=(array([[1.]]),), alpha=array([0.]), b=0.0)
-    """
+    """Applies a function to corresponding arrays of one or several parameter sets, such as θ and a gradient."""
     weights = tuple(function(*matrices) for matrices in zip(*(p.weights for p in params), strict=True))
     return Params(weights, function(*(p.alpha for p in params)), function(*(p.b for p in params)))

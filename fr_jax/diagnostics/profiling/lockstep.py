@@ -1,8 +1,8 @@
 """Features replay with barriers: the numbers of ``fr_jax.features_replay``, from a step loop that waits.
 
 All K stages play, one after the other, and the loop waits; then stage K goes backward while the others replay, and the
-loop waits again. Implementations that wait for results in every iteration run like this. It exists to be timed beside
-the data flow (``features_replay_lockstep`` in ``simulation/schedules.py``); do not train with it.
+loop waits again, as implementations do that wait for results in every iteration. It exists to be timed beside the data
+flow (``features_replay_lockstep`` in ``simulation/schedules.py``); do not train with it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ Schedule: TypeAlias = Sequence[Task]
 
 
 class Transfer(NamedTuple):
-    """A message on a link: from device ``source`` at second ``start`` to device ``target`` at second ``end``."""
+    """A message: from device ``source`` at second ``start`` to device ``target`` at second ``end``."""
 
     source: int
     target: int
@@ -103,23 +103,18 @@ def simulate(schedule: Schedule) -> Timeline:
 
 
 def _check(i: int, task: Task, schedule: Schedule) -> None:
+    problem = None
     if not 0 <= task.seconds < math.inf:
-        raise ValueError(
-            f"task {i}, {task.kind} of mini-batch {task.minibatch} on device {task.device}, takes {task.seconds} s; it "
-            "must be a finite time, at least 0. NaN means not measured: measure this kind too."
-        )
+        advice = "it must be a finite time, at least 0. NaN means not measured: measure this kind too."
+        problem = f"takes {task.seconds} s; {advice}"
     for j, seconds in task.needs:
         if not 0 <= j < i:
-            raise ValueError(
-                f"task {i}, {task.kind} on device {task.device}, needs task {j}; it can only need tasks that are "
-                "issued before it. Issue it later."
-            )
+            problem = f"needs task {j}; it can only need tasks that are issued before it. Issue it later."
         # A little below 0 is allowed: `occupying` lets a receiver start before its sender is done.
-        if not -schedule[j].seconds <= seconds < math.inf:
-            raise ValueError(
-                f"task {i}, {task.kind} on device {task.device}, waits {seconds} s for the result of task {j}; a "
-                "transfer takes a finite time, at least 0."
-            )
+        elif not -schedule[j].seconds <= seconds < math.inf:
+            problem = f"waits {seconds} s for the result of task {j}; a transfer takes a finite time, at least 0."
+    if problem is not None:
+        raise ValueError(f"task {i}, {task.kind} of mini-batch {task.minibatch} on device {task.device}, {problem}")
 
 
 def occupying(schedule: Schedule, share: float) -> tuple[Task, ...]:
@@ -205,10 +200,8 @@ def summarise(timeline: Timeline, skip: int | None = None) -> Summary:
     steps = 1 + max((task.step for task in timeline.schedule), default=-1)
     skip = steps // 2 if skip is None else skip
     if not 1 <= skip < steps:
-        raise ValueError(
-            f"skip = {skip} of {steps} steps was given; it must be at least 1 and leave at least one. "
-            "Simulate more steps."
-        )
+        advice = "it must be at least 1 and leave at least one. Simulate more steps."
+        raise ValueError(f"skip = {skip} of {steps} steps was given; {advice}")
     devices = sorted({task.device for task in timeline.schedule})
     first, last, busy = (dict.fromkeys(devices, 0.0) for _ in range(3))
     for task, end in zip(timeline.schedule, timeline.end.tolist(), strict=True):

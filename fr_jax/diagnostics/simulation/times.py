@@ -90,10 +90,8 @@ def times_of_costs(
 def _for_each_cut(name: str, given: Sequence[float] | float, K: int) -> tuple[float, ...]:
     values = tuple(given) if isinstance(given, Sequence) else (given,) * (K - 1)
     if len(values) != K - 1:
-        raise ValueError(
-            f"{len(values)} {name} were given for {K} stages; there is one for each of the K-1 = {K - 1} cuts. "
-            "Pass that many, or one number for all."
-        )
+        advice = f"there is one for each of the K-1 = {K - 1} cuts. Pass that many, or one number for all."
+        raise ValueError(f"{len(values)} {name} were given for {K} stages; {advice}")
     return values
 
 
@@ -108,10 +106,8 @@ def balanced_shares(K: int, *, last_stage_weight: float = 1.0) -> tuple[float, .
       [3.0, 4.0]
     """
     if K < 1 or not last_stage_weight > 0:
-        raise ValueError(
-            f"K = {K} and last_stage_weight = {last_stage_weight} were given; K must be at least 1, and the weight "
-            "positive."
-        )
+        given = f"K = {K} and last_stage_weight = {last_stage_weight}"
+        raise ValueError(f"{given} were given; K must be at least 1, and the weight positive.")
     total = K - 1 + 1 / last_stage_weight
     return (1 / total,) * (K - 1) + (1 / last_stage_weight / total,)
 
@@ -129,8 +125,6 @@ def ring_all_reduce_seconds(size: float, devices: int, bandwidth: float) -> floa
       1.0
     """
     if not (devices >= 1 and bandwidth > 0 and size >= 0):
-        raise ValueError(
-            f"size = {size}, devices = {devices} and bandwidth = {bandwidth} were given; devices must be at least 1, "
-            "the bandwidth above 0, and the size at least 0."
-        )
+        given = f"size = {size}, devices = {devices} and bandwidth = {bandwidth}"
+        raise ValueError(f"{given} were given; devices must be at least 1, the bandwidth above 0, the size at least 0.")
     return 2 * (devices - 1) * (size / devices / bandwidth)
