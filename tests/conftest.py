@@ -7,10 +7,12 @@ from pathlib import Path
 # The tests need no accelerator and must not occupy one. JAX_PLATFORMS=cuda,cpu in the environment still wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Half of the tests' time is XLA's, compiling for the CPU. The emitters that JAX 0.10 can still choose take a third of
-# the time of its default ones (0.11 has no choice). To test with the default ones, set XLA_FLAGS to an empty string.
+# Most of the tests' time is XLA's, compiling small functions for the CPU that run a few times. Without most of its
+# optimisations, in one piece (32 by default) and with the emitters that JAX 0.10 can still choose (0.11 has no choice)
+# a function takes a fifth of the time. To test optimised code: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= pytest
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jax").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # Where in the source each operation stands is looked up for every one, and nobody reads it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
@@ -39,11 +41,8 @@ def x64() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """For tests that compile many small functions and run each a few times: XLA need not optimise them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick_compilation() -> None:
+    """What all tests have now; goes when no test names it."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,8 +89,5 @@ def program_env(compiled: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def quick_env(program_env: dict[str, str]) -> dict[str, str]:
-    """The same for programs that compile much and compute little, which XLA need not optimise.
-
-    Their numbers are not those of optimised code, bit for bit.
-    """
-    return {**program_env, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """What ``program_env`` is now; goes when no test names it."""
+    return program_env

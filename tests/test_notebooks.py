@@ -77,20 +77,20 @@ def small_settings(path: Path) -> str:
     return "\n".join(line.strip() for line in SMALL[path.stem].strip().splitlines())
 
 
-# What notebook 03 starts, the program compare, has quick tests of its own.
+# What the others call has quick tests of its own: the reference, the program compare, stages and methods.
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem[:2] == "03" else []) for path in NOTEBOOKS],
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem[:2] != "02" else []) for path in NOTEBOOKS],
 )
 def test_runs_on_small_settings(
-    path: Path, tmp_path: Path, quick_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, program_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     notebook = read(path)
     [tagged] = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     assert assigned(small_settings(path)) <= assigned(notebook.cells[tagged].source)
     notebook.cells.insert(tagged + 1, nbformat.v4.new_code_cell(small_settings(path)))
-    env = {name: value for name, value in quick_env.items() if name != "MPLBACKEND"}  # the kernel's own: inline
+    env = {name: value for name, value in program_env.items() if name != "MPLBACKEND"}  # the kernel's own: inline
     folder = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder)
     client.execute(env=env | {"IPYTHONDIR": str(tmp_path / "ipython")})

@@ -12,11 +12,6 @@ import pytest
 import fr_jax as fr
 
 
-@pytest.fixture(autouse=True)
-def all_compile_quickly(quick_compilation: None) -> None:
-    """They compile hundreds of functions."""
-
-
 @pytest.fixture(scope="session")
 def naive() -> ModuleType:
     """The oracles of naive.py, which stands beside this file and is no package (pytest's import mode is importlib)."""

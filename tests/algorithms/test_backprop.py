@@ -1,5 +1,6 @@
 import chex
 import jax
+import jax.flatten_util
 import numpy as np
 import optax
 import pytest
@@ -21,21 +22,28 @@ def plain_loop(stages, loss_fn, optimizer, state, batches):
         return loss_fn(h, batch.targets), tuple(new_state)
 
     gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    update = jax.jit(optimizer.update)
     params, model_state = state.params, state.model_state
     opt_state = optimizer.init(params)
     for n, batch in enumerate(batches):
         (loss, model_state), grads = gradient(params, model_state, n, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         yield params, model_state, grads, loss
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("K", "devices"), [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize(
-    "optimizer", [optax.sgd(0.1, momentum=0.9, nesterov=True), optax.adam(0.01)], ids=["sgd", "adam"]
+    ("K", "devices", "optimizer"),
+    [
+        (1, 1, "sgd"),
+        (3, 1, "adam"),
+        (3, 2, "sgd"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, "adam"), (3, 1, "sgd"), (3, 2, "adam"))),
+    ],
 )
 def test_trajectory_equals_grad_and_optax(naive, make_batches, run, K, devices, optimizer):
+    optimizer = optax.adam(0.01) if optimizer == "adam" else optax.sgd(0.1, momentum=0.9, nesterov=True)
     first = (naive.dense(4), naive.batch_norm(), naive.dropout(0.5))
     stages = [naive.stage(module) for module in (first, (naive.dense(5), naive.batch_norm()), (naive.dense(2),))]
     stages = stages if K == 3 else [fr.chain(*stages)]
@@ -56,7 +64,8 @@ def test_trajectory_equals_grad_and_optax(naive, make_batches, run, K, devices, 
         chex.assert_trees_all_close(info.grads, grads, **close)
         np.testing.assert_allclose(info.loss, loss, **close)
         for k in range(1, K + 1):
-            np.testing.assert_allclose(info.metrics[f"gradient_norm/{k}"], optax.tree.norm(grads[k - 1]), **close)
+            norm = np.linalg.norm(jax.flatten_util.ravel_pytree(jax.tree.map(np.asarray, grads[k - 1]))[0])
+            np.testing.assert_allclose(info.metrics[f"gradient_norm/{k}"], norm, **close)
 
 
 @pytest.mark.usefixtures("x64")

@@ -3,7 +3,6 @@ import functools
 import chex
 import flax.linen as nn
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -90,8 +89,8 @@ def naive_blockprop(naive, modules, updates, start, batches, penalty, h_steps, r
     ("K", "optimizer", "options"),
     [
         (2, "sgd", {"h_steps": 1}),
-        (2, "nesterov", {"h_steps": 3, "cached": True, "h_every": 2}),
-        (3, "nesterov", {"h_steps": 2}),
+        pytest.param(2, "nesterov", {"h_steps": 3, "cached": True, "h_every": 2}, marks=pytest.mark.slow),
+        pytest.param(3, "nesterov", {"h_steps": 2}, marks=pytest.mark.slow),
         (3, "sgd", {"h_steps": 2, "cached": True}),
         (4, "nesterov", {"h_steps": 2, "cached": True, "h_every": 3}),
         (4, "sgd", {"h_steps": 0}),
@@ -241,7 +240,7 @@ def test_lemma_B1(naive, network):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("K", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_theorem_5_1(naive, network, K):
     """With lambda = 1 / beta, block 1's gradient is back-propagation's but for an error that is linear in beta."""
     batch, modules = network[0], network[1](K)
@@ -301,7 +300,7 @@ def test_an_index_outside_the_cache_is_new_each_time_and_touches_nothing(naive, 
     chex.assert_trees_all_equal(np.flatnonzero(mixed[-1].cache[1].any(1)), np.array([3]))
 
 
-@pytest.mark.parametrize(("h_every", "expected"), [(1, [3, 6, 9]), (2, [3, 4, 7]), (3, [3, 4, 5])])
+@pytest.mark.parametrize(("h_every", "expected"), [(1, [3, 6, 9]), (2, [3, 4, 7])])
 def test_where_no_example_is_due_only_the_W_step_is_computed(naive, data, h_every, expected):
     """The middle one of three blocks counts its forward passes: forward, h-step, W-step."""
     calls = []
@@ -429,7 +428,7 @@ def test_blocks_that_compute_in_bfloat16_still_learn():
         algorithm = fr.blockprop(stages, loss_fn, optax.sgd(0.1), cache_size=16, return_grads=True)
         state, info = algorithm.step(algorithm.init(jax.random.key(0), batch), batch)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype("float32")}
-        grads[dtype] = [jax.flatten_util.ravel_pytree(g)[0].astype(jnp.float32) for g in info.grads]
+        grads[dtype] = [flat(jax.tree.map(lambda g: np.asarray(g, np.float32), grad)) for grad in info.grads]
     for exact, rounded in zip(grads[jnp.float32], grads[jnp.bfloat16], strict=True):
-        cosine = exact @ rounded / jnp.linalg.norm(exact) / jnp.linalg.norm(rounded)
+        cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
         assert cosine > 0.95

@@ -58,7 +58,7 @@ def test_every_module_may_have_its_own_optimizer(naive, check):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("strength", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_forward_may_use_predicted_weights(naive, check, strength):
     check([(naive.dense(5), naive.batch_norm()), (naive.dense(4),), (naive.dense(2),)], ["nesterov"], strength)
 
@@ -97,7 +97,14 @@ def test_gradient_is_that_of_backprop_at_the_old_weights(naive, make_batches, ru
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adam(0.01)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(pytest.param(optax.sgd(0.1, momentum), marks=pytest.mark.slow) for momentum in (None, 0.9)),
+        optax.adam(0.01),
+    ],
+    ids=["sgd", "momentum", "adam"],
+)
 def test_one_module_equals_backprop(naive, make_batches, run, optimizer):
     stage = naive.stage((naive.dense(4), naive.batch_norm(), naive.dropout(0.5), naive.dense(2)))
     decoupled, _ = run(fr.ddg([stage], naive.squared_error, optimizer), make_batches(STEPS))
@@ -106,13 +113,13 @@ def test_one_module_equals_backprop(naive, make_batches, run, optimizer):
         chex.assert_trees_all_equal((a.params, a.model_state, a.opt_state), (b.params, b.model_state, b.opt_state))
 
 
-@pytest.mark.parametrize("placement", [None, "split"])
+@pytest.mark.parametrize("placement", [pytest.param(None, marks=pytest.mark.slow), "split"])
 def test_a_state_has_one_structure_from_first_to_last(naive, make_batches, run, placement):
     """So that a checkpoint of any step fits a fresh state, and nothing is compiled again after it was read."""
-    K = 4
+    K = 3
     inner = naive.stage((naive.dense(4), naive.batch_norm(), naive.dropout(0.3)))
-    shardings = placement and fr.placement(K, data_parallel=2)
-    algorithm = fr.ddg([inner] * 3 + [naive.dense(2).stage], naive.squared_error, optax.adam(0.1), placement=shardings)
+    shardings = placement and fr.placement(K, jax.devices()[: 2 * K], data_parallel=2)
+    algorithm = fr.ddg([inner] * 2 + [naive.dense(2).stage], naive.squared_error, optax.adam(0.1), placement=shardings)
     states, _ = run(algorithm, make_batches(6))
     for t, state in enumerate(states):
         assert state.step == t

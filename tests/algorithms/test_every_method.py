@@ -1,5 +1,7 @@
 """What holds for every method alike: what is refused, and JAX's stricter modes."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,9 +41,15 @@ def batch(dtype=jnp.float32):
     return fr.Batch(jnp.ones((4, 3), dtype), jnp.ones((4, 2), dtype))
 
 
+@functools.cache
+def plain(method):
+    """Of two layers; who asks again gets the same one, and its compiled functions."""
+    return method([dense(4), dense(2)], squared_error, optax.sgd(0.1))
+
+
 @every_method
 def test_what_is_no_mini_batch_is_refused(method):
-    algorithm = method([dense(4), dense(2)], squared_error, optax.sgd(0.1))
+    algorithm = plain(method)
     state, good = algorithm.init(KEY, batch()), batch()
     for bad, said in (
         (good._replace(inputs=jnp.zeros(())), "was (given|made)"),
@@ -64,7 +72,7 @@ def test_a_loss_that_is_no_number_is_refused(method):
 
 
 @every_method
-@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("param_dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float32])
 def test_half_precision_under_strict_promotion(method, param_dtype):
     """Optimizers and networks that mix types need JAX's own promotion; the methods do not."""
     layer = lambda features: dense(features, dtype=jnp.bfloat16, param_dtype=param_dtype)
@@ -87,13 +95,13 @@ def test_a_stage_that_is_not_defined_at_zero_under_debug_nans(method):
 
 @every_method
 def test_no_key_is_used_twice(method):
-    algorithm = method([dense(4), dense(2)], squared_error, optax.sgd(0.1))
+    algorithm = plain(method)
     with jax.debug_key_reuse(True):
         algorithm.step(algorithm.init(jax.random.key(0), batch()), batch())
 
 
 @pytest.mark.parametrize("method", [fr.features_replay, fr.ddg])
 def test_the_step_is_a_number_again_after_device_put(method):
-    algorithm = method([dense(4), dense(2)], squared_error, optax.sgd(0.1))
+    algorithm = plain(method)
     state, _ = algorithm.step(jax.device_put(algorithm.init(KEY, batch())), batch())
     assert state.step == 1 and isinstance(state.step, int)

@@ -95,7 +95,14 @@ def test_running_statistics_follow_the_policy(naive, check, batch_stats):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adam(0.01)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(pytest.param(optax.sgd(0.1, momentum), marks=pytest.mark.slow) for momentum in (None, 0.9)),
+        optax.adam(0.01),
+    ],
+    ids=["sgd", "momentum", "adam"],
+)
 def test_one_module_equals_backprop(naive, make_batches, run, optimizer):
     stage = naive.stage((naive.dense(4), naive.batch_norm(), naive.dropout(0.5), naive.dense(2)))
     decoupled, _ = run(fr.features_replay([stage], naive.squared_error, optimizer), make_batches(STEPS))

@@ -1,5 +1,7 @@
 """The contract that every method shares: starting points, pytrees, batch sizes, optimizers that see the loss."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -45,10 +47,12 @@ def batch(B=4, seed=0):
     return fr.Batch(*(rng.standard_normal((B, n)).astype(np.float32) for n in (3, 2)))
 
 
-def trained(method, steps=4, **options):
-    algorithm = make(method, **options)
+@functools.cache
+def trained(method, cuts=(1, 3), optimizer=None):
+    """An algorithm and its state after four steps; who asks again gets the same, and its compiled functions."""
+    algorithm = make(method, cuts, optimizer)
     state = algorithm.init(KEY, batch())
-    for t in range(steps):
+    for t in range(4):
         state, _ = algorithm.step(state, batch(seed=t))
     return algorithm, state
 
@@ -97,10 +101,13 @@ def test_weights_of_another_network_are_refused(change, said):
         algorithm.init(KEY, batch(), change(fr.layer_params(state)[0]))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adamw(0.1), optax.contrib.muon(0.1)])
+OPTIMIZERS = {"momentum": optax.sgd(0.1, momentum=0.9), "adamw": optax.adamw(0.1), "muon": optax.contrib.muon(0.1)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_state_is_carried_over_to_other_cuts(optimizer):
     """Back-propagation does not depend on the cuts: from a state that was carried over it goes on as before."""
-    algorithm, state = trained(fr.backprop, optimizer=optimizer, cuts=(1, 3))
+    algorithm, state = trained(fr.backprop, optimizer=optimizer)
     other = make(fr.backprop, (2,), optimizer)
     moved = carry_over(state, other.init(jax.random.key(9), batch()))
     for t in range(6):
@@ -153,15 +160,15 @@ def test_another_batch_size_is_welcome_where_nothing_is_in_flight(method):
         assert jnp.isfinite(info.loss)
 
 
-@pytest.mark.parametrize("N", [1, 3, 4, 7])
-def test_predict_takes_any_number_of_rows(N):
+def test_predict_takes_any_number_of_rows():
     algorithm, state = trained(fr.features_replay)
-    inputs = batch(N, seed=5).inputs
-    expected = algorithm.predict(state, inputs)
-    assert expected.shape == (N, 2)
     split = make(fr.features_replay, placement=fr.placement(3, jax.devices()[:2], data_parallel=2))
-    outputs = split.predict(split.init(KEY, batch(), state.params, state.model_state), inputs)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    elsewhere = split.init(KEY, batch(), state.params, state.model_state)
+    for N in (1, 3, 4, 7):
+        inputs = batch(N, seed=5).inputs
+        expected = algorithm.predict(state, inputs)
+        assert expected.shape == (N, 2)
+        np.testing.assert_allclose(split.predict(elsewhere, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def by_loss():
@@ -193,8 +200,8 @@ def test_optimizers_receive_the_loss_of_their_mini_batch(method, devices):
 
 
 def test_states_hold_no_losses_for_optimizers_that_do_not_use_them():
-    for optimizer in (optax.sgd(0.1, momentum=0.9), optax.adamw(0.1), optax.contrib.muon(0.1)):
-        _, state = trained(fr.features_replay, optimizer=optimizer)
+    for optimizer in OPTIMIZERS.values():
+        state = make(fr.features_replay, optimizer=optimizer).init(KEY, batch())
         assert jax.tree.leaves(state.losses) == []
 
 
@@ -205,9 +212,7 @@ def test_making_a_method_touches_no_device(method, monkeypatch):
 
     for name in ("devices", "local_devices", "device_put"):
         monkeypatch.setattr(jax, name, refuse)
-    algorithm = make(method)
-    monkeypatch.undo()
-    algorithm.init(KEY, batch())
+    make(method)
 
 
 @every_method

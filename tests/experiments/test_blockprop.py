@@ -44,14 +44,6 @@ SMALL = {"model": "mlp", "depth": 2, "width": 8, "batch_size": 16, "log_every": 
 BLOCKPROP = {"method": "blockprop", "K": 2, "penalty": 2.0, "h_steps": 1, "h_learning_rate": 0.1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """As quick_compilation, for the fixtures of this module too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def program(capsys):
     """Runs the program in this process -> exit code, stdout, stderr."""
