@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 import fr_jax as fr
 from fr_jax._arrays import put
-from fr_jax._placement import check_placement, data_parallel_size, replicated
+from fr_jax._placement import data_parallel_size, replicated
 
 DEVICES = jax.devices()
 
