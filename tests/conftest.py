@@ -40,11 +40,6 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def quick_compilation() -> None:
-    """What all tests have now; goes when no test names it."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled(pytestconfig: pytest.Config) -> Path:
     """One compilation cache for all test processes, kept from run to run (``pytest --cache-clear`` empties it).
@@ -85,9 +80,3 @@ def program_env(compiled: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
     }
-
-
-@pytest.fixture(scope="session")
-def quick_env(program_env: dict[str, str]) -> dict[str, str]:
-    """What ``program_env`` is now; goes when no test names it."""
-    return program_env

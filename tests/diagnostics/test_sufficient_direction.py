@@ -18,8 +18,6 @@ from fr_jax.diagnostics.sufficient_direction import (
     whole,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 K, ROWS = 3, 6
 
 

@@ -7,8 +7,6 @@ import pytest
 from fr_jax.experiments import balance
 from fr_jax.experiments._fields import SettingsError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def check(result, cuts):
     assert list(result["results"]) == [",".join(map(str, one)) for one in cuts]

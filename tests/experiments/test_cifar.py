@@ -416,8 +416,8 @@ def test_disk_full_at_a_checkpoint(program, tmp_path, monkeypatch):
     assert [row["step"] for row in untimed(tmp_path)] == [2, 4, 6, 6]
 
 
-def test_training_goes_on_when_nobody_reads_its_output(tmp_path, quick_env):
-    with start(tmp_path / "run", quick_env, "--K", "1", *QUICK) as process:
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path, program_env):
+    with start(tmp_path / "run", program_env, "--K", "1", *QUICK) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == "fr_jax: nobody reads the output any more; training goes on.\n"

@@ -15,8 +15,6 @@ from fr_jax.experiments.memory import __main__ as memory
 from fr_jax.experiments.memory.methods import CONTESTANTS, checkpointed, recomputing
 from fr_jax.experiments.memory.picture import figure
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = ["--models", "mlp", "--K", "1", "2", "--batch-size", "4"]
 
 

@@ -66,10 +66,10 @@ mnist.main(["--help"])
 """
 
 
-def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, quick_env):
+def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, program_env):
     """It is checked, resolved, trained, resumed, and in the help."""
     command = [sys.executable, "-c", MADE_UP, str(tmp_path / "run")]
-    done = subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=program_env, capture_output=True, text=True, timeout=200)
     said = " ".join(done.stdout.replace("│", " ").split())
     assert [text[0] for text in done.stdout.split("CODE ")[1:]] == ["2", "0", "0", "2"], done.stderr
     assert "--strength 0.0 is out of range; it must be above 0." in done.stderr

@@ -10,8 +10,6 @@ import pytest
 from fr_jax.experiments.prediction import __main__ as prediction
 from fr_jax.experiments.prediction.methods import timer_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = ["--model", "mlp", "--batch-size", "8", "--rounds", "2", "--steps", "2"]
 
 

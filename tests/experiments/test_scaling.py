@@ -9,8 +9,6 @@ from fr_jax.experiments._methods import COMPARED as METHODS
 from fr_jax.experiments.scaling import __main__ as scaling
 from fr_jax.experiments.scaling.network import STEP, Network, ideal, schedule, speedups
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = [
     *("--model", "mlp", "--depth", "5", "--width", "16", "--batch-size", "8", "--K", "1", "2", "4", "8"),
     *("--microbatches", "4", "--ratios", "0.1", "0.001", "--ratio-K", "3", "--timelines", "2", "8"),

@@ -22,19 +22,19 @@ LAUNCH = ["-m", "fr_jax.launch", "--processes", "2", "--no-pin", "--"]
 
 
 @pytest.fixture
-def run(quick_env):
+def run(program_env):
     def run(*words: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, env=quick_env, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, env=program_env, capture_output=True, text=True, timeout=200)
 
     return run
 
 
 @pytest.fixture
-def start(quick_env, monkeypatch):
+def start(program_env, monkeypatch):
     """Starts the program as two processes; killed with the test."""
     started = []
-    for name, value in quick_env.items():
+    for name, value in program_env.items():
         monkeypatch.setenv(name, value)
 
     def start(*words: object) -> list[subprocess.Popen]:
@@ -74,7 +74,6 @@ def wait_for(path: Path, text: str, seconds: float = 120) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("quick_compilation")  # as quick_env has it
 def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path, capfd):
     """Ctrl-C stops all after the same step and saves; one process goes on, then the group, as one process alone."""
     folder, alone = tmp_path / "group", tmp_path / "alone"
@@ -110,7 +109,7 @@ def test_a_finished_run_is_refused_by_all(run, tmp_path):
 
 
 @pytest.fixture
-def pair(quick_env, tmp_path):
+def pair(program_env, tmp_path):
     """``(words, words) -> [process 0, process 1]``, started by hand on this machine; killed at the end."""
     started = []
 
@@ -120,7 +119,7 @@ def pair(quick_env, tmp_path):
             group = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(i)]
             command = [sys.executable, *map(str, [*PROGRAM, *SMALL, *words]), *group]
             with open(tmp_path / f"log{i}", "w") as log:
-                started.append(subprocess.Popen(command, env=quick_env, stdout=log, stderr=subprocess.STDOUT))
+                started.append(subprocess.Popen(command, env=program_env, stdout=log, stderr=subprocess.STDOUT))
         return started
 
     yield start

@@ -11,8 +11,6 @@ from fr_jax.experiments._bench.contestants import BASELINE, make_entry
 from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments.speed import __main__ as speed
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTESTANTS = {
     "plain jitted optax step": 1,
     "back-propagation, 1 device": 1,

@@ -15,8 +15,6 @@ from fr_jax.experiments.throughput import pytorch_peer
 from fr_jax.experiments.throughput.pytorch_network import NETWORKS, copy_weights, network
 from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = "--models mlp --dtypes float32 --K 2 --batch-size 8 --rounds 3 --steps 2".split()  # noqa: SIM905
 
 

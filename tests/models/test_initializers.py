@@ -12,7 +12,6 @@ from fr_jax.models.initializers import variance_scaling
 from fr_jax.models.resnet import dropout
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_are_those_of_flax():
     """For kernels of four and of two axes, of each mode and distribution that the models use, in one compilation."""
     kinds = [
@@ -50,7 +49,6 @@ class Both(nn.Module):
         return dropout(x, self.rate, train) if self.flat else nn.Dropout(self.rate, deterministic=not train)(x)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("rate", "train"), [(0.3, True), (0.3, False), (0.0, True)])
 def test_masks_are_those_of_flax(rate, train):
     x = jnp.linspace(1.0, 2.0, 6 * 4 * 4 * 5).reshape(6, 4, 4, 5)

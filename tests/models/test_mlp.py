@@ -7,8 +7,6 @@ import pytest
 
 import fr_jax as fr
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 X = jnp.linspace(-1.0, 1.0, 2 * 12).reshape(2, 3, 4)
 

@@ -9,8 +9,6 @@ import pytest
 import fr_jax as fr
 from fr_jax.models import resnet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 

@@ -6,8 +6,6 @@ import pytest
 from fr_jax.models import synthesizer
 from fr_jax.types import Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def jitted(*args, **kwargs):
     """Each of its functions compiled whole, not operation by operation."""

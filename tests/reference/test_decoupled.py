@@ -73,7 +73,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("K", "optimizer"), [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (3, "momentum")])
 def test_trajectory_equals_the_librarys(method, K, optimizer):

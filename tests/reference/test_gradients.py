@@ -35,7 +35,7 @@ def gradients_by_jax(theta, x, y):
     return jax.grad(loss)(theta, x, y), jax.vmap(jax.grad(predict), (None, 0))(theta, x)
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_gradients_equal_those_of_jax(make_problem, widths):
     params, x, y = make_problem(widths)

@@ -9,7 +9,7 @@ import pytest
 from fr_jax.reference.stages import init_layers, mean_squared_error, relu_stage, sgd_update
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("linear_output", [False, True])
 @pytest.mark.parametrize("widths", [(3, 4), (3, 5, 2, 4)])
 def test_relu_stage_equals_jax(widths, linear_output):

@@ -10,8 +10,6 @@ from fr_jax.diagnostics.memory.activations import StageActivations, closed_form,
 from fr_jax.diagnostics.memory.step_calls import step_calls
 from fr_jax.diagnostics.memory.step_memory import KINDS, device_peaks, step_memory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 K, B, WIDTH = 3, 8, 16
 FLOAT = 4
 BATCH = fr.Batch(jax.ShapeDtypeStruct((B, WIDTH), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32))

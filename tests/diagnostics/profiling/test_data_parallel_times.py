@@ -24,9 +24,6 @@ class Normalised(nn.Module):
         return nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width, use_bias=False)(x)))
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def timer(layers, inputs, **options):
     batch = fr.Batch(inputs, np.zeros(len(inputs), np.int32))
     options = {"placement": fr.placement(1, data_parallel=2)[0], "repeats": 1} | options

@@ -12,8 +12,6 @@ import fr_jax as fr
 from fr_jax.algorithms._validation import check_setup
 from fr_jax.diagnostics.profiling import lockstep
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Noisy(nn.Module):
     @nn.compact

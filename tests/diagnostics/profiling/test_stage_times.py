@@ -19,8 +19,6 @@ from fr_jax.diagnostics.simulation.timeline import simulate, summarise
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.training.classification import cross_entropy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH = fr.Batch(np.ones((8, 20), np.float32), np.zeros(8, np.int32))
 STAGES = fr.partition(fr.models.mlp(depth=3, width=8), (1, 2))
 K = len(STAGES)

@@ -56,9 +56,9 @@ def test_a_home_that_cannot_be_written_is_no_reason_not_to_start(enabled, tmp_pa
         keep_compiled(str(tmp_path))
 
 
-def test_the_second_start_finds_what_the_first_compiled(tmp_path, quick_env):
+def test_the_second_start_finds_what_the_first_compiled(tmp_path, program_env):
     folder = tmp_path / "compiled"
-    env = {k: v for k, v in quick_env.items() if not k.startswith("JAX_COMPILATION")} | {"JAX_LOGGING_LEVEL": "DEBUG"}
+    env = {k: v for k, v in program_env.items() if not k.startswith("JAX_COMPILATION")} | {"JAX_LOGGING_LEVEL": "DEBUG"}
     command = [sys.executable, "-m", "fr_jax.experiments.cifar", *SMALL, "--compilation-cache", str(folder)]
     hits = []
     for run in ("first", "second"):
