@@ -15,11 +15,7 @@ CIFAR = Program("cifar", dataset="cifar10", defaults=TrainSettings())
 
 
 def run(settings: TrainSettings) -> int:
-    """Trains as ``settings`` say, and returns the exit code.
-
-    Raises:
-      ValueError, CheckpointError, OSError: as :func:`fr_jax.experiments._run.program.run` does.
-    """
+    """Trains as ``settings`` say; returns the exit code, and raises as :func:`.program.run` does."""
     return program.run(CIFAR, settings)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "comparison_figure", "plot_comparison"]
+__all__ = ["Line", "comparison_figure", "looks", "plot_comparison"]
 
 STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
@@ -34,6 +34,21 @@ class Line(NamedTuple):
     runs: Sequence[Rows]
     colour: int
     stroke: int
+
+
+def looks(methods: Sequence[str]) -> list[tuple[int, int]]:
+    """Colour and stroke for each line, by its method: a colour per method, a stroke for each further line of it.
+
+    If one method is varied, each line has a colour.
+
+    Example:
+      >>> looks(["bp", "fr", "bp"]), looks(["fr", "fr"])
+      ([(0, 0), (1, 0), (0, 1)], [(0, 0), (1, 0)])
+    """
+    names = list(dict.fromkeys(methods))
+    if len(names) == 1 or (len(names) == 2 and max(map(methods.count, names)) > 2):
+        return [(i % len(COLOURS), i // len(COLOURS)) for i in range(len(methods))]
+    return [(names.index(method), methods[:i].count(method)) for i, method in enumerate(methods)]
 
 
 class Mean(NamedTuple):

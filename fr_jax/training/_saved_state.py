@@ -28,17 +28,11 @@ class Damaged(Exception):
 
 
 def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Copies a state to the host.
+    """Copies a state to the host -> its arrays by name (in process 0 only), and the JSON index.
 
-    Args:
-      step: the number of steps done.
-      state: any pytree of arrays, typed keys, int, float, bool and str. Arrays of other processes are sent to process
-        0; all processes must call this.
-      metadata: anything that JSON can hold.
-
-    Returns:
-      The arrays by name (in process 0 only), and the JSON index: ``{"format", "step", "leaves", "metadata",
-      "crc32"}`` where ``leaves`` says for each name what it is, and its checksum or, for a Python number, its value.
+    The state is any pytree of arrays, typed keys, int, float, bool and str. The index is ``{"format", "step",
+    "leaves", "metadata", "crc32"}``; ``leaves`` says for each name what it is, and its checksum or, for a Python
+    number, its value. Arrays of other processes are sent to process 0; all processes must call this.
 
     Raises:
       CheckpointError: for a leaf that cannot be stored.
@@ -66,12 +60,7 @@ def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[st
 
 
 def check_index(index: Any) -> dict[str, Any]:
-    """The index as it was written.
-
-    Raises:
-      Damaged: its own checksum does not hold.
-      CheckpointError: another version of this format.
-    """
+    """The index as it was written; Damaged if its checksum does not hold, CheckpointError for another format."""
     if not isinstance(index, dict):
         raise Damaged("its index is not a JSON object")
     index = dict(index)
@@ -86,11 +75,7 @@ def check_index(index: Any) -> dict[str, Any]:
 
 
 def check_fit(index: Mapping[str, Any], template: PyTree) -> None:
-    """Compares names, shapes and dtypes with those of ``template``.
-
-    Raises:
-      CheckpointError: they differ; the first few are named.
-    """
+    """A CheckpointError that names the first few differences in names, shapes and dtypes from ``template``."""
     leaves, entries = _named_leaves(template)[0], index["leaves"]
     differences = [
         f"{name} ({entries[name]['kind']}) is only in the checkpoint" for name in entries if name not in leaves
@@ -114,11 +99,7 @@ def array_names(index: Mapping[str, Any]) -> list[str]:
 
 
 def check_arrays(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Compares the arrays that were read with what the index says of them.
-
-    Raises:
-      Damaged: an array is missing or its checksum differs.
-    """
+    """Damaged if an array that was read is missing, or its checksum is not the index's."""
     names, entries = array_names(index), index["leaves"]
     if missing := [name for name in names if name not in arrays]:
         raise Damaged(f"missing: {some(missing)}")
@@ -219,6 +200,7 @@ def _place_among_processes(entry: Mapping[str, Any], value: np.ndarray | None, l
 
 def _checksum(array: np.ndarray) -> int:
     start = zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    # As bytes: zlib does not take bfloat16 and its like (ml_dtypes).
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
 
 

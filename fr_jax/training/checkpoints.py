@@ -224,7 +224,7 @@ class Checkpoints:
         try:
             with quiet_orbax():
                 return self._open().restore(step, args=ocp.args.Composite(**items))
-        except MemoryError:
+        except MemoryError:  # says nothing about the file
             raise
         except Exception as error:
             raise Damaged(_one_line(error)) from error
@@ -249,7 +249,7 @@ class Checkpoints:
             self.close()
         self._damaged.clear()
         if step in self.steps():
-            if replaced.exists():
+            if replaced.exists():  # left by a program that was killed here
                 rename_free(replaced, replaced.name)
             (self.directory / str(step)).rename(replaced)
             self.close()

@@ -35,6 +35,7 @@ def training_metrics(logits: Array, labels: Array) -> dict[str, Array]:
 
 @jax.jit
 def _sums(logits: Array, labels: Array, valid: Array) -> dict[str, Array]:
+    # jnp.where instead of a product: what fills up the last batch may be NaN.
     counts = jnp.arange(labels.shape[0]) < valid
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jnp.where(counts, logits.argmax(-1) == labels, False)

@@ -15,7 +15,7 @@ from fr_jax.types import Array, Batch, PyTree
 
 __all__ = ["sum_over"]
 
-BATCHES_IN_FLIGHT = 4
+BATCHES_IN_FLIGHT = 4  # the device computes the next ones while the host reads; more would hold memory
 
 
 def sum_over(

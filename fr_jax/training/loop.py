@@ -127,13 +127,14 @@ def train(
         last = step == intervals.steps
         evaluating = last or step % intervals.eval_every == 0
         saving = last or step % intervals.checkpoint_every == 0
-        if evaluating or saving:
+        if evaluating or saving:  # a state is neither evaluated nor saved before all its numbers are known
             reader.drain()
         if evaluating and reader.divergence is None:
             with watch.paused():
                 score = task.evaluate(algorithm.predict, state)
             totals = totals.evaluated(score, task.headline, watch.seconds())
             reader.write(step, {f"test_{name}": value for name, value in score.items()}, totals.seconds)
+        # After the evaluation: a run that is resumed from here does not repeat it.
         if saving and reader.sound(step, state):
             totals = totals._replace(seconds=watch.seconds())
             checkpoints.save(step, state, totals.metadata())
@@ -141,7 +142,7 @@ def train(
             reader.restart_row()
     reader.drain()
     totals = totals._replace(seconds=watch.seconds())
-    if saved < step and reader.sound(step, state):
+    if saved < step and reader.sound(step, state):  # asked to stop between two checkpoints
         checkpoints.save(step, state, totals.metadata())
     median = statistics.median(reader.step_seconds) if len(reader.step_seconds) >= 3 else None
     finished = step == intervals.steps and reader.divergence is None

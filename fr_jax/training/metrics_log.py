@@ -37,11 +37,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self,
-        path: str | pathlib.Path,
-        resume_step: int | None = None,
-        *,
-        tensorboard: str | pathlib.Path | None = None,
+        self, path: str | pathlib.Path, resume_step: int | None = None, *, tensorboard: str | pathlib.Path | None = None
     ) -> None:
         self._path = pathlib.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +49,7 @@ class MetricsLog:
         if exists:
             rows = [row for row in read_rows(self._path) if row.get("step", 0) <= resume_step]
             write_atomically(self._path, b"".join(map(_line, rows)))
-        self._events = None if tensorboard is None else tensorboard_writer(tensorboard, resume_step)
+        self._events = None if tensorboard is None else _tensorboard_writer(tensorboard, resume_step)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
 
     def __enter__(self) -> MetricsLog:
@@ -77,7 +73,7 @@ class MetricsLog:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # half a row would make the file unreadable
                 self._file.truncate(before)
             raise explained(error, self._path) from error
         if self._events is not None:
@@ -117,20 +113,15 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None = None) -> Any:
-    """A ``tensorboardX.SummaryWriter``; events of steps after ``resume_step`` are hidden.
-
-    Raises:
-      ImportError: tensorboardX is not installed.
-    """
+def _tensorboard_writer(directory: str | pathlib.Path, resume_step: int | None) -> Any:
+    """A ``tensorboardX.SummaryWriter``; events of steps after ``resume_step`` are hidden."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "TensorBoard events need the package tensorboardX: pip install 'fr_jax[tensorboard]', or run without them."
         ) from error
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+    return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1, flush_secs=10)
 
 
 def _tag(name: str) -> str:

@@ -154,9 +154,12 @@ class MetricsReader:
 
     def _read(self) -> None:
         step, info = self._pending.popleft()
-        numbers = {"loss": info.loss, **info.metrics}
-        here = {name: x for name, x in numbers.items() if _is_here(x) and not getattr(x, "ndim", 0)}  # no vectors
-        self._untold.append((step, {name: _number(x) for name, x in here.items()}))
+        scalars = {name: x for name, x in {"loss": info.loss, **info.metrics}.items() if not getattr(x, "ndim", 0)}
+        # A metric of a stage in another process is not readable here; that process tells it.
+        here = {name: x for name, x in scalars.items() if not isinstance(x, jax.Array) or is_readable(x)}
+        self._untold.append(
+            (step, {name: float(read(x) if isinstance(x, jax.Array) else x) for name, x in here.items()})
+        )
         now = time.perf_counter()
         if self._last_read is not None:
             self.step_seconds.append(now - self._last_read)
@@ -191,21 +194,17 @@ class MetricsReader:
         means = {name: _mean([one[name] for one in self._row if name in one]) for name in names}
         of_task = {f"train_{name}": mean for name, mean in means.items() if not _of_a_stage(name)}
         of_stages = {name: mean for name, mean in means.items() if _of_a_stage(name)}
+        # Steps that were read one right after another may have the same time.
         rate = len(self._row) * self._task.units_per_step / max(self._seconds - self._row_start, 1e-9)
         self.write(self._step, {**of_task, f"{self._task.unit}_per_s": rate, **of_stages}, self._seconds)
         self._row, self._row_start = [], self._seconds
 
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
-        if self.divergence is not None:
-            return
-        if not math.isfinite(numbers["loss"]):
-            self.divergence = Divergence(step, self._K, f"loss = {numbers['loss']}")
-            return
-        for k in range(1, self._K + 1):
-            norm = numbers.get(f"gradient_norm/{k}", 0.0)
-            if not math.isfinite(norm):
-                self.divergence = Divergence(step, k, f"gradient norm = {norm}")
-                return
+        norms = ((k, "gradient norm", numbers.get(f"gradient_norm/{k}", 0.0)) for k in range(1, self._K + 1))
+        # The loss comes first: it is the last stage's, and all gradients follow from it.
+        for k, name, value in ((self._K, "loss", numbers["loss"]), *norms):
+            if self.divergence is None and not math.isfinite(value):
+                self.divergence = Divergence(step, k, f"{name} = {value}")
 
 
 def _mean(values: list[float]) -> float:
@@ -215,14 +214,6 @@ def _mean(values: list[float]) -> float:
 def _of_a_stage(name: str) -> bool:
     """Whether a metric is a method's, of stage k: ``gradient_norm/k``. All others are the task's."""
     return name.rpartition("/")[2].isdecimal() and "/" in name
-
-
-def _is_here(x: Any) -> bool:
-    return is_readable(x) if isinstance(x, jax.Array) else True
-
-
-def _number(x: Any) -> float:
-    return float(read(x)) if isinstance(x, jax.Array) else float(x)
 
 
 def _not_finite(step: int, state: Any) -> Divergence | None:

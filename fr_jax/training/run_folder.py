@@ -101,6 +101,7 @@ class RunFolder:
         except ImportError:
             yield
             return
+        # The folder itself: a lock file would be one more thing in it.
         itself = os.open(self.path, os.O_RDONLY)
         try:
             try:

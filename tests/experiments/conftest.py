@@ -1,22 +1,13 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-import jax
 import pytest
 
 from fr_jax.experiments._run import program as program_module
 
 Result: TypeAlias = tuple[int, str, str]
 """Exit code, stdout, stderr."""
-
-
-@pytest.fixture(scope="module")
-def unoptimised() -> Iterator[None]:
-    """For a module of tests that compile much and compute little: XLA need not optimise, as in ``quick_env``."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

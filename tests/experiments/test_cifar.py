@@ -34,8 +34,6 @@ SETTINGS = ["--K", "3", *SMALL, "--depth", "4", "--steps", str(STEPS), "--checkp
 QUICK = [*SMALL, "--depth", "2", "--steps", "6", "--batch-size", "32", "--log-every", "2", "--test-examples", "64"]
 TIMING = {"seconds", "images_per_s"}
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def start(folder: pathlib.Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-m", "fr_jax.experiments.cifar", "--workdir", str(folder), *more]
@@ -97,7 +95,7 @@ def refused(program):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, unoptimised) -> pathlib.Path:
+def finished(tmp_path_factory) -> pathlib.Path:
     """The folder of a run that nothing interrupted, for reading only."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -179,9 +177,9 @@ def test_what_a_run_prints(finished):
 # Stopping and going on
 
 
-def test_killed_and_resumed_is_bit_identical(finished, program, tmp_path, quick_env):
+def test_killed_and_resumed_is_bit_identical(finished, program, tmp_path, program_env):
     folder = tmp_path / "run"
-    process = start(folder, quick_env, *SETTINGS)
+    process = start(folder, program_env, *SETTINGS)
     wait_for_checkpoint(process, folder, 20)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL

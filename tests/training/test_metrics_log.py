@@ -14,7 +14,7 @@ import pytest
 
 from fr_jax import _files as files
 from fr_jax._files import write_json
-from fr_jax.training.metrics_log import MetricsLog, read_rows, tensorboard_writer
+from fr_jax.training.metrics_log import MetricsLog, read_rows
 
 ROWS = [
     {"step": 10, "epoch": 0.5, "train_loss": 2.25, "train_accuracy": 0.125, "images_per_s": 512.0, "seconds": 1.5},
@@ -199,4 +199,4 @@ def test_tensorboard_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_tensorboard)
     with pytest.raises(ImportError, match=r"pip install 'fr_jax\[tensorboard\]'"):
-        tensorboard_writer(tmp_path)
+        MetricsLog(tmp_path / "m.jsonl", tensorboard=tmp_path)

@@ -22,20 +22,14 @@ LEAST_SECONDS = 0.1  # of compilation, for what is worth a file
 
 
 def keep_compiled(folder: str) -> Path | None:
-    """Makes JAX keep what it compiles, and look there first.
+    """Makes JAX keep what it compiles, and look there first; returns the folder, or None if nothing is kept.
 
-    JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` for another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` for
-    none. In a run of several processes JAX lets process 0 alone write.
-
-    Args:
-      folder: a folder; ``"auto"`` for a part of the user's cache folder that is this kind of machine's own, or
-        nothing where that cannot be written, which is said; or ``"none"``.
-
-    Returns:
-      The folder, or None where nothing is kept.
+    ``folder`` is a path, ``"none"``, or ``"auto"``: a part of the user's cache folder for this kind of machine, or
+    nothing (with a message) if that cannot be written. JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR``,
+    ``JAX_ENABLE_COMPILATION_CACHE=false``. In a run of several processes JAX lets process 0 alone write.
 
     Raises:
-      SettingsError: a folder that was given cannot be made or written.
+      SettingsError: the given folder cannot be made or written.
     """
     config: Any = jax.config
     if folder == "none" or not config.jax_enable_compilation_cache:

@@ -114,6 +114,7 @@ class Console:
         else:
             rate = row[f"{self._task.unit}_per_s"]
             shown = [self._text(name, value) for name, value in numbers.items()]
+            # The bar draws itself at its interval; a refresh for each row would fill a log file.
             self._bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} {self._task.unit}/s"]), refresh=False)
 
     def _text(self, name: str, value: float) -> str:

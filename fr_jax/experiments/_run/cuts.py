@@ -19,11 +19,9 @@ REPEATS = 9
 
 
 class NetworkCosts(NamedTuple):
-    """What a network costs with a method, in FLOPs or in seconds of a mini-batch.
+    """What a network costs with a method, in FLOPs or seconds per mini-batch.
 
-    Attributes:
-      layers: one a layer.
-      at_cuts: one a layer: what a stage that ends with it does besides (a synthesizer, DNI); zero for other methods.
+    ``at_cuts``: for each layer, what a stage that ends with it does in addition (a synthesizer, DNI); else zero.
     """
 
     layers: tuple[LayerCost, ...]
@@ -45,7 +43,7 @@ def network_costs(
         network = at_cut(own_of_method(settings, settings.method))
         known: dict[tuple[int, ...], float] = {}
         for i, h in enumerate(_outputs(layers, example)[:-1]):
-            if h.shape not in known:
+            if h.shape not in known:  # counted or measured once per shape
                 known[h.shape] = costs_of([network], h)[0].weights_gradient
             at_cuts[i] = known[h.shape]
     return NetworkCosts(tuple(costs_of(layers, example)), tuple(at_cuts))
@@ -79,16 +77,10 @@ def choose_cuts(
     example: jax.ShapeDtypeStruct,
     costs: NetworkCosts | None = None,
 ) -> tuple[int, ...]:
-    """Explicit cuts, equal numbers of layers, or the cuts that minimise the slowest stage.
+    """The K-1 cuts: explicit, equal numbers of layers, or those that minimise the slowest stage.
 
-    Args:
-      settings: its ``cuts``, or else its ``balance``: uniform, flops or time.
-      layers: the network.
-      example: the shape of a stage's mini-batch on one device.
-      costs: where they are known already, counted or measured as ``balance`` says.
-
-    Returns:
-      K-1 positions. Measured times differ from process to process: choose in one, and tell the others.
+    ``example`` has the shape of a stage's mini-batch on one device; ``costs`` are given if they are known already.
+    Measured times differ from process to process: choose in one, and tell the others.
     """
     if settings.cuts is not None:
         return tuple(settings.cuts)

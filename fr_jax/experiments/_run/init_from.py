@@ -25,17 +25,10 @@ __all__ = ["start_from"]
 
 
 def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[Any, str]:
-    """The first state of a run that goes on from the newest sound checkpoint of another.
+    """The first state of a run that goes on from another's newest sound checkpoint, and a line that says what it has.
 
-    Args:
-      path: the folder of the other run.
-      session: of this run.
-      state: its fresh state.
-      data: its data set.
-
-    Returns:
-      The state, at the step of the other run, and a line that says what it has. What is in flight between stages, and
-      what belongs to a method alone (synthesizers, gluing variables), is as in ``state``.
+    ``state`` is the fresh state of this ``session``: what is in flight between stages, and what belongs to a method
+    alone (synthesizers, gluing variables), stays as it is there. The step is that of the other run.
 
     Raises:
       SettingsError: the folder holds no run or no checkpoint, its network is another, or it has done all the steps.
@@ -87,6 +80,7 @@ def _settings(config: Mapping[str, Any]) -> TrainSettings:
 
 def _template(other: Resolved, cuts: Sequence[int], session: Session, data: Data) -> Any:
     """A state of the other run, all of it on the first device."""
+    # This run may have fewer devices than the other had; each layer is moved to its stage afterwards.
     placement = fr.placement(other.K, jax.devices()[:1])
     algorithm = make_algorithm(other, fr.partition(make_layers(other, data), cuts), placement, session.task)
     batch = session.task.pipeline.train_batch(0)

@@ -30,7 +30,7 @@ def train_all(
     overwrite: bool = False,
     report: Callable[[], object] = lambda: None,
 ) -> int:
-    """Trains all runs in this process; those that are finished are skipped, one that was stopped goes on.
+    """Trains all runs in this process; finished ones are skipped, a stopped one goes on.
 
     Args:
       runs: checked settings by the name of the run's folder in ``home``, in order.
@@ -38,15 +38,11 @@ def train_all(
       data: the data set that all runs have in common.
       caller: the name of the program.
       again: the command that continues.
-      overwrite: delete these runs first. All at once: what is stopped later must not leave old runs behind.
+      overwrite: delete these runs first, all at once: what is stopped later must not leave old runs behind.
       report: called after each run.
 
     Returns:
-      0, also where runs diverged: that is a result; or the exit code of the run that failed or was stopped.
-
-    Raises:
-      ValueError: a run does not fit the data or the network, or a folder holds another run.
-      CheckpointError, OSError: a folder cannot be read or written.
+      0, or the exit code of the run that failed or was stopped. Raises as :func:`program.run` does.
     """
     request_devices(max(s.devices or s.K * s.data_parallel for s in runs.values()))
     folders = {name: RunFolder(home / name) for name in runs}
@@ -78,11 +74,7 @@ def train_all(
 
 
 def is_finished(folder: RunFolder, settings: TrainSettings, data: Data) -> bool:
-    """Whether the folder holds this very run, over.
-
-    Raises:
-      WorkdirError: it holds another, or a longer one.
-    """
+    """Whether the folder holds this very run, finished; a WorkdirError if it holds another, or a longer one."""
     saved = folder.saved_config()
     if saved is None:
         return False

@@ -21,10 +21,10 @@ __all__ = ["check_same_settings", "choose_devices", "join", "launched", "load_da
 
 
 def join(settings: TrainSettings) -> None:
-    """Makes this process one of a group where flags or the environment ask for it.
+    """Makes this process one of a group if flags or the environment ask for it.
 
     Raises:
-      SettingsError: there are more processes than stages (times devices a stage).
+      SettingsError: there are more processes than devices of stages.
       GroupError: the processes do not find each other.
     """
     distributed.initialize(
@@ -40,6 +40,7 @@ def join(settings: TrainSettings) -> None:
             f"{group.size} processes are too many for --K {settings.K} stages of {settings.data_parallel} device(s); "
             f"each must have a device of some stage. Use at most {needed} processes, or a larger --K."
         )
+    # Before anything else: processes with another --K would wait for each other without end.
     check_same_settings(as_json(settings))
     if group.size > 1 and group.index == 0:
         seconds = settings.heartbeat
@@ -54,12 +55,7 @@ def launched(command: str) -> str:
 
 
 def load_data(settings: TrainSettings, preferred: str) -> Any:
-    """The data set, the same in every process; process 0 looks for it first, and may fetch it.
-
-    Raises:
-      DataError: it is missing or damaged.
-      GroupError: the processes found different ones.
-    """
+    """The data set, the same in every process; process 0 looks for it first, and may fetch it."""
     group, load = distributed.group(), kind_of(settings.model).load
     quietly: dict[str, Any] = {} if group.index == 0 else {"log": lambda line: None}
     found = group.first_goes_first(lambda: load(settings.dataset, settings.data_dir, preferred=preferred, **quietly))
@@ -71,23 +67,16 @@ def load_data(settings: TrainSettings, preferred: str) -> Any:
 
 
 def check_same_settings(config: Mapping[str, Any]) -> None:
-    """Compares all settings but those that may differ between the processes of a run.
-
-    Raises:
-      GroupError: in every process, where two differ.
-    """
+    """Compares all settings but those that may differ between the processes of a run; GroupError if two differ."""
     free = {field.name for field in dataclasses.fields(TrainSettings) if guard(field).free == "process"}
     free |= {"devices_used", "versions", "python", "data_source"}
     distributed.group().check_same("setting", {name: value for name, value in config.items() if name not in free})
 
 
 def choose_devices(settings: TrainSettings) -> list[jax.Device]:
-    """The devices of a run: one a place of a stage, neighbouring stages together in a process.
+    """The devices of a run, one per place of a stage; a SettingsError if more were asked for than there are.
 
-    In one process stages share devices round robin where these are few; in several, neighbours share one.
-
-    Raises:
-      SettingsError: more were asked for than there are.
+    In one process stages share few devices round robin; in several, neighbours share one, and are in the same process.
     """
     available, needed = jax.devices(), settings.K * settings.data_parallel
     if settings.devices is not None and settings.devices > len(available):

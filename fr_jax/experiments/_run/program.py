@@ -73,15 +73,15 @@ def run(
       hook: looks on while the method trains.
 
     Raises:
-      ValueError: a setting cannot be used, data are missing, or the folder holds another run.
-      GroupError: the processes of a run of several do not find each other, or one of them failed.
-      CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
+      ValueError, GroupError, CheckpointError, OSError: see :data:`fr_jax.experiments._cli.harness.EXIT_CODES`.
     """
     check(settings)
     processes.join(settings)
     keep_compiled(settings.compilation_cache)
     group = distributed.group()
+    # Before JAX is asked for its devices, whose number is fixed from then on.
     request_devices(math.ceil((settings.devices or settings.K * settings.data_parallel) / group.size))
+    # A folder that was given is looked at before data are fetched.
     early = RunFolder(settings.workdir) if settings.workdir is not None else None
     group.from_first(lambda: early and early.check_free(resume=settings.resume, overwrite=settings.overwrite))
     data = data or processes.load_data(settings, program.dataset)
@@ -125,24 +125,26 @@ def _train(
     stop: StopRequest,
     hook: MakeHook | None,
 ) -> int:
-    settings, group, say = session.settings, distributed.group(), print if distributed.is_first() else _say_nothing
+    s, group = session.settings, distributed.group()
+    say: Callable[..., object] = print if distributed.is_first() else lambda *text, **how: None
     state, totals = initial_state(session), Totals()
     with Checkpoints(folder.checkpoints) as checkpoints:
         restored = None
-        if settings.resume:
+        if s.resume:
             restored = checkpoints.restore(state)
             if restored is None:
                 say(f"There is no checkpoint in {folder.checkpoints}; starting from the beginning.")
             else:
                 state, totals = restored.state, Totals.from_metadata(restored.metadata)
                 step = restored.step
-                if group.from_first(lambda: is_over(folder, step, settings)):
+                if group.from_first(lambda: is_over(folder, step, s)):
                     return FINISHED
-                say(f"Resuming after step {step:,} of {settings.steps:,}.")
-        if settings.init_from is not None and restored is None:
-            state, line = start_from(settings.init_from, session, state, data)
+                say(f"Resuming after step {step:,} of {s.steps:,}.")
+        if s.init_from is not None and restored is None:
+            state, line = start_from(s.init_from, session, state, data)
             say(line)
-        group.from_first(lambda: folder.claim(config, overwrite=settings.overwrite))
+        # Only now, when everything is ready to train: an error before this leaves the old run as it was.
+        group.from_first(lambda: folder.claim(config, overwrite=s.overwrite))
         with unread():
             say(announce(session, state), flush=True)
         with contextlib.ExitStack() as stack:
@@ -152,7 +154,7 @@ def _train(
                 session.algorithm,
                 session.task,
                 state,
-                make_intervals(settings),
+                Intervals(s.steps, s.log_every, s.eval_every, s.checkpoint_every, ahead=2 * s.K),
                 checkpoints=checkpoints,
                 stop=stop,
                 report=report,
@@ -164,10 +166,7 @@ def _train(
             return stop.exit_code if stopped else DIVERGED if outcome.divergence is not None else FINISHED
         if stopped:
             draw(session, folder)
-            print(
-                f"Stopped after step {outcome.step:,} of {settings.steps:,}; everything is saved. Continue with\n"
-                f"  {again}"
-            )
+            print(f"Stopped after step {outcome.step:,} of {s.steps:,}; everything is saved. Continue with\n  {again}")
             return stop.exit_code
         return _close(session, folder, outcome, checkpoints)
 
@@ -191,24 +190,13 @@ def reporting(session: Session, folder: RunFolder, first_step: int) -> Iterator[
     settings = session.settings
     events = folder.events if settings.tensorboard else None
     resume_step = first_step if settings.resume else None
-    with MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events) as log:
-        console = Console(session, log, first_step)
-        try:
-            yield console
-        finally:
-            console.close()
-
-
-def _say_nothing(*text: object, flush: bool = False) -> None:
-    pass
+    log = MetricsLog(folder.metrics, resume_step=resume_step, tensorboard=events)
+    with log, contextlib.closing(Console(session, log, first_step)) as console:
+        yield console
 
 
 def is_over(folder: RunFolder, step: int, settings: Resolved) -> bool:
-    """Whether a run that is to be resumed has nothing left to do; says so.
-
-    Raises:
-      WorkdirError: it is longer already than what is asked for.
-    """
+    """Whether a run that is to be resumed has nothing left to do, which is printed; WorkdirError if it is longer."""
     if step > settings.steps:
         raise WorkdirError(
             f"the run in {folder.path} has done {step:,} steps, more than the {settings.steps:,} asked for. "
@@ -224,20 +212,12 @@ def is_over(folder: RunFolder, step: int, settings: Resolved) -> bool:
     return over
 
 
-def make_intervals(settings: Resolved) -> Intervals:
-    """The loop's intervals."""
-    s = settings
-    return Intervals(s.steps, s.log_every, s.eval_every, s.checkpoint_every, ahead=2 * s.K)
-
-
 def draw(session: Session, folder: RunFolder) -> None:
     """Draws ``curves.png`` from the rows so far."""
     s = session.settings
     title = f"{s.model} on {s.dataset}, {METHODS[s.method].title}, K = {s.K}"
-    label = f"{s.method.upper()}, K = {s.K}"
-    task = session.task
-    rows = {label: read_rows(folder.metrics)}
-    plot_curves(rows, folder.curves, title=title, data_source=task.source, headline=task.headline)
+    rows = {f"{s.method.upper()}, K = {s.K}": read_rows(folder.metrics)}
+    plot_curves(rows, folder.curves, title=title, data_source=session.task.source, headline=session.task.headline)
 
 
 def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:

@@ -40,6 +40,7 @@ def _version(package: str) -> str | None:
 def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
     """What ``summary.json`` holds."""
     s, t, headline = session.settings, outcome.totals, session.task.headline.name
+    # A set: stages may share devices.
     devices = {device for sharding in session.placement for device in sharding.device_set}
     return {
         "dataset": session.task.dataset,

@@ -24,17 +24,7 @@ __all__ = ["Session", "build"]
 
 
 class Session(NamedTuple):
-    """A training run before its first step.
-
-    Attributes:
-      settings: of the run.
-      task: the data, on the first stage's device, and how progress is measured.
-      layers: the network.
-      costs: of the layers, in FLOPs of a mini-batch.
-      cuts: where the layers are cut.
-      placement: one sharding per stage.
-      algorithm: the method.
-    """
+    """A training run before its first step. ``costs`` are in FLOPs of a mini-batch; ``placement`` has one per stage."""
 
     settings: Resolved
     task: Task
@@ -46,15 +36,9 @@ class Session(NamedTuple):
 
 
 def build(settings: Resolved, data: Data, saved_cuts: Sequence[int] | None = None) -> Session:
-    """Cuts the network, places it, and makes the method and the task.
+    """Cuts the network, places it, and makes the method and the task; a ValueError says what does not fit.
 
-    Args:
-      settings: of the run, made for this data set.
-      data: of the kind that the model is for.
-      saved_cuts: of a run that is being resumed; they are kept, because measured times differ from day to day.
-
-    Raises:
-      ValueError: a setting does not fit the network, the devices or the data (``SettingsError`` among them).
+    ``saved_cuts`` of a run that is being resumed are kept, because measured times differ from day to day.
     """
     layers = make_layers(settings, data)
     placement = fr.placement(settings.K, choose_devices(settings), settings.data_parallel)
@@ -81,11 +65,7 @@ def _cuts(settings: Resolved, layers: list[Stage], costs: NetworkCosts, example:
 
 
 def make_layers(settings: Resolved, data: Data) -> list[Stage]:
-    """The layers of the network.
-
-    Raises:
-      SettingsError: it has fewer than K.
-    """
+    """The layers of the network; a SettingsError if there are fewer than K."""
     layers = kind_of(settings.model).layers(settings, data)
     if len(layers) < settings.K:
         raise SettingsError(

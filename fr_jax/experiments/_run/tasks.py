@@ -59,6 +59,7 @@ def _image_task(settings: Resolved, dataset: image_sets.Dataset, sharding: Shard
 
 IMAGES = Kind(
     auto="cifar10",
+    # Not image_sets.load itself: tests and notebooks replace it.
     load=lambda *args, **options: image_sets.load(*args, **options),
     examples=lambda settings, dataset: len(dataset.train_labels),
     layers=_image_layers,

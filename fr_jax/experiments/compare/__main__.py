@@ -1,9 +1,4 @@
-"""Trains one network by several methods, K and seeds: ``python -m fr_jax.experiments.compare --methods bp fr --K 2``.
-
-All runs see the same mini-batches in the same order and, seed by seed, start from the same weights. The folder holds a
-run each, and ``table.md``, ``comparison.json`` and ``comparison.png`` of all. Given again, the command repeats no run
-that is finished, and continues the one that was stopped.
-"""
+"""One network by several methods, K and seeds: ``python -m fr_jax.experiments.compare --methods bp fr --K 2``."""
 
 from __future__ import annotations
 
@@ -56,8 +51,8 @@ class Axes:
 class CompareSettings(SharedSettings, Axes):
     """Train one network by several methods, K and seeds, on the same mini-batches, and compare.
 
-    The folder holds a run each, table.md, comparison.json and comparison.png. Given again, the command repeats no run
-    that is finished and continues the one that was stopped.
+    Seed by seed, all runs start from the same weights. The folder holds a run each, table.md, comparison.json and
+    comparison.png. Given again, the command repeats no run that is finished and continues the one that was stopped.
     """
 
 
@@ -87,11 +82,12 @@ def plan(settings: CompareSettings) -> list[Planned]:
                 for variant in variants:
                     changed = {n: value for n, value in variant.items() if belongs(n, method, settings.model)}
                     words = "".join(f"-{flag(name)[2:]}{value}" for name, value in changed.items())
+                    variant = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
                     chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
                     run = TrainSettings(**chosen)
                     check(run)
                     name = f"{method}-K{K}{words}-seed{seed}"
-                    planned[name] = Planned(name, Entry(method, K, _words(changed), seed), run)
+                    planned[name] = Planned(name, Entry(method, K, variant, seed), run)
     return list(planned.values())
 
 
@@ -99,23 +95,19 @@ def _unset(name: str) -> Any:
     return next(field.default for field in dataclasses.fields(SharedSettings) if field.name == name)
 
 
-def _words(changed: dict[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
-
-
 def _learning_rates(settings: CompareSettings) -> dict[str, float]:
     rates = {}
     for word in settings.learning_rates:
         method, _, rate = word.partition("=")
-        try:
-            rates[method] = float(rate)
-        except ValueError:
-            raise SettingsError(f"--learning-rates {word} is malformed; write METHOD=RATE, such as fr=0.05.") from None
-        if len(rates) < len(settings.learning_rates[: settings.learning_rates.index(word) + 1]):
+        if method in rates:
             raise SettingsError(f"--learning-rates names {method} twice; give one rate for each method.")
         if method not in settings.methods:
             chosen = " ".join(settings.methods)
             raise SettingsError(f"--learning-rates {word} names a method that is not compared: --methods {chosen}.")
+        try:
+            rates[method] = float(rate)
+        except ValueError:
+            raise SettingsError(f"--learning-rates {word} is malformed; write METHOD=RATE, such as fr=0.05.") from None
     return rates
 
 
@@ -148,11 +140,7 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
 def run(settings: CompareSettings) -> int:
     """Trains what is not trained yet, and writes the table and the picture; returns the exit code.
 
-    A run that diverges is a result like another.
-
-    Raises:
-      ValueError: a setting cannot be used, data are missing, or the folder holds other runs.
-      CheckpointError, OSError: the folder cannot be read or written, because the disk is full for example.
+    A run that diverges is a result like another. Raises as :func:`fr_jax.experiments.cifar.run` does.
     """
     one_process(
         "compare trains one run after another in one process.",

@@ -12,8 +12,7 @@ from fr_jax._files import write_atomically, write_json
 from fr_jax.experiments._cli.tables import markdown_table, mean_and_deviation
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.tasks import Data
-from fr_jax.plotting.comparison import Line, plot_comparison
-from fr_jax.plotting.style import COLOURS
+from fr_jax.plotting.comparison import Line, looks, plot_comparison
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder, WorkdirError
 from fr_jax.training.task import ACCURACY, Headline
@@ -22,14 +21,7 @@ __all__ = ["Entry", "report"]
 
 
 class Entry(NamedTuple):
-    """Where a run stands: runs that differ in the seed alone share a line.
-
-    Attributes:
-      method: its short name.
-      K: number of stages.
-      variant: what was varied, in words; empty for nothing.
-      seed: of the run.
-    """
+    """Where a run stands: its method, K, what was varied (in words, or empty) and seed; seeds share a line."""
 
     method: str
     K: int
@@ -61,18 +53,8 @@ class Run(NamedTuple):
 def report(home: Path, planned: Mapping[str, Entry], data: Data, model: str, command: str) -> str:
     """Writes ``comparison.json``, ``table.md`` and ``comparison.png`` of the runs that are over; returns the table.
 
-    Runs of earlier comparisons in the same folder stay in the table.
-
-    Args:
-      home: the folder of the comparison.
-      planned: its runs, by the names of their folders.
-      data: the data set.
-      model: the network's name.
-      command: what gives this comparison.
-
-    Raises:
-      WorkdirError: a file of a run is damaged.
-      OSError: the folder cannot be written.
+    Runs of earlier comparisons in the folder ``home`` stay in the table. ``planned`` has this comparison's runs by the
+    names of their folders; ``command`` gives it again. A WorkdirError names a file of a run that is damaged.
     """
     entries = {**_earlier(home), **planned}
     runs = [run for name, entry in entries.items() if (run := _read(home, name, entry)) is not None]
@@ -95,10 +77,9 @@ def report(home: Path, planned: Mapping[str, Entry], data: Data, model: str, com
     write_json(home / "comparison.json", content)
     write_atomically(home / "table.md", f"{text}\n\n    {command}\n".encode())
     if rows:
-        looks = _looks([members[0].entry for members in lines.values()])
         pictured = [
             Line(members[0].entry.label, [run.rows for run in members], *look)
-            for members, look in zip(lines.values(), looks, strict=True)
+            for members, look in zip(lines.values(), looks([key[0] for key in lines]), strict=True)
         ]
         title = f"{model} on {data.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
         source = ". ".join([data.source, *notes])
@@ -137,20 +118,6 @@ def _read(home: Path, name: str, entry: Entry) -> Run | None:
         ) from None
 
 
-def _looks(entries: Sequence[Entry]) -> list[tuple[int, int]]:
-    """A colour for each method and a stroke for each of its lines, or, where one method is varied, colours for all."""
-    methods = list(dict.fromkeys(entry.method for entry in entries))
-    most = max(sum(entry.method == method for entry in entries) for method in methods)
-    if len(methods) <= 2 and most > 2:
-        return [(number % len(COLOURS), number // len(COLOURS)) for number in range(len(entries))]
-    seen: dict[str, int] = {}
-    looks = []
-    for entry in entries:
-        looks.append((methods.index(entry.method), seen.get(entry.method, 0)))
-        seen[entry.method] = looks[-1][1] + 1
-    return looks
-
-
 def _row(members: Sequence[Run], headline: Headline) -> dict[str, Any]:
     """One line of the table: over its seeds."""
     entry, summaries = members[0].entry, [run.summary for run in members]
@@ -187,18 +154,8 @@ def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]], headline: Headline = ACCURACY) -> str:
     """The lines as a Markdown table, readable as plain text too."""
-    head = (
-        "method",
-        "lr",
-        f"test {headline.label}".replace("(%)", "%"),
-        "best %" if headline.fraction else "best",
-        "training loss",
-        "steps",
-        "seconds",
-        "ms/step",
-        "seeds",
-        "devices",
-    )
+    scores = (f"test {headline.label}".replace("(%)", "%"), "best %" if headline.fraction else "best")
+    head = ("method", "lr", *scores, "training loss", "steps", "seconds", "ms/step", "seeds", "devices")
     digits = 2 if headline.fraction else 4
     body = [
         (
@@ -218,9 +175,8 @@ def table(rows: Sequence[dict[str, Any]], headline: Headline = ACCURACY) -> str:
 
 
 def _divergences(diverged: Sequence[bool]) -> str:
-    if not any(diverged):
-        return ""
-    return " (diverged)" if all(diverged) else f" ({sum(diverged)} of {len(diverged)} diverged)"
+    some = "" if all(diverged) else f"{sum(diverged)} of {len(diverged)} "
+    return f" ({some}diverged)" if any(diverged) else ""
 
 
 def _spread(row: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:

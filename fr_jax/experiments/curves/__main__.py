@@ -19,7 +19,7 @@ from fr_jax.experiments._cli.results import check_picture
 from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments.curves import reached
-from fr_jax.plotting.comparison import Line, plot_comparison
+from fr_jax.plotting.comparison import Line, looks, plot_comparison
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.training.run_folder import RunFolder
 from fr_jax.training.task import Headline
@@ -34,10 +34,10 @@ class CurvesSettings:
     runs: tuple[Path, ...] = ()
     """Folders of runs, finished or not. Those with the same label are seeds of one line."""
     labels: tuple[str, ...] = ()
-    """One a run. Default: the method and K."""
+    """One per run. Default: the method and K."""
     step_seconds: tuple[float, ...] = setting((), least=0)
-    """One a run: draw it over steps times this, such as a step measured by fr_jax.experiments.speed on a quiet machine,
-    instead of over its own seconds. 0: leave it out of the panel with the time."""
+    """One per run: draw it over steps times this, such as a step measured by fr_jax.experiments.speed on a quiet
+    machine, instead of over its own seconds. 0: leave it out of the panel with the time."""
     title: str | None = None
     """Over the figure. Default: the network and the data set."""
     losses: tuple[float, ...] = ()
@@ -60,15 +60,11 @@ def run(settings: CurvesSettings) -> int:
     check_fields(settings)
     if not settings.runs:
         raise SettingsError("--runs is missing; give the folders of one or more runs.")
-    if settings.labels and len(settings.labels) != len(settings.runs):
-        raise SettingsError(
-            f"{len(settings.labels)} --labels were given for {len(settings.runs)} --runs; give one a run, or none."
-        )
-    if settings.step_seconds and len(settings.step_seconds) != len(settings.runs):
-        raise SettingsError(
-            f"{len(settings.step_seconds)} --step-seconds were given for {len(settings.runs)} --runs; give one a run, "
-            "or none."
-        )
+    for name, each in (("--labels", settings.labels), ("--step-seconds", settings.step_seconds)):
+        if each and len(each) != len(settings.runs):
+            raise SettingsError(
+                f"{len(each)} {name} were given for {len(settings.runs)} --runs; give one per run, or none."
+            )
     if any(not math.isfinite(loss) for loss in settings.losses):
         raise SettingsError(f"--losses {' '.join(map(str, settings.losses))}: give finite numbers.")
     also = [".csv"] if settings.losses else []
@@ -84,7 +80,10 @@ def run(settings: CurvesSettings) -> int:
         methods.setdefault(label, config["method"])
     first, _ = found[0]
     title = settings.title or f"{first.get('model')} on {first.get('dataset')}"
-    pictured = [Line(label, [rows for _, rows in runs], *_look(label, methods)) for label, runs in lines.items()]
+    pictured = [
+        Line(label, [rows for _, rows in runs], *look)
+        for (label, runs), look in zip(lines.items(), looks([*methods.values()]), strict=True)
+    ]
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
     plot_comparison(
@@ -96,16 +95,6 @@ def run(settings: CurvesSettings) -> int:
         write_atomically(losses_file, reached.as_csv(table))
         print(f"{reached.as_text(table)}\nTable: {losses_file}")
     return harness.FINISHED
-
-
-def _look(label: str, methods: dict[str, str]) -> tuple[int, int]:
-    """A colour for each method and a stroke for each of its lines; with a single method, a colour for each line."""
-    names = list(dict.fromkeys(methods.values()))
-    number = list(methods).index(label)
-    if len(names) == 1:
-        return number, 0
-    same = [one for one, method in methods.items() if method == methods[label]]
-    return names.index(methods[label]), same.index(label)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

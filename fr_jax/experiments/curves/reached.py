@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fr_jax.experiments._cli.tables import markdown_table
 from fr_jax.plotting.curves import Rows, is_finite, smoothed
 
 __all__ = ["as_csv", "as_text", "reached", "table"]
@@ -68,10 +69,10 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
       >>> rows = [{"line": "bp", "training_loss": 1.0, "step": 90, "seconds": 90.0},
       ...         {"line": "fr", "training_loss": 1.0, "step": 95, "seconds": 60.0}]
       >>> print(as_text(rows))
-      | minutes until the training loss stays below (times as fast as bp) | 1 |
-      | --- | --- |
-      | bp | 1.5 |
-      | fr | 1.0 (1.50) |
+      | minutes until the training loss stays below (times as fast as bp) | 1          |
+      | ----------------------------------------------------------------- | ---------- |
+      | bp                                                                | 1.5        |
+      | fr                                                                | 1.0 (1.50) |
     """
     timeless = {row["line"] for row in rows if row["step"] is not None and row["seconds"] is None}
     timed = [row for row in rows if row["line"] not in timeless]
@@ -81,14 +82,13 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         own = math.inf if row["seconds"] is None else row["seconds"] / 60
         minutes.setdefault(row["line"], {}).setdefault(row["training_loss"], []).append(own)
     mean = {line: [float(np.mean(own[loss])) for loss in losses] for line, own in minutes.items()}
-    text = [
-        [f"minutes until the training loss stays below (times as fast as {first})", *(f"{loss:g}" for loss in losses)],
-        ["---"] * (1 + len(losses)),
+    head = [
+        f"minutes until the training loss stays below (times as fast as {first})",
+        *(f"{loss:g}" for loss in losses),
     ]
-    for line, own in mean.items():
-        beside = [math.inf] * len(losses) if line == first else mean.get(first, [math.inf] * len(losses))
-        text.append([line, *map(_cell, own, beside)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+    never = [math.inf] * len(losses)
+    cells = [[line, *map(_cell, own, never if line == first else mean.get(first, never))] for line, own in mean.items()]
+    return markdown_table(head, cells)
 
 
 def _cell(minutes: float, beside: float) -> str:

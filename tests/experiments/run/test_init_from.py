@@ -10,7 +10,10 @@ from fr_jax.experiments.mnist import main
 from fr_jax.training.metrics_log import read_rows
 
 SMALL = ["--dataset=digits", "--depth=4", "--width=8", "--batch-size=64", "--log-every=1", "--milestones", "0.5"]
+SMALL += ["--test-examples", "64"]
 RATE = ["--learning-rate", "0.05"]
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def losses(folder: pathlib.Path) -> dict[int, float]:
