@@ -139,12 +139,12 @@ def _read_archive(layout: Format, path: Path) -> dict[str, bytes]:
                     continue
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None:
-                    raise DataError(f"{path}: {member.name} is not a plain file. {_again(layout)}")
+                    raise DataError(f"{path}: {member.name} is not a plain file. {layout.archive.again}")
                 contents[name] = stream.read()
                 if len(contents) == len(layout.files):
                     break
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is not a readable .tar.gz archive ({error}). {_again(layout)}") from error
+        raise DataError(f"{path} is not a readable .tar.gz archive ({error}). {layout.archive.again}") from error
     return contents
 
 
@@ -153,7 +153,7 @@ def _decode(layout: Format, place: Path, name: str, content: bytes) -> tuple[np.
     if len(content) != expected:
         raise DataError(
             f"{place}: {name} has {len(content):,} bytes; it must have {expected:,} ({expected // record:,} records of "
-            f"{record:,}). {_again(layout)}"
+            f"{record:,}). {layout.archive.again}"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     labels = records[:, layout.label_bytes - 1].astype(np.int32)
@@ -161,7 +161,7 @@ def _decode(layout: Format, place: Path, name: str, content: bytes) -> tuple[np.
     if wrong.size:
         raise DataError(
             f"{place}: record {wrong[0]} of {name} has the label {labels[wrong[0]]}; {layout.title} has labels "
-            f"0..{layout.num_classes - 1}. {_again(layout)}"
+            f"0..{layout.num_classes - 1}. {layout.archive.again}"
         )
     return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
@@ -170,7 +170,3 @@ def _concatenate(files: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
     images, labels = zip(*files, strict=True)
     # The planes of a record are transposed: without a copy NumPy would keep that order in memory.
     return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels)
-
-
-def _again(layout: Format) -> str:
-    return f"The file is damaged, or not what it should be: download {layout.archive.url} again"

@@ -131,13 +131,14 @@ def _decode(path: Path, file: IdxFile) -> np.ndarray:
         found = f"more than {file.size:,}" if len(content) > file.size else f"{len(content):,}"
         problem = f"has {found} bytes (unpacked); it must have {file.size:,}"
     if problem is not None:
-        raise DataError(f"{path} {problem}. {_again(file)}")
+        raise DataError(f"{path} {problem}. {file.archive.again}")
     # A copy, because arrays over bytes are read-only.
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape).copy()
     wrong = np.flatnonzero(array >= NUM_CLASSES) if axes == 1 else np.empty(0)
     if wrong.size:
         label, valid = array[wrong[0]], f"0..{NUM_CLASSES - 1}"
-        raise DataError(f"{path}: record {wrong[0]} has the label {label}; MNIST has labels {valid}. {_again(file)}")
+        problem = f"record {wrong[0]} has the label {label}; MNIST has labels {valid}"
+        raise DataError(f"{path}: {problem}. {file.archive.again}")
     return array
 
 
@@ -150,12 +151,8 @@ def _unpacked(path: Path, file: IdxFile) -> bytes:
         with gzip.open(path) if packed else path.open("rb") as stream:
             return stream.read(file.size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} could not be read ({error}). {_again(file)}") from error
+        raise DataError(f"{path} could not be read ({error}). {file.archive.again}") from error
 
 
 def _product(lengths: tuple[int, ...]) -> str:
     return " × ".join(f"{length:,}" for length in lengths)
-
-
-def _again(file: IdxFile) -> str:
-    return f"The file is damaged, or not what it should be: download {file.archive.url} again"

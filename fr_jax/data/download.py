@@ -41,6 +41,11 @@ class Archive(NamedTuple):
         """The last part of the URL, which is also the name in the cache folder."""
         return self.url.rsplit("/", 1)[-1]
 
+    @property
+    def again(self) -> str:
+        """What to do about a damaged file, for messages."""
+        return f"The file is damaged, or not what it should be: download {self.url} again"
+
 
 def cache_folder() -> Path:
     """The folder for downloads: ``$FR_JAX_CACHE``, or the user's cache folder of this system."""

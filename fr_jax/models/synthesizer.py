@@ -47,7 +47,6 @@ class Synthesizer(nn.Module):
 
 
 def _feature_and_labels(x: Array | tuple[Array, Array], num_classes: int | None) -> tuple[Array, Array | None]:
-    """``(h, labels)``; labels are None if the synthesizer does not see them."""
     if isinstance(x, tuple) and len(x) == 2 and num_classes is not None:
         return x
     if isinstance(x, jax.Array | np.ndarray) and num_classes is None:

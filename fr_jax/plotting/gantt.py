@@ -89,17 +89,14 @@ def gantt_figure(
     shown: set[str] = set()
     for axes, (label, timeline) in zip(panels, timelines.items(), strict=True):
         shown |= _draw(axes, timeline, end)
-        axes.set_title(f"{label}: {_summary(timeline, unit, reference)}", loc="left", fontsize=10, pad=3)
+        found = summarise(timeline)
+        faster = f", {reference / found.step_seconds:.2f} times as fast as one device" if reference else ""
+        summary = f"{found.step_seconds:.4g} {unit} per step{faster}, bubble {100 * found.bubble:.1f} %"
+        axes.set_title(f"{label}: {summary}", loc="left", fontsize=10, pad=3)
     panels[-1].set_xlabel(f"time ({unit})")
     handles = [Patch(color=look.colour, label=look.label) for look in (*LOOKS, OTHER) if look.label in shown]
     space.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return drawing
-
-
-def _summary(timeline: Timeline, unit: str, reference: float | None) -> str:
-    found = summarise(timeline)
-    faster = f", {reference / found.step_seconds:.2f} times as fast as one device" if reference else ""
-    return f"{found.step_seconds:.4g} {unit} per step{faster}, bubble {100 * found.bubble:.1f} %"
 
 
 def _draw(axes: Axes, timeline: Timeline, end: float) -> set[str]:

@@ -161,13 +161,6 @@ def _kind(path: tuple[Any, ...]) -> str:
     return next((_KIND_OF_FIELD[name] for name in names if name in _KIND_OF_FIELD), "history")
 
 
-def _kinds(step: StepCalls) -> dict[Buffer, str]:
-    kinds = {buffer: "residuals" for call in step.calls for buffer in (*call.inputs, *call.outputs)}
-    for state in (step.new_state, step.state):
-        kinds |= {buffer: _kind(path) for path, buffer in jax.tree.leaves_with_path(state)}
-    return kinds | dict.fromkeys(jax.tree.leaves(step.batch), "batch")
-
-
 def _stages(state: Any) -> tuple[StageMemory, ...]:
     # Every field of a state except `step` has one entry per stage: path[1] is the stage.
     K = len(state.params)
@@ -193,7 +186,11 @@ def _alive(step: StepCalls) -> Iterator[tuple[Call, list[Buffer]]]:
 
 def _peaks(step: StepCalls) -> dict[jax.Device, tuple[str, dict[str, int]]]:
     """For each device, the call at which it holds the most, and the bytes by kind."""
-    kinds, peaks = _kinds(step), {}
+    kinds = {buffer: "residuals" for call in step.calls for buffer in (*call.inputs, *call.outputs)}
+    for state in (step.new_state, step.state):  # a buffer in both is of its kind in the old one
+        kinds |= {buffer: _kind(path) for path, buffer in jax.tree.leaves_with_path(state)}
+    kinds |= dict.fromkeys(jax.tree.leaves(step.batch), "batch")
+    peaks: dict[jax.Device, tuple[str, dict[str, int]]] = {}
     for call, live in _alive(step):
         given = set(call.donated)
         for device in call.devices:

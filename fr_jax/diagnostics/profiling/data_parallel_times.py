@@ -53,8 +53,7 @@ def data_parallel_timer(
     after the other, as in the step, each after an equal share of as much other work, by what they add to that work (at
     least what they take alone): an all-reduce of processes that have just computed also waits for the slower one.
 
-    ``network`` is the whole network as one stage, ``batch`` the whole mini-batch, ``placement`` the sharding over D
-    devices; the median of ``repeats`` timed calls counts.
+    ``network`` is one stage, ``batch`` the whole mini-batch; the median of ``repeats`` timed calls counts.
 
     Returns:
       A function that measures: ``times.stages[0].last`` are the seconds of the slowest device's share,
@@ -120,7 +119,7 @@ def _compiled_step(setup: Setup, batch: Batch) -> Any:
 
 def _slowest(seconds: float) -> float:
     """The seconds of the slowest process; all must call this."""
-    return max(other for (other,) in group().exchange([seconds]))
+    return max(group().exchange(seconds))
 
 
 def _all_reduce_timer(
