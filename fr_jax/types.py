@@ -87,7 +87,7 @@ class State(Protocol):
 
     @property
     def model_state(self) -> tuple[PyTree, ...]:
-        """What the stages carry along besides weights, such as running statistics of batch normalisation."""
+        """What the stages carry along in addition to weights, such as running statistics of batch normalisation."""
         ...
 
     @property

@@ -39,7 +39,7 @@ class KeyStream(NamedTuple):
 class Stages(NamedTuple):
     """K stages before the first step, each on its devices; ``features[k]`` describes the input of stage k = 0..K-1.
 
-    ``key`` is for what a method has besides, ``outputs`` describes those of the last stage.
+    ``key`` is for what else a method draws; ``outputs`` describes those of the last stage.
     """
 
     params: tuple[PyTree, ...]

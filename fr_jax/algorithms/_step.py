@@ -32,7 +32,7 @@ class Iteration:
       loss: of this mini-batch, once the last stage has run.
       grads: what each stage updated with, if the method returns gradients.
       norms: their norms; None for a stage that has not updated.
-      metrics: what the step reports besides.
+      metrics: what else the step reports.
     """
 
     def __init__(self, setup: Setup, state: Any, batch: Batch, *, any_size: bool) -> None:
