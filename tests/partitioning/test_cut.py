@@ -12,10 +12,15 @@ LAYERS = [layer for width in (64, 8, 32, 16) for layer in fr.models.mlp(depth=1,
 EXAMPLE = jax.ShapeDtypeStruct((4, 16), jnp.float32)
 
 
+@pytest.fixture(scope="module")
+def costs():
+    return layer_flops(LAYERS, EXAMPLE)
+
+
 @pytest.mark.parametrize("method", WORK)
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
-def test_no_other_cut_has_a_faster_slowest_stage(method, K):
-    costs = layer_flops(LAYERS, EXAMPLE)
+def test_no_other_cut_has_a_faster_slowest_stage(costs, monkeypatch, method, K):
+    monkeypatch.setattr("fr_jax.partitioning.cut.layer_flops", lambda layers, example_inputs: costs)
 
     def slowest(cuts):
         bounds = (0, *cuts, len(LAYERS))
