@@ -212,7 +212,7 @@ def test_auto_without_network_is_digits_and_says_so():
     lines = []
     begin = time.monotonic()
     dataset = load(log=lines.append)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # does not wait for a network, also on a loaded machine
     assert dataset.name == "digits" and "scikit-learn" in dataset.source
     assert len(lines) == 1 and "\n" not in lines[0]
     assert "NO CIFAR-10" in lines[0] and "no connection to 127.0.0.1" in lines[0] and "digits" in lines[0]
