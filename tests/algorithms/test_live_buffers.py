@@ -71,6 +71,14 @@ def shapes(arrays):
     return Counter((next(iter(array.devices())).id, array.shape) for array in arrays)
 
 
+def sizes(arrays):
+    """Bytes by device."""
+    found = Counter()
+    for array in arrays:
+        found[f"cpu:{next(iter(array.devices())).id}"] += array.nbytes
+    return found
+
+
 @pytest.fixture
 def count_new():
     """Bytes, or shapes, of the arrays that are alive now and were not before the test."""
@@ -124,10 +132,7 @@ def calls(monkeypatch, count_new):
 
             def call(*args):
                 if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
-                    found = Counter()
-                    for array in count_new(list):
-                        found[f"cpu:{next(iter(array.devices())).id}"] += array.nbytes
-                    seen.append((name, found, count_new(shapes)))
+                    seen.append((name, *count_new(lambda arrays: (sizes(arrays), shapes(arrays)))))
                 return function(*args)
 
             return call
