@@ -62,8 +62,9 @@ def figure(runs: Mapping[str, Rows], *, title: str, data_source: str, headline: 
     axes[1, 1].set_xlabel(f"training time ({unit})")
     for panel in axes.flat:
         plain_axes(panel)
-        panel.margins(x=0.02)
-        panel.set_xlim(left=0)
+    for column in axes.T:  # shared axes lose their margin when only the left end is set: the last marker would be cut
+        ends = [panel.dataLim.x1 for panel in column if np.isfinite(panel.dataLim.x1)]
+        column[0].set_xlim(0, 1.02 * max(ends, default=1.0) or 1.0)
     _add_legend(space, runs)
     return drawing
 
