@@ -198,6 +198,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if list(texts) == ["milestones"]:
         texts["milestones"] += f" (to train for longer, add --milestones {text(saved['milestones'])})"
     if "K" in texts:
+        texts.pop("resolved_cuts", None)  # they follow from K
         texts["K"] += " (to go on with another K, start a run in another folder with --init-from this one)"
     if "steps" in texts:
         texts["steps"] += " (the length of the run sets the learning rates of --schedule cosine)"

@@ -30,19 +30,11 @@ def train_all(
     overwrite: bool = False,
     report: Callable[[], object] = lambda: None,
 ) -> int:
-    """Trains all runs in this process; finished ones are skipped, a stopped one goes on.
+    """Trains runs in this process -> 0 (also after divergences), or the code of the run that failed or was stopped.
 
-    Args:
-      runs: checked settings by the name of the run's folder in ``home``, in order.
-      home: the folder of all runs.
-      data: the data set that all runs have in common.
-      caller: the name of the program.
-      again: the command that continues.
-      overwrite: delete these runs first, all at once: what is stopped later must not leave old runs behind.
-      report: called after each run.
-
-    Returns:
-      0, or the exit code of the run that failed or was stopped. Raises as :func:`program.run` does.
+    ``runs`` has checked settings by the names of the runs' folders in ``home``, in order. Finished ones are skipped, a
+    stopped one goes on; ``overwrite`` deletes them first, all at once: what is stopped later must not leave old runs
+    behind. ``again`` is the command that continues; ``report`` is called after each run. Raises as ``program.run``.
     """
     request_devices(max(s.devices or s.K * s.data_parallel for s in runs.values()))
     folders = {name: RunFolder(home / name) for name in runs}

@@ -60,20 +60,11 @@ def run(
     stop: StopRequest | None = None,
     hook: MakeHook | None = None,
 ) -> int:
-    """Trains as ``settings`` say, and returns the exit code.
+    """Trains as ``settings`` say, and returns the exit code; ``harness.EXIT_CODES`` has what it raises.
 
-    In a run of several processes each calls this with the same settings, and process 0 alone uses the folder.
-
-    Args:
-      program: whose run it is.
-      settings: of the run.
-      data: the data set, if it was loaded already.
-      again: the command that continues a stopped run, if it is not the program's own.
-      stop: an active request to stop, if several runs share one.
-      hook: looks on while the method trains.
-
-    Raises:
-      ValueError, GroupError, CheckpointError, OSError: see :data:`fr_jax.experiments._cli.harness.EXIT_CODES`.
+    ``data`` was loaded already, or is None. ``again`` is the command that continues a stopped run, if not the
+    program's own. ``stop`` is an active request to stop, if several runs share one; ``hook`` looks on while the method
+    trains. In a run of several processes each calls this with the same settings; process 0 alone uses the folder.
     """
     check(settings)
     processes.join(settings)
