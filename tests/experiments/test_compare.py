@@ -9,7 +9,9 @@ import pytest
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run import program
 from fr_jax.experiments.compare import __main__ as compare
+from fr_jax.experiments.compare import report
 from fr_jax.experiments.compare.__main__ import CompareSettings, plan
+from fr_jax.plotting.comparison import plot_comparison
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.metrics_log import read_rows
 
@@ -18,8 +20,9 @@ QUICK += ["--test-examples", "64"]
 
 
 @pytest.fixture
-def run(in_process, no_pictures):
-    """Runs the program in this process -> exit code, stdout, stderr; no curves of single runs."""
+def run(in_process, no_pictures, monkeypatch):
+    """Runs the program in this process -> exit code, stdout, stderr; empty pictures."""
+    monkeypatch.setattr(report, "plot_comparison", lambda lines, path, **texts: path.touch())
     return functools.partial(in_process, compare.main)
 
 
@@ -106,7 +109,11 @@ def compared(tmp_path_factory):
     home = tmp_path_factory.mktemp("compared")
     methods = ["--methods", "bp", "gpipe", "fr", "ddg", "--K", "2", "--microbatches", "1"]
     methods += ["--learning-rate", "0.1", "--learning-rates", "ddg=1e20"]
-    assert compare.main([*QUICK, *methods, "--workdir", str(home)]) == 0
+    of_all = lambda lines, *args, **texts: len(lines) < 4 or plot_comparison(lines, *args, **texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "plot_curves", lambda *args, **texts: None)
+        patch.setattr(report, "plot_comparison", of_all)
+        assert compare.main([*QUICK, *methods, "--workdir", str(home)]) == 0
     return home, methods
 
 
