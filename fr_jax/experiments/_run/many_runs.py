@@ -53,6 +53,7 @@ def train_all(
             if name in over:
                 continue
             folder = folders[name]
+            # A comparison of which a run was stopped is given again as it was: no --resume is needed.
             placed = dataclasses.replace(settings, dataset=data.name, workdir=folder.path, resume=folder.holds_run())
             code = program.run(this, placed, data=data, again=again, stop=stop)
             report()

@@ -51,6 +51,7 @@ def launched(command: str) -> str:
     """The command that starts this run again, on all processes where ``fr_jax.launch`` made them."""
     if distributed.group().size == 1 or LAUNCHED_BY not in os.environ:
         return command
+    # The launcher takes the program without "python", and starts it once per process.
     return f"{os.environ[LAUNCHED_BY]} -- {command.removeprefix('python ')}"
 
 

@@ -42,7 +42,7 @@ def build(settings: Resolved, data: Data, saved_cuts: Sequence[int] | None = Non
     """
     layers = make_layers(settings, data)
     placement = fr.placement(settings.K, choose_devices(settings), settings.data_parallel)
-    task = kind_of(settings.model).task(settings, data, placement[0])
+    task = kind_of(settings.model).task(settings, data, placement[0])  # only the first stage sees inputs
     example = _shapes(task.pipeline.train_batch(0).inputs)
     costs = network_costs(settings, layers, example)
     if saved_cuts is None:  # where times are measured, all processes must use the same

@@ -86,6 +86,7 @@ def plan(settings: CompareSettings) -> list[Planned]:
                     chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
                     run = TrainSettings(**chosen)
                     check(run)
+                    # A method without the varied setting has one run for all its values: the same name.
                     name = f"{method}-K{K}{words}-seed{seed}"
                     planned[name] = Planned(name, Entry(method, K, variant, seed), run)
     return list(planned.values())
@@ -151,6 +152,7 @@ def run(settings: CompareSettings) -> int:
     data = kind.load(settings.dataset, settings.data_dir, preferred=kind.auto)
     home = settings.workdir or Path("runs") / f"compare-{data.name}-{settings.model}"
     entries = {one.name: one.entry for one in planned}
+    # Without --overwrite: the printed command goes on with what is there.
     same = dataclasses.replace(settings, dataset=data.name, workdir=home, overwrite=False)
     again = harness.command("compare", CompareSettings(), same)
     write_report = lambda: report(home, entries, data, settings.model, again)

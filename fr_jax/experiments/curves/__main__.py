@@ -74,7 +74,7 @@ def run(settings: CurvesSettings) -> int:
     methods: dict[str, str] = {}
     for i, (config, rows) in enumerate(found):
         label = settings.labels[i] if settings.labels else _label(config)
-        if settings.step_seconds:
+        if settings.step_seconds:  # a run of 0 seconds per step has no time, and is left out of that panel
             rows = [row | {"seconds": row["step"] * settings.step_seconds[i] or None} for row in rows]
         lines.setdefault(label, []).append((settings.runs[i].as_posix(), rows))
         methods.setdefault(label, config["method"])
@@ -84,6 +84,7 @@ def run(settings: CurvesSettings) -> int:
         Line(label, [rows for _, rows in runs], *look)
         for (label, runs), look in zip(lines.items(), looks([*methods.values()]), strict=True)
     ]
+    # Runs on several machines may have found their data in several places.
     sources = dict.fromkeys(str(config.get("data_source")) for config, _ in found)
     own: dict[str, Any] = {"time": "steps times the seconds of a step"} if settings.step_seconds else {}
     plot_comparison(

@@ -30,6 +30,7 @@ def reached(rows: Rows, loss: float) -> Mapping[str, Any] | None:
     """
     there = [row for row in rows if is_finite(row.get("train_loss"))]
     below = smoothed(np.array([row["train_loss"] for row in there], float)) < loss
+    # One after the last that is not below: a curve may dip under the loss and come back.
     first = len(below) - int(np.argmin(below[::-1])) if not below.all() else 0
     return there[first] if first < len(there) else None
 
