@@ -3,12 +3,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._run.compiled import keep_compiled, this_machine
 
-SMALL = ["--K", "2", "--dataset", "synthetic", "--model", "mlp", "--steps", "2", "--batch-size", "8"]
+SMALL = ["--K=1", "--dataset=synthetic", "--model=mlp", "--depth=1", "--steps=1", "--batch-size=8", "--test-examples=8"]
 
 
 @pytest.fixture
@@ -56,6 +58,24 @@ def test_a_home_that_cannot_be_written_is_no_reason_not_to_start(enabled, tmp_pa
         keep_compiled(str(tmp_path))
 
 
+def test_what_was_compiled_before_is_found(enabled, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    keep_compiled(str(tmp_path / "compiled"))
+    compilation_cache.reset_cache()  # or it goes on with the folder of the other tests
+    found: list[str] = []
+    listen = lambda event, **more: found.append(event)
+    jax.monitoring.register_event_listener(listen)
+    try:
+        for hits in (0, 1):
+            jax.jit(lambda x: x * 3 + 1)(np.arange(7.0))  # another function each time, as in another process
+            assert found.count("/jax/compilation_cache/cache_hits") == hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        compilation_cache.reset_cache()
+    assert any((tmp_path / "compiled").iterdir())
+
+
+@pytest.mark.slow
 def test_the_second_start_finds_what_the_first_compiled(tmp_path, program_env):
     folder = tmp_path / "compiled"
     env = {k: v for k, v in program_env.items() if not k.startswith("JAX_COMPILATION")} | {"JAX_LOGGING_LEVEL": "DEBUG"}
