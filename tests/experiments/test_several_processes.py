@@ -73,6 +73,7 @@ def wait_for(path: Path, text: str, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow  # quick: two processes give the bits of one (algorithms/), a group ends together (distributed/)
 @pytest.mark.timeout(600)
 def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path, capfd):
     """Ctrl-C stops all after the same step and saves; one process goes on, then the group, as one process alone."""

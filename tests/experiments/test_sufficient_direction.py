@@ -85,6 +85,7 @@ def test_a_resumed_run_has_the_same_rows(whole_run, tmp_path):
     assert rows_of(tmp_path / "run") == rows_of(whole_run)
 
 
+@pytest.mark.slow  # quick: what a folder does with --overwrite (training/test_run_folder)
 def test_overwriting_starts_anew(tmp_path):
     words = [*SMALL, *MEASURED, "--steps", "3", "--workdir", str(tmp_path / "run")]
     assert sufficient_direction.main(words) == 0
