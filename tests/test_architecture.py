@@ -102,7 +102,7 @@ def forbidden(module: str, target: str, packages: set[str]) -> str | None:
     if here == there and module in packages:
         return None
     if here == there == "algorithms":
-        ok = target in SHARED_BY_METHODS
+        ok = target in SHARED_BY_METHODS or target.rpartition(".")[0] in SHARED_BY_METHODS & packages
         return None if ok else "methods do not import each other: what two of them share goes down to algorithms/_step"
     if here == there and (here in SIBLINGS_MAY_MEET or floor(module) == PROGRAM_FLOOR):
         return "it is the package it belongs to" if target in packages and target.count(".") == 1 else None

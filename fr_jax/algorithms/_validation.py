@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -62,6 +63,13 @@ def check_count(name: str, value: Any, least: int = 1, why: str = "") -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} = {value!r} was given; it must be a whole number, at least {least}.{why}")
     return int(value)
+
+
+def check_between(name: str, value: Any, least: float, most: float, what: str) -> None:
+    """Raises ValueError unless ``value`` is a finite number from ``least`` to ``most``; ``what`` says what it is."""
+    if not isinstance(value, numbers.Real) or not least <= float(value) <= most or value == math.inf:
+        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise ValueError(f"{name} = {value!r} was given; it must be a number, {bounds}: {what}.")
 
 
 def check_setup(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
+from fr_jax.algorithms import staleness
 from fr_jax.experiments._cli.settings import Resolved, own_of_method
-from fr_jax.types import Array, PyTree
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "make_optimizers"]
 
@@ -51,31 +49,16 @@ def make_optimizer(settings: Resolved, steps_per_epoch: int) -> optax.GradientTr
     """The optimizer of every stage; each stage has a state of its own, and clips by the norm of its own gradient.
 
     ``sgd`` adds the weight decay to the gradient, as in the papers' PyTorch code; ``adamw`` and ``muon`` decouple it.
-    ``muon`` orthogonalizes the updates of all weight matrices: dense kernels, and convolution kernels as matrices of
-    (height x width x inputs, outputs). Biases and the parameters of normalization have no such form; Adam trains them,
-    with the same learning rate and no weight decay.
+    ``muon`` orthogonalizes the updates of weight matrices, the output layer's included; Adam trains the rest, with the
+    same learning rate and no weight decay (:func:`fr_jax.staleness.muon`).
     """
     s, rate = settings, learning_rate_schedule(settings, steps_per_epoch)
     if s.optimizer == "adamw":
         optimizer = optax.adamw(rate, weight_decay=s.weight_decay)
     elif s.optimizer == "muon":
-        optimizer = muon(
-            rate,
-            weight_decay=s.weight_decay,
-            muon_weight_dimension_numbers=_as_matrices,
-            consistent_rms=0.2,  # an update as large as Adam's, so that both bear the same learning rate
-        )
+        (optimizer,) = staleness.muon(rate, 1, weight_decay=s.weight_decay, output_layer_by_adam=False)
     else:
         optimizer = optax.sgd(rate, momentum=s.momentum or None, nesterov=s.nesterov)
         if s.weight_decay:
             optimizer = optax.chain(optax.add_decayed_weights(s.weight_decay), optimizer)
     return optimizer if s.clip is None else optax.chain(optax.clip_by_global_norm(s.clip), optimizer)
-
-
-def _as_matrices(params: PyTree) -> PyTree:
-    """For each weight the axes that muon takes for a matrix's rows and columns, or None for Adam."""
-
-    def axes(weight: Array) -> MuonDimensionNumbers | None:
-        return MuonDimensionNumbers(tuple(range(weight.ndim - 1)), weight.ndim - 1) if weight.ndim > 1 else None
-
-    return jax.tree.map(axes, params)

@@ -1,14 +1,4 @@
-"""Remedies against stale gradients: shrink them, make fewer updates, or play with the weights of the replay.
-
-Stage k of K uses at iteration t the gradient of mini-batch s = t+k-K, after K-k updates of its own. Each remedy is
-independent of the others and of the optimizer, and has a value that gives back the plain method:
-
-    shrink_gradients   beta^{K-k} g_k                              1   FDG, Zhuang et al. 2021
-    accumulate         the mean of m gradients, one update         1   ADL, Zhuang et al. 2021
-    weight_prediction  play with w_k + (K-k) (last update of w_k)  0   SpecTrain, Chen, Yang, Cheng 2018
-
-The first two wrap what is passed to a method as its optimizer; the third is an option of the method.
-"""
+"""Remedies that change what an optimizer sees or makes: smaller gradients, fewer updates, smaller first updates."""
 
 from __future__ import annotations
 
@@ -22,12 +12,23 @@ import optax
 
 from fr_jax.algorithms._losses import wide
 from fr_jax.algorithms._validation import Optimizers, check_count, per_stage
+from fr_jax.algorithms.staleness._delays import mean_delay
 from fr_jax.types import Array, PyTree
 
-__all__ = ["AccumulateState", "RememberUpdateState", "accumulate", "predicted", "remember_update", "shrink_gradients"]
+__all__ = [
+    "AccumulateState",
+    "RescheduledState",
+    "accumulate",
+    "accumulation",
+    "check_optimizer",
+    "has_updated",
+    "rescheduled",
+    "shrink_gradients",
+]
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any) -> None:
+    """Raises ValueError for anything but one optax transformation."""
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
             f"{optimizer!r} is not an optax transformation, such as optax.sgd(0.1). Wrap several one by one."
@@ -127,7 +128,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
       -2.0
     """
     check_count("every", every)
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     if every == 1:
         return optimizer  # a state without sums, which is that of the plain method
     inner = optax.with_extra_args_support(optimizer)
@@ -154,111 +155,96 @@ def accumulate(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
     return type(optimizer)(init, update)  # whether it takes extra arguments, such as value=loss
 
 
-class RememberUpdateState(NamedTuple):
-    """State of :func:`remember_update`.
-
-    Attributes:
-      last_update: what was last added to the weights, shaped like them; zeros before the first update.
-      inner_state: the optimizer's own state.
-    """
-
-    last_update: PyTree
-    inner_state: PyTree
-
-
-def _accumulation(opt_state: PyTree) -> AccumulateState | None:
+def accumulation(opt_state: PyTree) -> AccumulateState | None:
     """The state of the optimizer's :func:`accumulate`, if it has one."""
     kinds = AccumulateState, optax.MultiStepsState
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     found = [node for node in nodes if isinstance(node, kinds)]
     if not found:
         return None
-    if len(found) > 1 or isinstance(found[0], optax.MultiStepsState) or _accumulation(found[0].inner_state):
+    if len(found) > 1 or isinstance(found[0], optax.MultiStepsState) or accumulation(found[0].inner_state):
         raise ValueError(
-            "the optimizer accumulates gradients several times over, or in an optax.MultiSteps; weight prediction must "
-            "know when the next update comes. Use one fr_jax.staleness.accumulate, or weight_prediction=0."
+            "the optimizer accumulates gradients several times over, or in an optax.MultiSteps; the remedy around it, "
+            "such as weight_prediction, must know when an update comes. Use one fr_jax.staleness.accumulate."
         )
     return found[0]
 
 
-def remember_update(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, with its last update in its state, for :func:`predicted`.
+def has_updated(opt_state: PyTree) -> Array | bool:
+    """Whether the ``update`` that returned this state has moved the weights, and not put a gradient aside."""
+    found = accumulation(opt_state)
+    return True if found is None else found.count == 0
 
-    Costs a copy of the weights. Under :func:`accumulate` it is the last that was not skipped. Methods with a
-    ``weight_prediction`` wrap their optimizers themselves.
+
+class RescheduledState(NamedTuple):
+    """State of :func:`rescheduled`.
+
+    Attributes:
+      count: int32 scalar, j, the updates that the stage has made.
+      inner_state: the optimizer's own state.
+    """
+
+    count: Array
+    inner_state: PyTree
+
+
+def rescheduled(
+    optimizer: Optimizers, updates: int, K: int, microbatches: int = 1
+) -> tuple[optax.GradientTransformation, ...]:
+    """Learning-rate rescheduling: late stages start slowly, and are at the full rate after J updates.
+
+    PipeMare's T1 (Yang et al., "PipeMare: asynchronous pipeline parallel DNN training", MLSys 2021, arXiv:1910.05124):
+
+        eta_k = eta / tau_k^p,  p = 1 - min(j/J, 1),  tau_k = max(1, (K-k)/M)
+
+    j = 0, 1, .. counts the stage's own updates. It is what the optimizer returns that is divided, so that this works
+    for Adam too, and weight decay inside the optimizer is divided with the rest. Stages with tau_k = 1 are left alone.
+    PipeMare's own tau is (2(K-k)+1)/M, because there the forward pass takes one micro-batch's time per stage too. In
+    joonkyoo/basis-rotation, which compares with T1, j starts at 1.
 
     Args:
-      optimizer: any optax transformation.
+      optimizer: one optax transformation for all stages, or a sequence of K.
+      updates: J, 0 or more; 0 returns the optimizers as they are. The paper takes a few epochs.
+      K: number of stages.
+      microbatches: M, as for :func:`delay`.
 
     Returns:
-      A transformation with a :class:`RememberUpdateState`.
+      K transformations, for a method's ``optimizer``.
 
     Raises:
-      ValueError: the optimizer is not an optax transformation; from its ``init``, if it accumulates otherwise than by
-        one :func:`accumulate`.
+      ValueError: ``updates``, K or ``microbatches`` is not such a whole number, or there are not K optimizers.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from fr_jax.algorithms import staleness
-      >>> optimizer = staleness.remember_update(optax.sgd(0.5))
-      >>> _, state = optimizer.update(jnp.array(1.0), optimizer.init(jnp.array(3.0)))
-      >>> float(state.last_update)
-      -0.5
+      >>> first, *_ = staleness.rescheduled(optax.sgd(1.0), updates=2, K=5)
+      >>> state, steps = first.init(jnp.ones(())), []
+      >>> for _ in range(4):
+      ...     u, state = first.update(jnp.ones(()), state)
+      ...     steps.append(float(u))
+      >>> steps
+      [-0.25, -0.5, -1.0, -1.0]
     """
-    _check_optimizer(optimizer)
+    check_count("updates", updates, least=0)
+    taus, optimizers = mean_delay(K, microbatches), per_stage(optimizer, K)
+    late = lambda tau: updates > 0 and tau > 1
+    return tuple(_divide(o, tau, int(updates)) if late(tau) else o for o, tau in zip(optimizers, taus, strict=True))
+
+
+def _divide(optimizer: optax.GradientTransformation, tau: float, J: int) -> optax.GradientTransformation:
+    """The same optimizer, its updates divided by tau^p."""
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> Any:
         inner_state = inner.init(params)
-        _accumulation(inner_state)
-        return RememberUpdateState(jax.tree.map(jnp.zeros_like, params), inner_state)
+        accumulation(inner_state)  # refuses what it cannot count
+        return RescheduledState(jnp.zeros((), jnp.int32), inner_state)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> Any:
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
-        accumulation = _accumulation(inner_state)
-        # The old update is read in every case: XLA is not given the buffer of an argument that nothing reads.
-        moved = True if accumulation is None else accumulation.count == 0
-        choose = lambda u, old: jnp.where(moved, u.astype(old.dtype), old)
-        last = jax.tree.map(choose, updates, state.last_update)
-        return updates, RememberUpdateState(last, inner_state)
+        factor = tau ** (jnp.minimum(state.count / float(J), 1.0) - 1.0)  # exactly 1 from update J on
+        updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+        count = jnp.where(has_updated(inner_state), optax.safe_increment(state.count), state.count)
+        return updates, RescheduledState(count, inner_state)
 
     return type(optimizer)(init, update)  # whether it takes extra arguments, such as value=loss
-
-
-def predicted(params: PyTree, opt_state: RememberUpdateState, horizon: int, strength: float = 1.0) -> PyTree:
-    """The weights expected ``horizon`` mini-batches from now: w + strength n u, with u the last update.
-
-    n is the number of updates until then: ``horizon``, under :func:`accumulate` floor((count + horizon) / m).
-
-    SpecTrain (Chen, Yang, Cheng, "Efficient and robust parallel DNN training through model parallelism on multi-GPU
-    platform", arXiv:1809.02839) predicts w - s eta v, with v the momentum and s the updates to come: for SGD with
-    momentum, u = -eta v. For other optimizers compare PipeOptim (Guan et al., arXiv:2312.00839).
-
-    Args:
-      params: w.
-      opt_state: state of a :func:`remember_update`, the outermost wrapper.
-      horizon: mini-batches to look ahead, 0 or more.
-      strength: 1 goes all the way, 0 stays at w.
-
-    Returns:
-      New arrays like ``params``.
-
-    Raises:
-      ValueError: ``opt_state`` is not that of :func:`remember_update`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from fr_jax.algorithms import staleness
-      >>> state = staleness.RememberUpdateState(jnp.array(-0.5), inner_state=())
-      >>> float(staleness.predicted(jnp.array(3.0), state, horizon=2))
-      2.0
-    """
-    if not isinstance(opt_state, RememberUpdateState):
-        raise ValueError(
-            f"predicted() was given an opt_state of type {type(opt_state).__name__}, without a last update. Wrap the "
-            "optimizer: fr_jax.staleness.remember_update(optimizer), outermost."
-        )
-    accumulation = _accumulation(opt_state.inner_state)
-    n = horizon if accumulation is None else (accumulation.count + horizon) // accumulation.period.mini_batches
-    distance = lambda u: jnp.asarray(strength * n, u.dtype)
-    return jax.tree.map(lambda w, u: w + distance(u) * u, params, opt_state.last_update)
