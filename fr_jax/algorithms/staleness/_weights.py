@@ -161,8 +161,8 @@ def remember_trend(
 
     Args:
       optimizer: one optax transformation for all stages, or a sequence of K.
-      decay: D, 0 to 1. 0 remembers the last update only; 1 none, and returns the optimizers as they are. The paper
-        derives exp(-2) = 0.135.
+      decay: D, 0 to 1. 0 remembers the last update only; 1 none, and returns the optimizers as they are. Usual
+        values are 0.1 to 0.5.
       K: number of stages.
       microbatches: M, as for :func:`delay`.
 
