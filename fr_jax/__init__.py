@@ -7,8 +7,8 @@ functions ``init``, ``step`` and ``predict``.
 - Where to cut: ``cut``; or step by step ``layer_costs``, ``layer_flops``, ``layer_times``, ``balance`` and
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
-- Methods: ``features_replay``, ``ddg``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``; ``staleness`` has remedies for
-  late gradients.
+- Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``;
+  ``staleness`` has remedies for late gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -25,6 +25,7 @@ from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
+from fr_jax.algorithms.pipedream_2bw import pipedream_2bw
 from fr_jax.partitioning.balance import balance, balance_stages
 from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
 from fr_jax.partitioning.cut import cut
@@ -57,6 +58,7 @@ __all__ = [
     "layer_times",
     "models",
     "partition",
+    "pipedream_2bw",
     "placement",
     "staleness",
 ]

@@ -72,7 +72,7 @@ class State(Protocol):
 
     Every state has these fields; each method adds what it has in flight between steps. The tuples have one entry per
     stage, each on its stage's devices. The methods of this library also have ``streams``, the stages' dropout keys and
-    mini-batch counts, and ``batch_spec``, the shapes that a batch must have.
+    micro-batch counts, and ``batch_spec``, the shapes that a batch must have.
     """
 
     @property
@@ -113,13 +113,22 @@ class Info(NamedTuple):
 
 
 class LossFn(Protocol):
-    """``(outputs, targets) -> scalar``: the loss of a mini-batch, the mean over its examples."""
+    """``(outputs, targets) -> scalar``: the loss of a mini-batch, the mean over its examples.
 
-    def __call__(self, outputs: PyTree, targets: PyTree, /) -> Array: ...
+    Or ``(total, weight)``, two scalars whose quotient is the loss: the sum over the tokens that count and their number,
+    for example. Over micro-batches totals and weights are added up separately, so that the loss and its gradient are
+    those of the whole mini-batch, however the weight is spread; the mean of scalar losses gives every micro-batch the
+    same weight. ``weight`` depends on the targets only: no gradient is taken of it. A weight of 0 counts as 1.
+    """
+
+    def __call__(self, outputs: PyTree, targets: PyTree, /) -> Array | tuple[Array, Array]: ...
 
 
 class MetricsFn(Protocol):
-    """``(outputs, targets) -> {name: array}``: what the last stage reports of a mini-batch beside the loss."""
+    """``(outputs, targets) -> {name: array}``: what the last stage reports of a mini-batch beside the loss.
+
+    A value may be a pair ``(total, weight)``, as for the loss. Over micro-batches the others are averaged.
+    """
 
     def __call__(self, outputs: PyTree, targets: PyTree, /) -> dict[str, Array]: ...
 

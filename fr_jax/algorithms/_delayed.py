@@ -1,4 +1,9 @@
-"""What features replay and DDG share: gradients that arrive K-k iterations late, and weights predicted for them."""
+"""What methods with late gradients share: what is in flight, old versions of the weights, and predicted ones.
+
+With M micro-batches to a mini-batch, micro-batch i = t M + m enters the pipeline in sub-iteration i, and a stage of
+staleness d = K-k uses the gradient of micro-batch s = i - d. It updates once it has those of a whole mini-batch, after
+the sub-iterations with (s + 1) mod M = 0. With M = 1 sub-iterations are iterations.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +17,105 @@ from jax.sharding import Sharding
 
 from fr_jax._arrays import put
 from fr_jax._placement import replicated
-from fr_jax.algorithms._losses import loss_of
+from fr_jax.algorithms import _history as fifo
+from fr_jax.algorithms._history import History
+from fr_jax.algorithms._losses import NOTHING, Told, combine, score, wide
 from fr_jax.algorithms._stages import Stages, zeros
+from fr_jax.algorithms._step import Iteration
 from fr_jax.algorithms._validation import Setup
 from fr_jax.algorithms.staleness import predicted, remember_update
-from fr_jax.types import Array, Batch, PyTree
+from fr_jax.types import PyTree
 
 
-def nothing_sent(setup: Setup, stages: Stages, batch: Batch) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-    """The deltas and the losses of a state before the first step: zeros for each stage k < K."""
+def nothing_sent(setup: Setup, stages: Stages) -> tuple[tuple[PyTree, ...], tuple[Told, ...]]:
+    """The deltas of a state before the first step, and what is told with them: zeros for each stage k < K."""
     below = range(len(setup.stages) - 1)
     deltas = tuple(zeros(stages.features[k + 1], setup.shardings[k]) for k in below)
-    # No leaves unless an optimizer uses the loss, so that checkpoints from before this field existed still fit.
-    if not any(setup.takes_loss[:-1]):
-        return deltas, tuple(() for _ in below)
-    loss = jax.eval_shape(lambda y, z: loss_of(setup.loss_fn, y, z), stages.outputs, batch.targets)
-    return deltas, tuple(zeros(loss, replicated(setup.shardings[k])) if _carries_loss(setup, k) else () for k in below)
+    # No leaves unless an update uses them, so that checkpoints from before this field existed still fit.
+    if setup.microbatches == 1 and not any(setup.takes_loss[:-1]):
+        return deltas, (NOTHING,) * len(below)
+
+    def told(outputs: PyTree, targets: PyTree) -> Told:
+        loss, weight, _ = combine([score(setup.loss_fn, None, outputs, targets)] * setup.microbatches)
+        return Told(loss, weight if setup.microbatches > 1 else ())
+
+    spec = jax.eval_shape(told, stages.outputs, stages.targets)
+    return deltas, tuple(zeros(_needed(setup, spec, k), replicated(setup.shardings[k])) for k in below)
 
 
-def send_loss(setup: Setup, loss: Array | tuple, k: int) -> Array | tuple:
-    """A loss on the devices of stage k if its optimizer or one below takes it, else ``()``."""
-    return put(loss, replicated(setup.shardings[k])) if _carries_loss(setup, k) else ()
+def nothing_added(setup: Setup, stages: Stages) -> tuple[PyTree, ...]:
+    """The sums of a state before the first step: zeros for each stage that has a part of them between steps."""
+    K, M = len(setup.stages), setup.microbatches
+    like = lambda k: jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, wide(w.dtype)), stages.params[k])
+    has_part = lambda k: (K - 1 - k) % M > 0
+    return tuple(zeros(like(k), replicated(setup.shardings[k])) if has_part(k) else None for k in range(K))
 
 
-def _carries_loss(setup: Setup, k: int) -> bool:
-    return any(setup.takes_loss[: k + 1])
+def vjps_of_zeros(setup: Setup, stages: Stages, forwards: Sequence[Callable]) -> tuple[History, ...]:
+    """The histories of VJPs of a state before the first step: those of an input of zeros, which are never applied."""
+    history = []
+    for k, forward in enumerate(forwards):
+        h_in = zeros(stages.features[k], setup.shardings[k])
+        with jax.debug_nans(False):  # a stage need not be defined there
+            _, vjp, _, _ = forward(stages.params[k], stages.model_state[k], stages.streams[k], h_in)
+        history.append(fifo.empty(len(forwards) - k, lambda vjp=vjp: vjp))
+    return tuple(history)
+
+
+def is_whole(s: int, M: int) -> bool:
+    """Whether micro-batch s is the last of its mini-batch."""
+    return (s + 1) % M == 0
+
+
+def receive(
+    now: Iteration, k: int, s: int, delta: PyTree | None, told: Told, deltas: list[PyTree], losses: list[Told]
+) -> tuple[PyTree, Told]:
+    """What stage k was sent for micro-batch s; what it is sent now, for micro-batch s + 1, takes its place."""
+    arrived = deltas[k], losses[k]
+    if delta is not None:
+        deltas[k] = now.send(delta, k)
+        if is_whole(s + 1, now.setup.microbatches):
+            told = _needed(now.setup, told, k)
+            losses[k] = put(told, replicated(now.setup.shardings[k])) if jax.tree.leaves(told) else told
+    return arrived
+
+
+def _needed(setup: Setup, told: Told, k: int) -> Told:
+    return told if any(setup.takes_loss[: k + 1]) else told._replace(loss=())
+
+
+def played_with(stash: History, current: PyTree, i: int, staleness: int, M: int) -> PyTree:
+    """The weights with which a stage has played micro-batch i - staleness, in sub-iteration i.
+
+    A stage updates after sub-iteration i if (i + 1 - staleness) mod M = 0, so it plays micro-batch i with the weights
+    of version floor((i - staleness) / M). ``stash`` has the older versions, ``current`` is that of micro-batch i.
+    """
+    return current if (i - 2 * staleness) // M == (i - staleness) // M else stash.entries[0]
+
+
+def rotate(stash: History, current: PyTree, i: int, staleness: int, M: int) -> History:
+    """The stash after sub-iteration i: with the version that an update has replaced, without one that none needs.
+
+    One entry per version that a micro-batch in flight was played with, and that is not the newest: between steps
+    ceil(2 staleness / M) - ceil(staleness / M).
+    """
+    if (i + 1 - staleness) % M == 0:
+        stash = fifo.push(stash, current)
+    if (i + 1 - 2 * staleness) % M == 0:
+        _, stash = fifo.pop(stash)
+    return stash
+
+
+def nothing_stashed(weights: Sequence[PyTree], M: int) -> tuple[History, ...]:
+    """The stashes of a state before the first step, of K-1 stages: entries that nothing was played with."""
+    count = lambda d: -(-2 * d // M) + (-d // M)
+    late = range(len(weights), 0, -1)
+    return tuple(fifo.empty(count(d), lambda one=one: one) for one, d in zip(weights, late, strict=True))
+
+
+def horizon(i: int, staleness: int, M: int) -> int:
+    """How many updates a stage makes between its play of micro-batch i and the replay."""
+    return (staleness - i % M + M - 1) // M if staleness > i % M else 0
 
 
 def with_prediction(setup: Setup, weight_prediction: float) -> Setup:
@@ -53,13 +132,12 @@ def with_prediction(setup: Setup, weight_prediction: float) -> Setup:
 
 
 def make_ahead(shardings: Sequence[Sharding], weight_prediction: float) -> tuple[Callable, ...]:
-    """``(params, opt_state) -> w_hat`` for each stage k < K: its weights K-k mini-batches ahead, or as they are."""
+    """``(params, opt_state, horizon) -> w_hat`` for each stage k < K: its weights that many updates ahead."""
     if weight_prediction == 0:
-        return tuple(lambda params, opt_state: params for _ in shardings[:-1])
+        return tuple(lambda params, opt_state, horizon: params for _ in shardings[:-1])
 
-    def ahead(k: int) -> Callable:
-        staleness = len(shardings) - 1 - k
-        predict = lambda params, opt_state: predicted(params, opt_state, staleness, weight_prediction)
-        return jax.jit(predict, out_shardings=replicated(shardings[k]))
+    def ahead(sharding: Sharding) -> Callable:
+        predict = lambda params, opt_state, horizon: predicted(params, opt_state, horizon, weight_prediction)
+        return jax.jit(predict, static_argnums=2, out_shardings=replicated(sharding))
 
-    return tuple(ahead(k) for k in range(len(shardings) - 1))
+    return tuple(ahead(sharding) for sharding in shardings[:-1])

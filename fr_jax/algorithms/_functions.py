@@ -1,9 +1,12 @@
 """The jitted functions that one stage runs on its device, shared by the methods.
 
 Every ``make_*`` function returns one jitted function. Names are the papers': ``h_in`` and ``h_out`` are a stage's
-input h_{k-1} and output h_k, ``delta`` is the gradient of the loss with respect to a feature. ``loss`` is that of the
-mini-batch of the gradient, for an optimizer that takes ``value=loss``, and ``()`` for others. With ``donate`` the
-buffers of what is replaced are given back to XLA.
+input h_{k-1} and output h_k, ``delta`` is the gradient of the loss with respect to a feature. ``told`` is what an
+update needs of the gradient's mini-batch beside it. With ``donate`` the buffers of what is replaced are given back to
+XLA.
+
+With one update per mini-batch of M > 1 micro-batches, gradients are added to ``sums``, in float32 at least, and
+:func:`make_update` divides them. With M = 1 gradient and update are one function wherever that is possible.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
-from fr_jax.algorithms._losses import gradient_norm, loss_of, metrics_of
+from fr_jax.algorithms._losses import NOTHING, Scored, Told, combine, gradient_norm, quotient, score
 from fr_jax.algorithms._stages import KeyStream
 from fr_jax.algorithms._validation import Setup
 from fr_jax.algorithms._vjp import with_weights, without_weights
@@ -30,6 +33,15 @@ class Updated(NamedTuple):
     model_state: PyTree | None
     opt_state: PyTree
     delta: PyTree | None
+    grads: PyTree | None
+    gradient_norm: Array
+
+
+class Stepped(NamedTuple):
+    """A stage after its optimizer's step; ``grads``: the mean over M > 1 micro-batches, None if not asked for."""
+
+    params: PyTree
+    opt_state: PyTree
     grads: PyTree | None
     gradient_norm: Array
 
@@ -48,6 +60,16 @@ class Trained(NamedTuple):
     metrics: dict[str, Array]
 
 
+class Added(NamedTuple):
+    """The last stage, or a whole network, after the forward and backward pass of one of M > 1 micro-batches."""
+
+    sums: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    counts: tuple[Array, ...]
+    delta: PyTree | None
+    scored: Scored
+
+
 def _optimize(
     optimizer: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree, loss: Array | tuple
 ) -> tuple[PyTree, PyTree]:
@@ -55,6 +77,10 @@ def _optimize(
     extra: dict[str, Any] = {"value": loss} if takes_loss else {}
     updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state
+
+
+def _add(sums: PyTree, grads: PyTree) -> PyTree:
+    return jax.tree.map(lambda total, g: total + g.astype(total.dtype), sums, grads)
 
 
 def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, donate: bool) -> Callable:
@@ -75,26 +101,26 @@ def make_replay(
     optimizer: optax.GradientTransformation,
     sharding: Sharding | None,
     *,
+    M: int = 1,
     staleness: int,
     input_gradient: bool,
     update_stats: bool,
     return_grads: bool,
     donate: bool,
+    keep_params: bool = False,
 ) -> Callable:
-    """``(params, model_state, opt_state, stream, h_in, delta, loss) -> Updated``: replay, gradient (7), update.
+    """Replay, gradient (7) and, for M = 1, update.
 
-    It runs after the play of mini-batch t = count - 1, and replays mini-batch s = t - staleness.
+    ``(params, model_state, opt_state, stream, h_in, delta, told, weights) -> Updated``; for M > 1
+    ``(params, model_state, stream, h_in, delta, sums, weights) -> (sums, model_state or None, delta_in)``.
+
+    It runs after the play of micro-batch i = count - 1, and replays micro-batch s = i - staleness, at ``params`` or at
+    other ``weights``. ``keep_params``: the old weights are not given back, because something in flight holds them.
     """
 
-    def replay(
-        params: PyTree,
-        model_state: PyTree,
-        opt_state: PyTree,
-        stream: KeyStream,
-        h_in: PyTree,
-        delta: PyTree,
-        loss: Array | tuple = (),
-    ) -> Updated:
+    def gradient(
+        params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree
+    ) -> tuple[PyTree, PyTree | None, PyTree | None]:
         key = stream.at(-1 - staleness)
 
         def forward(params: PyTree, h_in: PyTree) -> tuple[PyTree, PyTree]:
@@ -106,25 +132,65 @@ def make_replay(
         else:
             _, vjp, new_state = jax.vjp(lambda p: forward(p, h_in), params, has_aux=True)
             (grads,), delta_in = vjp(delta), None
-        norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
-        params, opt_state = _optimize(optimizer, grads, opt_state, params, loss)
         # A state that is not returned is not copied: XLA would copy an unchanged one, leaf by leaf.
-        new_state = new_state if update_stats else None
+        return grads, delta_in, new_state if update_stats else None
+
+    def replay(
+        params: PyTree,
+        model_state: PyTree,
+        opt_state: PyTree,
+        stream: KeyStream,
+        h_in: PyTree,
+        delta: PyTree,
+        told: Told = NOTHING,
+        weights: PyTree | None = None,
+    ) -> Updated:
+        at = params if weights is None else weights
+        grads, delta_in, new_state = gradient(at, model_state, stream, h_in, delta)
+        norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
+        params, opt_state = _optimize(optimizer, grads, opt_state, params, told.loss)
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
+
+    def add(weights: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree, sums: PyTree) -> Any:
+        grads, delta_in, new_state = gradient(weights, model_state, stream, h_in, delta)
+        return _add(sums, grads), new_state, delta_in
 
     here: Any = replicated(sharding)
     # The h_in of the first stage is the mini-batch, which is the caller's. A delta is not donated: it has the shape of
     # h_out, which a replay does not return, so there is nothing to put into its buffer.
-    donated = (
-        "params",
-        "opt_state",
-        *(("model_state",) if update_stats else ()),
-        *(("h_in",) if input_gradient else ()),
-    )
-    out_shardings = Updated(
-        params=here, model_state=here, opt_state=here, delta=sharding, grads=here, gradient_norm=here
-    )
+    donated = (*(("model_state",) if update_stats else ()), *(("h_in",) if input_gradient else ()))
+    if M > 1:
+        add.__name__ = "replay"  # in a profile
+        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else (), out_shardings=(here, here, sharding))
+    donated = (*donated, "opt_state", *(() if keep_params else ("params",)))
+    out_shardings = Updated(**dict.fromkeys(Updated._fields, here))._replace(delta=sharding)
     return jax.jit(replay, donate_argnames=donated if donate else (), out_shardings=out_shardings)
+
+
+def _network_gradient(
+    stages: Sequence[Stage], loss_fn: LossFn, metrics_fn: MetricsFn | None, *, of_total: bool, input_gradient: bool
+) -> Callable:
+    """``(params, model_state, streams, h_in, targets) -> (grads, delta, model_state, scored)`` of a few stages.
+
+    The gradient is that of the loss, or of its total alone.
+    """
+
+    def gradient(
+        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree
+    ) -> Any:
+        def objective(params: tuple, h: PyTree) -> tuple[Array, Any]:
+            new_state = []
+            for k, stage in enumerate(stages):
+                h, stage_state = stage.apply(params[k], model_state[k], h, key=streams[k].at(), train=True)
+                new_state.append(stage_state)
+            scored = score(loss_fn, metrics_fn, h, targets)
+            return scored.loss[0] if of_total else quotient(*scored.loss), (tuple(new_state), scored)
+
+        run = jax.grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
+        (grads, *delta), (new_state, scored) = run(params, h_in)
+        return grads, delta[0] if input_gradient else None, new_state, scored
+
+    return gradient
 
 
 def make_train(
@@ -133,17 +199,21 @@ def make_train(
     optimizers: Sequence[optax.GradientTransformation],
     sharding: Sharding | None,
     *,
+    M: int = 1,
     metrics_fn: MetricsFn | None,
     input_gradient: bool,
     return_grads: bool,
     donate: bool,
     keep_input: bool = False,
 ) -> Callable:
-    """``(params, model_state, opt_state, streams, h_in, targets) -> Trained``: loss, gradients, updates in one pass.
+    """Loss, gradients and, for M = 1, updates in one pass: of the last stage of a method, or of all on one device.
 
-    For the last stage of a decoupled method, or for a whole network on one device (all stages).
+    ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; for M > 1
+    ``(params, model_state, streams, h_in, targets, sums) -> Added``.
+
     ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
     """
+    gradient = _network_gradient(stages, loss_fn, metrics_fn, of_total=M > 1, input_gradient=input_gradient)
 
     def train(
         params: tuple,
@@ -153,31 +223,35 @@ def make_train(
         h_in: PyTree,
         targets: PyTree,
     ) -> Trained:
-        def objective(params: tuple, h: PyTree) -> tuple[Array, Any]:
-            new_state = []
-            for k, stage in enumerate(stages):
-                h, stage_state = stage.apply(params[k], model_state[k], h, key=streams[k].at(), train=True)
-                new_state.append(stage_state)
-            metrics = metrics_of(metrics_fn, h, targets)
-            return loss_of(loss_fn, h, targets), (tuple(new_state), metrics)
-
-        gradient = jax.value_and_grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
-        (loss, (new_state, metrics)), (grads, *delta) = gradient(params, h_in)
+        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
+        loss, _, metrics = combine([scored])
         updated = [_optimize(o, g, s, p, loss) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
         return Trained(
             params=tuple(p for p, _ in updated),
             model_state=new_state,
             opt_state=tuple(s for _, s in updated),
             counts=tuple(stream.count + 1 for stream in streams),
-            delta=delta[0] if input_gradient else None,
+            delta=delta,
             loss=loss,
             grads=grads if return_grads else None,
             gradient_norms=tuple(gradient_norm(g) for g in grads),
             metrics=metrics,
         )
 
+    def add(
+        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree, sums: tuple
+    ) -> Added:
+        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
+        return Added(_add(sums, grads), new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
+
     here: Any = replicated(sharding)
-    donated = ("params", "model_state", "opt_state", *(("h_in",) if input_gradient and not keep_input else ()))
+    donated = ("model_state", *(("h_in",) if input_gradient and not keep_input else ()))
+    if M > 1:
+        add.__name__ = "train"  # in a profile
+        out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
+        # The sums are made within the step: no state holds those of the last stage.
+        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
+    donated = (*donated, "params", "opt_state")
     out_shardings = Trained(**dict.fromkeys(Trained._fields, here))._replace(delta=sharding)
     return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
@@ -189,6 +263,7 @@ def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Cal
         setup.loss_fn,
         setup.optimizers[first:],
         setup.shardings[-1],
+        M=setup.microbatches,
         metrics_fn=setup.metrics_fn,
         input_gradient=first % len(setup.stages) > 0,
         return_grads=setup.return_grads,
@@ -220,66 +295,50 @@ def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = Tru
     return jax.jit(forward)
 
 
-def make_pull(sharding: Sharding | None, *, input_gradient: bool) -> Callable:
-    """``(vjp, delta, params) -> (grads, delta_in)``: a stage's backward pass, equation (3).
+def make_pull(sharding: Sharding | None, *, input_gradient: bool, donate_sums: bool = True) -> Callable:
+    """``(vjp, delta, params, sums) -> (grads or sums, delta_in)``: a stage's backward pass, equation (3).
 
-    ``params`` are those of the forward pass, for a VJP that was made without weights; for others leave them out.
+    ``params`` are those of the forward pass, for a VJP that was made without weights; for others leave them out. With
+    ``sums`` the gradients are added to them.
     """
 
-    def pull(vjp: Callable, delta: PyTree, params: PyTree = ()) -> tuple[PyTree, PyTree | None]:
+    def pull(vjp: Callable, delta: PyTree, params: PyTree = (), sums: PyTree = None) -> tuple[PyTree, PyTree | None]:
         grads, *delta_in = with_weights(vjp, params)(delta)
-        return grads, delta_in[0] if input_gradient else None
+        return grads if sums is None else _add(sums, grads), delta_in[0] if input_gradient else None
 
-    return jax.jit(pull, out_shardings=(replicated(sharding), sharding))
+    donated = "sums" if donate_sums else ()
+    return jax.jit(pull, donate_argnames=donated, out_shardings=(replicated(sharding), sharding))
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, sharding: Sharding | None, *, donate: bool, keep_params: bool = False
-) -> Callable:
-    """``(params, opt_state, grads, loss) -> (params, opt_state, gradient_norm)``: one optimizer step, equation (2).
-
-    ``keep_params``: the old weights are not given back, because a stored VJP may share their buffers. That of jax 0.10
-    holds copies, but no documentation promises that.
-    """
-
-    def update(
-        params: PyTree, opt_state: PyTree, grads: PyTree, loss: Array | tuple = ()
-    ) -> tuple[PyTree, PyTree, Array]:
-        norm = gradient_norm(grads)
-        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)  # GPipe's means are wider
-        return *_optimize(optimizer, grads, opt_state, params, loss), norm
-
-    donated = ("opt_state",) if keep_params else ("params", "opt_state")
-    return jax.jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
-
-
-def make_loss_gradient(
-    stage: Stage,
-    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
     sharding: Sharding | None,
     *,
-    metrics_fn: MetricsFn | None,
-    input_gradient: bool,
+    M: int = 1,
+    donate: bool,
+    keep_params: bool = False,
+    return_grads: bool = False,
 ) -> Callable:
-    """``(params, model_state, stream, h_in, targets) -> ((grads, loss, metrics), delta, model_state, count)``.
+    """``(params, opt_state, grads, told) -> Stepped``: one optimizer step, equation (2).
 
-    The last stage's forward and backward pass without an update; ``delta`` is None without ``input_gradient``.
+    ``grads`` are the gradient, or for M > 1 the sums of those of M micro-batches. ``keep_params``: the old weights are
+    not given back, because something in flight holds them.
     """
 
-    def loss_gradient(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, targets: PyTree) -> Any:
-        key = stream.at()
+    def update(params: PyTree, opt_state: PyTree, grads: PyTree, told: Told = NOTHING) -> Stepped:
+        if M > 1:
+            weight = told.weight
+            mean = lambda g: g / M if isinstance(weight, tuple) else quotient(g, weight.astype(g.dtype))
+            grads = jax.tree.map(mean, grads)
+        norm = gradient_norm(grads)
+        narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
+        params, opt_state = _optimize(optimizer, narrow, opt_state, params, told.loss)
+        return Stepped(params, opt_state, grads if return_grads and M > 1 else None, norm)
 
-        def objective(params: PyTree, h_in: PyTree) -> tuple[Array, Any]:
-            h_out, new_state = stage.apply(params, model_state, h_in, key=key, train=True)
-            metrics = metrics_of(metrics_fn, h_out, targets)
-            return loss_of(loss_fn, h_out, targets), (new_state, metrics)
-
-        gradient = jax.value_and_grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
-        (loss, (new_state, metrics)), (grads, *delta) = gradient(params, h_in)
-        return (grads, loss, metrics), delta[0] if input_gradient else None, new_state, stream.count + 1
-
-    here = replicated(sharding)
-    return jax.jit(loss_gradient, out_shardings=(here, sharding, here, here))
+    # Sums are not donated: they are in float32 at least, the weights may be narrower, and most optimizers return
+    # nothing else in their shape.
+    donated = ("opt_state",) if keep_params else ("params", "opt_state")
+    return jax.jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
 
 
 def make_infer(stage: Stage) -> Callable:

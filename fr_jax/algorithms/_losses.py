@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,91 @@ import optax
 
 from fr_jax.types import Array, LossFn, MetricsFn, PyTree
 
-__all__ = ["gradient_norm", "loss_of", "metrics_of", "wide"]
+__all__ = ["NOTHING", "Scored", "Told", "combine", "gradient_norm", "loss_of", "quotient", "score", "wide"]
+
+Terms: TypeAlias = tuple[Array, "Array | tuple[()]"]
+"""``(total, weight)``, whose quotient is reported; ``()`` as weight: the total is the mean itself."""
+
+
+class Scored(NamedTuple):
+    """The terms of the loss, and of each metric, of a mini-batch or a micro-batch."""
+
+    loss: Terms
+    metrics: dict[str, Terms]
+
+
+class Told(NamedTuple):
+    """What the update of a stage needs of its mini-batch beside gradients; ``()`` where nothing does.
+
+    Attributes:
+      loss: for an optimizer that takes ``value=loss``.
+      weight: that of a loss ``(total, weight)`` over M > 1 micro-batches, whose gradients are those of the total.
+    """
+
+    loss: Array | tuple[()] = ()
+    weight: Array | tuple[()] = ()
+
+
+NOTHING = Told()
+
+
+def _is_number(x: Any, kind: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.shape and jnp.issubdtype(x.dtype, kind)
+
+
+def _loss_terms(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Terms:
+    loss = loss_fn(outputs, targets)
+    total, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, ())
+    # JAX would say so too, about a function of this library and not about the user's.
+    if not _is_number(total, jnp.floating) or not (isinstance(weight, tuple) or _is_number(weight, jnp.number)):
+        kind = lambda x: f"{x.dtype} of shape {x.shape}" if isinstance(x, jax.Array) else f"a {type(x).__name__}"
+        given = f"a tuple of {', '.join(map(kind, loss))}" if isinstance(loss, tuple) else kind(loss)
+        raise ValueError(
+            f"loss_fn returned {given}; it must be one floating-point number, the mean over the mini-batch, or a pair "
+            "(total, weight) of two, whose quotient is the loss. Take the mean of losses by example; give what is to "
+            "be reported beside it as metrics_fn."
+        )
+    return total, weight if isinstance(weight, tuple) else jax.lax.stop_gradient(weight.astype(total.dtype))
+
+
+def quotient(total: Array, weight: Array | tuple[()]) -> Array:
+    """The loss from its terms; the total where there is no weight, or a weight of 0: all examples are masked."""
+    return total if isinstance(weight, tuple) else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
 
 
 def loss_of(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Array:
-    """``loss_fn(outputs, targets)``; raises ValueError if that is not one real number. For use under ``jit``."""
-    loss = loss_fn(outputs, targets)
-    # JAX would say so too, about a function of this library and not about the user's.
-    if not isinstance(loss, jax.Array) or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-        given = f"{loss.dtype} of shape {loss.shape}" if isinstance(loss, jax.Array) else f"a {type(loss).__name__}"
-        raise ValueError(
-            f"loss_fn returned {given}; it must be one floating-point number, the mean over the mini-batch. "
-            "Take the mean of losses by example; give what is to be reported beside it as metrics_fn."
-        )
-    return loss
+    """The loss of a mini-batch; raises ValueError if ``loss_fn`` returns something else. For use under ``jit``."""
+    return quotient(*_loss_terms(loss_fn, outputs, targets))
 
 
-def metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -> dict[str, Array]:
-    """``metrics_fn(outputs, targets)``; raises ValueError if that is not a dict or takes a method's own names."""
+def score(loss_fn: LossFn, metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -> Scored:
+    """The terms of ``loss_fn`` and ``metrics_fn``; raises ValueError if they return something else."""
+    pair = lambda value: value if isinstance(value, tuple) and len(value) == 2 else (value, ())
+    metrics = {name: pair(value) for name, value in _metrics_of(metrics_fn, outputs, targets).items()}
+    return Scored(_loss_terms(loss_fn, outputs, targets), metrics)
+
+
+def combine(parts: Sequence[Scored]) -> tuple[Array, Array | tuple[()], dict[str, Array]]:
+    """Loss, weight and metrics of a mini-batch from the terms of its M micro-batches.
+
+    Totals and weights are added up separately, in float32 at least; without weights it is the mean.
+    """
+
+    def mean(terms: Sequence[Terms]) -> tuple[Any, Any]:
+        totals, weights = zip(*terms, strict=True)
+        if len(terms) == 1:
+            return quotient(totals[0], weights[0]), weights[0]
+        add = lambda *leaves: sum(leaf.astype(wide(leaf.dtype)) for leaf in leaves)
+        weight: Any = () if isinstance(weights[0], tuple) else add(*weights)
+        divide = lambda total: total / len(terms) if isinstance(weight, tuple) else quotient(total, weight)
+        return jax.tree.map(divide, jax.tree.map(add, *totals)), weight
+
+    loss, weight = mean([part.loss for part in parts])
+    metrics = {name: mean([part.metrics[name] for part in parts])[0] for name in parts[0].metrics}
+    return loss, weight, metrics
+
+
+def _metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -> dict[str, Any]:
     if metrics_fn is None:
         return {}
     metrics = metrics_fn(outputs, targets)

@@ -1,17 +1,67 @@
-"""A mini-batch in M equal parts, and the mean of what is computed from them."""
+"""A mini-batch in M equal micro-batches, and what is added up over them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._placement import data_parallel_size, replicated
-from fr_jax.algorithms._losses import wide
-from fr_jax.algorithms._validation import batch_size, check_example
-from fr_jax.types import Batch, PyTree
+from fr_jax._placement import replicated
+from fr_jax.algorithms import _functions as functions
+from fr_jax.algorithms._losses import Scored, combine, wide
+from fr_jax.algorithms._validation import Setup
+from fr_jax.types import PyTree
+
+
+class Shared(NamedTuple):
+    """The jitted functions that every method needs for one update per mini-batch of M micro-batches.
+
+    Attributes:
+      split_inputs: a mini-batch's inputs into its M micro-batches, on the first stage's devices.
+      split_targets: its targets, on the last stage's.
+      combine: loss, weight and metrics of a mini-batch from those of its micro-batches.
+      zeros: for each stage, ``params -> sums``, where its gradients are added up.
+      updates: for each stage, its optimizer's step (``_functions.make_update``).
+    """
+
+    split_inputs: Callable
+    split_targets: Callable
+    combine: Callable
+    zeros: tuple[Callable, ...]
+    updates: tuple[Callable, ...]
+
+
+def make_shared(setup: Setup, *, keep_params: bool = False) -> Shared:
+    """The shared functions of a method; ``keep_params``: something in flight holds the old weights."""
+    shardings, M = setup.shardings, setup.microbatches
+
+    def combined(*parts: Scored) -> tuple:
+        return combine(parts)
+
+    return Shared(
+        split_inputs=make_split(shardings[0], M),
+        split_targets=make_split(shardings[-1], M),
+        combine=jax.jit(combined, out_shardings=replicated(shardings[-1])),
+        zeros=tuple(jax.jit(_zeros, out_shardings=replicated(sharding)) for sharding in shardings),
+        updates=tuple(
+            functions.make_update(
+                optimizer,
+                sharding,
+                M=M,
+                donate=setup.donate,
+                keep_params=keep_params,
+                return_grads=setup.return_grads,
+            )
+            for optimizer, sharding in zip(setup.optimizers, shardings, strict=True)
+        ),
+    )
+
+
+def _zeros(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), params)
 
 
 def make_split(sharding: Sharding | None, M: int) -> Callable:
@@ -25,30 +75,5 @@ def make_split(sharding: Sharding | None, M: int) -> Callable:
         part = lambda m: jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, m, axis=1, keepdims=False), rows)
         return tuple(part(m) for m in range(M))
 
-    # Rows m, m+M, ... and not a contiguous block: with D devices every microbatch then has rows of each.
+    # Rows m, m+M, ... and not a contiguous block: with D devices every micro-batch then has rows of each.
     return jax.jit(split, out_shardings=sharding)
-
-
-def make_accumulate(sharding: Sharding | None, *, count: int) -> Callable:
-    """``(total, x) -> total + x / count``, leaf by leaf: a mean of ``count`` trees, which starts at ``total`` = None.
-
-    It is added up in float32 at least. The buffers of ``total`` are always given back; those of ``x`` never.
-    """
-
-    def accumulate(total: PyTree | None, x: PyTree) -> PyTree:
-        part = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)) / count, x)
-        return part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
-
-    return jax.jit(accumulate, donate_argnames="total", out_shardings=replicated(sharding))
-
-
-def check_split(batch: Batch, M: int, shardings: Sequence[Sharding], called: str = "init()") -> None:
-    """Raises ValueError if a batch cannot be split into M equal microbatches, and these over a stage's devices."""
-    check_example(batch, called)
-    B, D = batch_size(batch), math.lcm(*(data_parallel_size(sharding) for sharding in shardings))
-    if B % (M * D):
-        raise ValueError(
-            f"a batch of {B} examples cannot be split into microbatches = {M} equal parts, each over data_parallel = "
-            f"{D} device(s); the batch size must be a multiple of {M} * {D} = {M * D}. Change the batch size or the "
-            "number of microbatches; drop or pad a last partial batch."
-        )

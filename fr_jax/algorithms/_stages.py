@@ -14,32 +14,33 @@ from jax.sharding import Sharding
 
 from fr_jax._arrays import place
 from fr_jax._placement import replicated
-from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_divisible, check_example
+from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_example, check_split
 from fr_jax.stages import traced_once
 from fr_jax.types import Array, Batch, PyTree, Stage
 
 
 class KeyStream(NamedTuple):
-    """A stage's source of dropout keys: mini-batch s draws from ``fold_in(key, s)``, in play and in replay.
+    """A stage's source of dropout keys: micro-batch s draws from ``fold_in(key, s)``, in play and in replay.
 
     Attributes:
       key: the stage's own key.
-      count: int32 scalar on the stage's device, the number of mini-batches played. It stands beside ``State.step`` so
-        that a step transfers nothing from the host.
+      count: int32 scalar on the stage's device, the number of micro-batches played (of mini-batches for M = 1). It
+        stands beside ``State.step`` so that a step transfers nothing from the host.
     """
 
     key: Array
     count: Array
 
     def at(self, offset: int = 0) -> Array:
-        """The key of mini-batch ``count + offset``: 0 before that mini-batch is counted as played."""
+        """The key of micro-batch ``count + offset``: 0 before that micro-batch is counted as played."""
         return jax.random.fold_in(self.key, self.count + offset if offset else self.count)
 
 
 class Stages(NamedTuple):
-    """K stages before the first step, each on its devices; ``features[k]`` describes the input of stage k = 0..K-1.
+    """K stages before the first step, each on its devices.
 
-    ``key`` is for what else a method draws; ``outputs`` describes those of the last stage.
+    ``features[k]`` describes the input of stage k = 0..K-1 for a micro-batch (a mini-batch for M = 1), ``outputs`` and
+    ``targets`` those of the last stage; ``key`` is for what else a method draws.
     """
 
     params: tuple[PyTree, ...]
@@ -49,6 +50,7 @@ class Stages(NamedTuple):
     batch_spec: BatchSpec
     features: tuple[PyTree, ...]
     outputs: PyTree
+    targets: PyTree
     key: Array
 
     def fields(self) -> dict[str, Any]:
@@ -77,11 +79,11 @@ def init_stages(
     if not isinstance(key, jax.Array):
         raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
     check_example(batch)
-    check_divisible(batch, setup.shardings)
+    check_split(batch, setup.microbatches, setup.shardings)
     counts = tuple(len(stage.layers) for stage in setup.stages)
     given_params, given_states = _by_layer("params", params, counts), _by_layer("model_state", model_state, counts)
     weights_key, dropout_key, own_key = jax.random.split(key, 3)
-    h = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch.inputs)
+    h, targets = (_microbatch_spec(tree, setup.microbatches) for tree in batch[:2])
     made_params, made_states, opt_state, streams, features = [], [], [], [], []
     first = 0
     for k, (stage, optimizer, sharding) in enumerate(zip(setup.stages, setup.optimizers, setup.shardings, strict=True)):
@@ -114,8 +116,14 @@ def init_stages(
         batch_spec=spec,
         features=tuple(features),
         outputs=h,
+        targets=targets,
         key=own_key,
     )
+
+
+def _microbatch_spec(tree: PyTree, M: int) -> PyTree:
+    dtype = jax.dtypes.canonicalize_dtype
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // M, *x.shape[1:]), dtype(x.dtype)), tree)
 
 
 @contextlib.contextmanager

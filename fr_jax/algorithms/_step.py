@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from fr_jax._arrays import put
 from fr_jax._placement import data_parallel_size, replicated
 from fr_jax.algorithms._functions import make_infer
+from fr_jax.algorithms._losses import NOTHING, Told
 from fr_jax.algorithms._validation import Setup, check_batch, iteration
 from fr_jax.types import Algorithm, Array, Batch, Info, InitAlgorithm, Predict, PyTree, Step
 
@@ -23,36 +24,54 @@ LAST = slice(-1, None)
 class Iteration:
     """Iteration t of a method while it is issued: the state's tuples as lists, and what the step will report.
 
-    Each method of this class calls one jitted function of a stage k = 0..K-1 and puts what comes back in its place. It
-    keeps no reference to what has been used, so that a buffer is free after its last reader.
+    ``shared`` are the method's :class:`Shared` functions; methods without micro-batches need none. Each method of this
+    class calls one jitted function of a stage k = 0..K-1 and puts what comes back in its place. It keeps no reference
+    to what has been used, so that a buffer is free after its last reader.
 
     Attributes:
       t: mini-batches seen before this one.
       params, model_state, opt_state, streams: lists with one entry per stage, for the method to replace.
+      sums: for each stage the gradients for its next update, added up over micro-batches; None if it has none.
       loss: of this mini-batch, once the last stage has run.
+      told: what the updates need of this mini-batch beside gradients, on the last stage's devices.
       grads: what each stage updated with, if the method returns gradients.
       norms: their norms; None for a stage that has not updated.
       metrics: what else the step reports.
     """
 
-    def __init__(self, setup: Setup, state: Any, batch: Batch, *, any_size: bool) -> None:
-        check_batch(state.batch_spec, batch, setup.shardings, any_size=any_size)
+    def __init__(self, setup: Setup, state: Any, batch: Batch, shared: Any = None, *, any_size: bool) -> None:
+        check_batch(setup, state.batch_spec, batch, any_size=any_size)
+        K = len(setup.stages)
         self.t = iteration(state.step)
         self.params, self.model_state = list(state.params), list(state.model_state)
         self.opt_state, self.streams = list(state.opt_state), list(state.streams)
+        self.sums: list[PyTree | None] = list(getattr(state, "sums", (None,) * K))
         self.loss: Any = None
-        self.grads: list[PyTree | None] = [None] * len(setup.stages)
-        self.norms: list[Array | None] = [None] * len(setup.stages)
+        self.told = Told()
+        self.grads: list[PyTree | None] = [None] * K
+        self.norms: list[Array | None] = [None] * K
         self.metrics: dict[str, Array] = {}
-        self._setup = setup
+        self.setup, self._shared, self._scored = setup, shared, []
+
+    def microbatches(self, batch: Batch) -> Iterator[tuple[int, PyTree, PyTree]]:
+        """``(i, inputs, targets)`` for each micro-batch i = t M .. t M + M - 1, on the first and the last stage."""
+        M, shared = self.setup.microbatches, self._shared
+        if M == 1:
+            yield self.t, self.send(batch.inputs, 0), batch.targets
+            return
+        inputs = list(shared.split_inputs(self.send(batch.inputs, 0)))
+        targets = list(shared.split_targets(self.send(batch.targets, -1)))
+        for i in range(self.t * M, self.t * M + M):
+            yield i, inputs.pop(0), targets.pop(0)
 
     def send(self, x: PyTree, k: int) -> PyTree:
         """``x`` on the devices of stage k, without waiting."""
-        return put(x, self._setup.shardings[k])
+        return put(x, self.setup.shardings[k])
 
-    def loss_for(self, k: int) -> Array | tuple:
-        """The loss of this mini-batch on the devices of stage k if its optimizer takes it, else ``()``."""
-        return put(self.loss, replicated(self._setup.shardings[k])) if self._setup.takes_loss[k] else ()
+    def told_for(self, k: int) -> Told:
+        """What stage k needs to know of this mini-batch for its update, on its devices."""
+        told = Told(self.told.loss if self.setup.takes_loss[k] else (), self.told.weight)
+        return put(told, replicated(self.setup.shardings[k])) if jax.tree.leaves(told) else told
 
     def play(self, k: int, play: Callable, h: PyTree, params: PyTree | None = None) -> PyTree:
         """Stage k's forward pass, at its weights or at ``params``; h_k on the devices of stage k+1."""
@@ -69,43 +88,76 @@ class Iteration:
         self.streams[k] = self.streams[k]._replace(count=count)
         return h, vjp
 
-    def train(self, train: Callable, h: PyTree, targets: PyTree, stages: slice = LAST) -> PyTree | None:
-        """Forward, backward and update of ``stages`` in one pass; delta for the stage below them.
-
-        ``targets`` are on the stages' devices, or are sent to those of the last one.
-        """
+    def train(
+        self, train: Callable, h: PyTree, targets: PyTree, stages: slice = LAST, params: Sequence[PyTree] | None = None
+    ) -> PyTree | None:
+        """Forward and backward pass of ``stages`` and, for M = 1, their update; delta for the stage below them."""
         here = range(len(self.params))[stages]
-        fields = self.params, self.model_state, self.opt_state, self.streams
-        top = train(*(tuple(field[stages]) for field in fields), h, self.send(targets, here[-1]))
-        self.params[stages], self.model_state[stages], self.opt_state[stages] = top[:3]
+        if self.setup.microbatches == 1:
+            fields = self.params, self.model_state, self.opt_state, self.streams
+            top = train(*(tuple(field[stages]) for field in fields), h, self.send(targets, here[-1]))
+            self.params[stages], self.model_state[stages], self.opt_state[stages] = top[:3]
+            self.loss, self.norms[stages], self.told = top.loss, top.gradient_norms, Told(top.loss)
+            self.metrics |= top.metrics
+            if top.grads is not None:
+                self.grads[stages] = top.grads
+        else:
+            at = self.params[stages] if params is None else params
+            fields = at, self.model_state[stages], self.streams[stages]
+            top = train(*map(tuple, fields), h, targets, tuple(map(self._take_sums, here)))
+            self.sums[stages], self.model_state[stages] = top.sums, top.model_state
+            self._scored.append(top.scored)
         self.streams[stages] = [s._replace(count=c) for s, c in zip(self.streams[stages], top.counts, strict=True)]
-        self.loss, self.norms[stages] = top.loss, top.gradient_norms
-        self.metrics |= top.metrics
-        if top.grads is not None:
-            self.grads[stages] = top.grads
         return top.delta
 
-    def last(self, last: Callable, h: PyTree, targets: PyTree) -> tuple[tuple, PyTree | None]:
-        """The last stage's forward and backward pass without an update: (gradients, loss, metrics), and delta."""
-        found, delta, self.model_state[-1], count = last(
-            self.params[-1], self.model_state[-1], self.streams[-1], h, targets
-        )
-        self.streams[-1] = self.streams[-1]._replace(count=count)
-        return found, delta
+    def conclude(self, stages: slice = LAST) -> Told:
+        """After the last micro-batch: the loss of the mini-batch and the update of ``stages``; for M = 1 they are made.
 
-    def replay(self, k: int, replay: Callable, h: PyTree, delta: PyTree, loss: Array | tuple) -> PyTree | None:
-        """Stage k's replay of ``h``, gradient and update; delta for the stage below."""
-        self.params[k], moved, self.opt_state[k], delta, self.grads[k], self.norms[k] = replay(
-            self.params[k], self.model_state[k], self.opt_state[k], self.streams[k], h, delta, loss
-        )
+        Returns what the updates of the stages below need.
+        """
+        if self._scored:
+            self.loss, weight, metrics = self._shared.combine(*self._scored)
+            self.told, self._scored = Told(self.loss, weight), []
+            self.metrics |= metrics
+            for k in range(len(self.params))[stages]:
+                self.update(k, self.told)
+        return self.told
+
+    def replay(
+        self, k: int, replay: Callable, h: PyTree, delta: PyTree, told: Told, weights: PyTree | None = None
+    ) -> PyTree | None:
+        """Stage k's replay of ``h`` at its own or other weights, gradient and, for M = 1, update; delta for below."""
+        if self.setup.microbatches == 1:
+            self.params[k], moved, self.opt_state[k], delta, self.grads[k], self.norms[k] = replay(
+                self.params[k], self.model_state[k], self.opt_state[k], self.streams[k], h, delta, told, weights
+            )
+        else:
+            weights = self.params[k] if weights is None else weights
+            self.sums[k], moved, delta = replay(
+                weights, self.model_state[k], self.streams[k], h, delta, self._take_sums(k)
+            )
         self.model_state[k] = self.model_state[k] if moved is None else moved
         return delta
 
-    def update(self, k: int, update: Callable, grads: PyTree, loss: Array | tuple = ()) -> None:
-        """Stage k's optimizer step."""
-        self.params[k], self.opt_state[k], self.norms[k] = update(self.params[k], self.opt_state[k], grads, loss)
-        if self._setup.return_grads:
-            self.grads[k] = grads
+    def pull(self, k: int, pull: Callable, vjp: PyTree, delta: PyTree, weights: PyTree = ()) -> PyTree | None:
+        """Stage k's backward pass by a VJP; delta for the stage below."""
+        self.sums[k], delta = pull(vjp, delta, weights, self._take_sums(k))
+        return delta
+
+    def update(self, k: int, told: Told = NOTHING) -> None:
+        """Stage k's optimizer step with the gradients that it has; nothing if a replay has made it (M = 1)."""
+        if self.sums[k] is None:
+            return
+        grads, self.sums[k] = self.sums[k], None
+        stepped = self._shared.updates[k](self.params[k], self.opt_state[k], grads, told)
+        self.params[k], self.opt_state[k], mean, self.norms[k] = stepped
+        if self.setup.return_grads:
+            self.grads[k] = grads if mean is None else mean
+
+    def _take_sums(self, k: int) -> PyTree | None:
+        """Stage k's sums, zeros if its last update has used them up; None for M = 1, where nothing is added."""
+        sums, self.sums[k] = self.sums[k], None
+        return self._shared.zeros[k](self.params[k]) if sums is None and self.setup.microbatches > 1 else sums
 
     def finish(self, state: Any, **in_flight: Sequence[Any]) -> tuple[Any, Info]:
         """The next state, with the method's own fields ``in_flight``, and what the step reports."""
@@ -118,7 +170,7 @@ class Iteration:
         }
         state = state._replace(step=self.t + 1, **{name: tuple(field) for name, field in fields.items()})
         norms = {f"gradient_norm/{k}": norm for k, norm in enumerate(self.norms, start=1) if norm is not None}
-        grads = tuple(self.grads) if self._setup.return_grads else None
+        grads = tuple(self.grads) if self.setup.return_grads else None
         return state, Info(self.loss, grads, self.metrics | norms)
 
 

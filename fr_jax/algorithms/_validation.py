@@ -17,6 +17,8 @@ from fr_jax._placement import check_placement, data_parallel_size, default_shard
 from fr_jax.stages import check_stages
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
+MICROBATCHES = " It must divide the batch size; 1 is no division. M >= K keeps gradients at most one update late."
+
 Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
 
 
@@ -31,6 +33,7 @@ class Setup:
     metrics_fn: MetricsFn | None
     return_grads: bool
     donate: bool
+    microbatches: int = 1
 
     @functools.cached_property
     def shardings(self) -> tuple[Sharding, ...]:
@@ -80,11 +83,13 @@ def check_setup(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    microbatches: int = 1,
 ) -> Setup:
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
 
     Raises:
-      ValueError: no stages, something that is not a Stage, or a number of optimizers or shardings other than K.
+      ValueError: no stages, something that is not a Stage, a number of optimizers or shardings other than K, or
+        ``microbatches`` that is not a whole number of at least 1.
     """
     if isinstance(stages, Stage):
         stages = (stages,)
@@ -94,7 +99,8 @@ def check_setup(
     check_stages(stages, "stage")
     optimizers = per_stage(optimizer, len(stages))
     shardings = None if placement is None else check_placement(placement, len(stages))
-    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate)
+    M = check_count("microbatches", microbatches, why=MICROBATCHES)
+    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M)
 
 
 def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:
@@ -181,18 +187,23 @@ def _check_kind(batch: Batch, called: str) -> None:
         )
 
 
-def check_divisible(batch: Batch, shardings: Sequence[Sharding]) -> None:
-    """Raises ValueError if the batch cannot be split over a stage's devices."""
-    for sharding in shardings:
-        D = data_parallel_size(sharding)
-        if batch_size(batch) % D:
-            raise ValueError(
-                f"a batch of {batch_size(batch)} examples cannot be split over data_parallel = {D} devices; "
-                f"the batch size must be a multiple of {D}."
-            )
+def check_split(batch: Batch, M: int, shardings: Sequence[Sharding]) -> None:
+    """Raises ValueError if a batch cannot be split into M equal micro-batches, and these over a stage's devices."""
+    B, D = batch_size(batch), math.lcm(*map(data_parallel_size, shardings))
+    if M == 1 and B % D:
+        raise ValueError(
+            f"a batch of {B} examples cannot be split over data_parallel = {D} devices; the batch size must be a "
+            f"multiple of {D}."
+        )
+    if B % (M * D):
+        raise ValueError(
+            f"a batch of {B} examples cannot be split into microbatches = {M} equal parts, each over data_parallel = "
+            f"{D} device(s); the batch size must be a multiple of {M} * {D} = {M * D}. Change the batch size or the "
+            "number of microbatches; drop or pad a last partial batch."
+        )
 
 
-def check_batch(spec: BatchSpec, batch: Batch, shardings: Sequence[Sharding], *, any_size: bool) -> None:
+def check_batch(setup: Setup, spec: BatchSpec, batch: Batch, *, any_size: bool) -> None:
     """Raises ValueError if a batch is not like the one that the state was made for.
 
     ``any_size``: nothing is in flight between steps, so the number of examples may be another.
@@ -207,7 +218,7 @@ def check_batch(spec: BatchSpec, batch: Batch, shardings: Sequence[Sharding], *,
         )
     if inputs != spec.inputs:
         check_example(batch, "step()")
-        check_divisible(batch, shardings)
+        check_split(batch, setup.microbatches, setup.shardings)
 
 
 def iteration(step: int) -> int:

@@ -30,7 +30,21 @@ def without_weights(vjp: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda residual: place.get(id(residual), residual), vjp)
 
 
+def needed(vjp: PyTree, params: PyTree) -> tuple:
+    """The leaves of ``params`` that such a VJP needs, in their order, with None for the others; for with_weights."""
+    used = {node.leaf for node in jax.tree.leaves(vjp, is_leaf=_is_weight) if _is_weight(node)}
+    return tuple(leaf if i in used else None for i, leaf in enumerate(_leaves(params)))
+
+
 def with_weights(vjp: PyTree, params: PyTree) -> PyTree:
-    """The VJP that :func:`without_weights` took apart, at ``params``."""
-    leaves, is_weight = jax.tree.leaves(params), lambda node: isinstance(node, Weight)
-    return jax.tree.map(lambda node: leaves[node.leaf] if is_weight(node) else node, vjp, is_leaf=is_weight)
+    """The VJP that :func:`without_weights` took apart, at ``params``, or at what is :func:`needed` of them."""
+    leaves = _leaves(params)
+    return jax.tree.map(lambda node: leaves[node.leaf] if _is_weight(node) else node, vjp, is_leaf=_is_weight)
+
+
+def _is_weight(node: PyTree) -> bool:
+    return isinstance(node, Weight)
+
+
+def _leaves(params: PyTree) -> list:
+    return jax.tree.leaves(params, is_leaf=lambda node: node is None)

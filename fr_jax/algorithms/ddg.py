@@ -12,23 +12,32 @@ is the gradient of back-propagation for mini-batch s at the weights w^s, K-k ite
 nothing to apply and does not update. In code stages count from 0, so the staleness of stage k is K-1-k.
 
 With weight prediction, the forward pass and its VJP use ŵ_k^t instead, a prediction of w_k^{t+K-k}.
+
+With M micro-batches all of this happens for each micro-batch i = t M + m, m = 0..M-1, instead of t, one after another,
+except for the update: stage k makes one per mini-batch, with the mean of the M gradients, after the backward pass of
+the last one. So a gradient is late by K-k micro-batches, ceil((K-k)/M) updates at most, and nothing waits.
+
+A VJP holds activations only. The weights at which it was taken are kept once for all micro-batches played with them:
+weight stashing, as in PipeDream (Narayanan et al. 2019), whose gradients are these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import _delayed as delayed
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms import _history as fifo
 from fr_jax.algorithms._history import History
-from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
+from fr_jax.algorithms._losses import Told
+from fr_jax.algorithms._microbatches import Shared, make_shared
+from fr_jax.algorithms._stages import KeyStream, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
+from fr_jax.algorithms._vjp import needed
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["DDGState", "ddg"]
@@ -38,10 +47,12 @@ class DDGState(NamedTuple):
     """Everything in flight, beside the fields of every state (:class:`fr_jax.types.State`).
 
     Attributes:
-      history: the VJPs of the iterations s = t+k-K .. t-1 that stage k has not applied yet: K-k between steps, and
-        one more inside a step. Their leaves are the stored activations, and the weights of that time.
-      deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
-      losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
+      history: the VJPs of the micro-batches s = i+k-K .. i-1 that stage k has not applied yet: K-k between steps, and
+        one more inside a step. Their leaves are the stored activations, without weights.
+      deltas: delta_k^i for k < K, as sent by stage k+1 at i-1; zeros before the first arrives.
+      losses: of the last whole mini-batch of ``deltas``, what the update of a stage needs (:class:`Told`).
+      sums: the gradients that stage k has so far of a mini-batch of which some are missing; ``()`` if none are.
+      stash: the weights, older than ``params``, that the VJPs need: K-k versions for M = 1, else at most ceil((K-k)/M).
     """
 
     step: int
@@ -50,7 +61,9 @@ class DDGState(NamedTuple):
     opt_state: tuple[PyTree, ...]
     history: tuple[History, ...]
     deltas: tuple[PyTree, ...]
-    losses: tuple[PyTree, ...]
+    losses: tuple[Told, ...]
+    sums: tuple[PyTree, ...]
+    stash: tuple[History, ...]
     streams: tuple[KeyStream, ...]
     batch_spec: BatchSpec
 
@@ -60,73 +73,86 @@ def init(
 ) -> DDGState:
     """Weights w^0; deltas are zeros, and the VJPs are those of an input of zeros, which is never applied."""
     stages = init_stages(setup, key, batch, params, model_state)
-    K = len(setup.stages)
-    history = []
-    for k in range(K - 1):
-        h_in = zeros(stages.features[k], setup.shardings[k])
-        with jax.debug_nans(False):  # a stage need not be defined there
-            _, vjp, _, _ = parts.forwards[k](stages.params[k], stages.model_state[k], stages.streams[k], h_in)
-        history.append(fifo.empty(K - 1 - k, lambda vjp=vjp: vjp))
-    deltas, losses = delayed.nothing_sent(setup, stages, batch)
-    return DDGState(**stages.fields(), history=tuple(history), deltas=deltas, losses=losses)
+    history = delayed.vjps_of_zeros(setup, stages, parts.forwards)
+    deltas, losses = delayed.nothing_sent(setup, stages)
+    kept = [needed(vjps.entries[0], stages.params[k]) for k, vjps in enumerate(history)]
+    return DDGState(
+        **stages.fields(),
+        history=history,
+        deltas=deltas,
+        losses=losses,
+        sums=delayed.nothing_added(setup, stages),
+        stash=delayed.nothing_stashed(kept, setup.microbatches),
+    )
 
 
 class DDGParts(NamedTuple):
-    """The jitted functions: K-1 of each of four, and the last stage's one pass."""
+    """The jitted functions: K-1 of each of three, the last stage's one pass, and the shared ones."""
 
     ahead: tuple[Callable, ...]
     forwards: tuple[Callable, ...]
     pulls: tuple[Callable, ...]
-    updates: tuple[Callable, ...]
     last: Callable
+    shared: Shared
 
 
 def make_parts(setup: Setup, weight_prediction: float) -> DDGParts:
-    """Prediction, forward, backward and update for each stage k < K, and the last stage.
+    """Prediction, forward and backward for each stage k < K, and the last stage.
 
-    The weights are not donated: kept VJPs hold those of their time, and may share their buffers.
+    The weights are not donated: those of kept VJPs are in the stash.
     """
-    stages, shardings = setup.stages, setup.shardings
+    stages, shardings, donate = setup.stages, setup.shardings, setup.donate
     below = range(len(stages) - 1)
     return DDGParts(
         ahead=delayed.make_ahead(shardings, weight_prediction),
-        forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0) for k in below),
-        pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        updates=tuple(
-            functions.make_update(setup.optimizers[k], shardings[k], donate=setup.donate, keep_params=True)
-            for k in below
-        ),
+        forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
+        pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0, donate_sums=donate) for k in below),
         last=functions.make_last(setup),
+        shared=make_shared(setup, keep_params=True),
     )
 
 
 def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[DDGState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
-    history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
+    now = Iteration(setup, state, batch, parts.shared, any_size=False)
+    K, M = len(setup.stages), setup.microbatches
+    history, stash = list(state.history), list(state.stash)
+    deltas, losses = list(state.deltas), list(state.losses)
+    # The weights with which a stage goes forward until its next update, and those of them that its VJPs need.
+    at: list[Any] = [None] * (K - 1)
+    kept: list[Any] = [None] * (K - 1)
 
-    # Forward; the VJP is kept. It is made at w_hat, so the update below must not donate these weights.
-    h = now.send(batch.inputs, 0)
-    for k in range(K - 1):
-        h, vjp = now.forward(k, parts.forwards[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
-        history[k] = fifo.push(history[k], vjp)
-        h = now.send(h, k + 1)
+    for i, h, targets in now.microbatches(batch):
+        # Forward; the VJP is kept.
+        for k in range(K - 1):
+            if at[k] is None:
+                at[k] = parts.ahead[k](now.params[k], now.opt_state[k], delayed.horizon(i, K - 1 - k, M))
+            h, vjp = now.forward(k, parts.forwards[k], h, at[k])
+            kept[k] = needed(vjp, at[k]) if kept[k] is None else kept[k]
+            history[k] = fifo.push(history[k], vjp)
+            h = now.send(h, k + 1)
 
-    # Stage K: forward, backward and update in one pass. Nothing here keeps alive what has been used.
-    delta, h, vjp, loss = now.train(parts.last, h, batch.targets), None, None, now.loss
+        # Stage K: forward and backward in one pass. Nothing here keeps alive what has been used.
+        delta, h, targets, vjp = now.train(parts.last, h, targets), None, None, None
+        told = now.conclude() if delayed.is_whole(i, M) else now.told
 
-    # The others: gradient by the oldest VJP, update, send. delta_k was sent at t-1; what arrives now is for t+1.
-    for k in reversed(range(K - 1)):
-        if delta is not None:
-            deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
-        vjp, history[k] = fifo.pop(history[k])  # also while there is nothing to apply: that of init goes first
-        delta, loss = None, state.losses[k]
-        if now.t + (k + 1) - K >= 0:
-            grads, delta = parts.pulls[k](vjp, state.deltas[k])
-            now.update(k, parts.updates[k], grads, loss)
-            grads = None
+        # The others: gradient by the oldest VJP, update, send. delta_k was sent at i-1; delta is for i+1.
+        for k in reversed(range(K - 1)):
+            d = K - 1 - k
+            vjp, history[k] = fifo.pop(history[k])  # also while there is nothing to apply: that of init goes first
+            arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
+            delta, told = None, arrived_told
+            weights = delayed.played_with(stash[k], kept[k], i, d, M)
+            stash[k] = delayed.rotate(stash[k], kept[k], i, d, M)
+            if i >= d:
+                delta = now.pull(k, parts.pulls[k], vjp, arrived, weights)
+            vjp = arrived = weights = None
+            if delayed.is_whole(i - d, M):
+                at[k] = kept[k] = None
+                if i >= d:
+                    now.update(k, told)
 
-    return now.finish(state, history=history, deltas=deltas, losses=losses)
+    return now.finish(state, history=history, deltas=deltas, losses=losses, sums=now.sums, stash=stash)
 
 
 def ddg(
@@ -134,6 +160,7 @@ def ddg(
     loss_fn: LossFn,
     optimizer: Optimizers,
     *,
+    microbatches: int = 1,
     weight_prediction: float = 0.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
@@ -144,28 +171,32 @@ def ddg(
 
     Args:
       stages: the K stages.
-      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over a micro-batch, or ``(total, weight)``, whose quotient
+        is the loss: totals and weights of micro-batches are added up separately.
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. The
         paper's optimizers are SGD, its Algorithm 1, and Adam, its Algorithm 2. A learning-rate schedule counts a
         stage's own updates, so stage k follows it K-k iterations late: by mini-batch, as back-propagation would.
-      weight_prediction: a. Stage k < K runs forward with its weights moved on by a (K-k) times its last update, which
-        is SpecTrain's prediction of the weights that the gradient will meet for a = 1
-        (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise stage k keeps its last update in
-        ``opt_state[k]``, a copy of its weights, and makes one more copy for its forward pass.
+      microbatches: M. Micro-batch m = 0..M-1 has the examples m, m+M, m+2M, ... of the mini-batch. Each stage makes one
+        update per mini-batch, with the mean of their gradients, which are at most ceil((K-k)/M) updates late. 1 is the
+        method of the paper; train with M >= K. B is a multiple of M, and of M D with D devices per stage.
+      weight_prediction: a. Stage k < K runs forward with its weights moved on by a n times its last update, with n the
+        number of updates until the gradient is used, K-k for M = 1. That is SpecTrain's prediction of the weights that
+        the gradient will meet for a = 1 (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise stage k
+        keeps its last update in ``opt_state[k]``, a copy of its weights, and makes one more copy for its forward pass.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of stages k < K are
-        not reused: kept VJPs may share their buffers.
+        not reused: they are those of kept VJPs.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
 
     Raises:
-      ValueError: on a wrong number of stages, optimizers or shardings, a negative ``weight_prediction``; from ``init``
-        and ``step`` on a batch that does not fit. (Weakly typed arrays, ``jnp.full((4, 3), 1.0)``, make VJPs of their
-        own: give all batches one type.)
+      ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` below 1, a negative
+        ``weight_prediction``; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
+        (Weakly typed arrays, ``jnp.full((4, 3), 1.0)``, make VJPs of their own: give all batches one type.)
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -179,6 +210,6 @@ def ddg(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
     setup = delayed.with_prediction(setup, weight_prediction)
     return make_algorithm(setup, init, step, lambda: make_parts(setup, weight_prediction))

@@ -27,6 +27,7 @@ from jax.sharding import Sharding
 from fr_jax._arrays import place
 from fr_jax._placement import replicated
 from fr_jax.algorithms import _functions as functions
+from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_layer, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
@@ -110,11 +111,11 @@ class DNIParts(NamedTuple):
 
     forwards: tuple[Callable, ...]
     pulls: tuple[Callable, ...]
-    updates: tuple[Callable, ...]
     synthesizes: tuple[Callable, ...]
     errors: tuple[Callable, ...]
     learns: tuple[Callable, ...]
     last: Callable
+    shared: Shared
 
 
 def make_parts(setup: Setup, own: SynthesizerSetup) -> DNIParts:
@@ -124,11 +125,11 @@ def make_parts(setup: Setup, own: SynthesizerSetup) -> DNIParts:
     return DNIParts(
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        updates=tuple(functions.make_update(setup.optimizers[k], shardings[k], donate=donate) for k in below),
         synthesizes=tuple(functions.make_forward(stage, input_gradient=False) for stage in own.stages),
         errors=tuple(make_error(shardings[k]) for k in below),
         learns=tuple(functions.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
         last=functions.make_last(setup, keep_input=True),  # the VJP of M_{K-1} may share its buffer
+        shared=make_shared(setup),
     )
 
 
@@ -146,7 +147,7 @@ def make_error(sharding: Sharding | None) -> Callable:
 
 def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, batch: Batch) -> tuple[DNIState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    now, K = Iteration(setup, state, batch, any_size=True), len(setup.stages)
+    now, K = Iteration(setup, state, batch, parts.shared, any_size=True), len(setup.stages)
     synthesizers, lessons = list(state.synthesizers), []
     sent: list[PyTree] = [None] * K
 
@@ -160,9 +161,9 @@ def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, 
         d, vjp_M, M_state, count = parts.synthesizes[k](M.params, M.model_state, M.stream, seen)
         synthesizers[k] = M._replace(model_state=M_state, stream=M.stream._replace(count=count))
         lessons.append((vjp_M, d))
-        grads, sent[k] = parts.pulls[k](vjp, d)
-        now.update(k, parts.updates[k], grads)
-        vjp = seen = h_out = grads = None  # nothing here keeps alive what has been used
+        sent[k] = now.pull(k, parts.pulls[k], vjp, d)
+        vjp = seen = h_out = None  # nothing here keeps alive what has been used
+        now.update(k)
 
     # Stage K: forward, backward and update in one pass.
     sent[-1] = now.train(parts.last, h, batch.targets)
@@ -171,7 +172,7 @@ def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, 
     for k, (vjp_M, d) in enumerate(lessons):
         M, delta = synthesizers[k], now.send(sent[k + 1], k)
         M_grads, now.metrics[f"synthesizer_error/{k + 1}"] = parts.errors[k](vjp_M, d, delta)
-        M_params, M_opt_state, _ = parts.learns[k](M.params, M.opt_state, M_grads)
+        M_params, M_opt_state, *_ = parts.learns[k](M.params, M.opt_state, M_grads)
         synthesizers[k] = M._replace(params=M_params, opt_state=M_opt_state)
 
     return now.finish(state, synthesizers=synthesizers)

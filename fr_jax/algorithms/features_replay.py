@@ -13,12 +13,19 @@ each other inside an iteration: delta_k^t was sent at t-1. While t+k-K < 0, stag
 and does not update. In code stages count from 0, so the staleness of stage k is K-1-k.
 
 With weight prediction, lines 4-8 play with ŵ_k^t instead, a prediction of w_k^{t+K-k}, the weights of the replay.
+
+With M micro-batches all of this happens for each micro-batch i = t M + m, m = 0..M-1, instead of t, one after another,
+except for the update: stage k makes one per mini-batch, with the mean of the M gradients, after the replay of the last
+one. So a gradient is late by K-k micro-batches, ceil((K-k)/M) updates at most, and nothing waits (PACI,
+arXiv:2606.07881, "mem" mode). With stashed weights, the replay uses those with which micro-batch s was played: then
+the gradient is that of DDG.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
 
@@ -26,6 +33,8 @@ from fr_jax.algorithms import _delayed as delayed
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms import _history as fifo
 from fr_jax.algorithms._history import History
+from fr_jax.algorithms._losses import Told
+from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
@@ -34,16 +43,27 @@ from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTre
 __all__ = ["FeaturesReplayState", "features_replay"]
 
 BATCH_STATS = ("play", "replay", "both")
+REPLAY_WEIGHTS = ("current", "stashed")
+
+
+class Options(NamedTuple):
+    """The method's own arguments, checked."""
+
+    stashed: bool = False
+    batch_stats: str = "play"
+    weight_prediction: float = 0.0
 
 
 class FeaturesReplayState(NamedTuple):
     """Everything in flight, beside the fields of every state (:class:`fr_jax.types.State`).
 
     Attributes:
-      history: the inputs h_{k-1}^{s}, s = t+k-K .. t-1, that stage k has played and not yet replayed: K-k between
-        steps, and one more, the paper's K-k+1, inside a step.
-      deltas: delta_k^t for k < K, as sent by stage k+1 at t-1; zeros before the first arrives.
-      losses: the losses of the mini-batches of ``deltas``; ``()`` for a stage whose optimizer does not take them.
+      history: the inputs h_{k-1}^{s}, s = i+k-K .. i-1, that stage k has played and not yet replayed: K-k
+        micro-batches between steps, and one more, the paper's K-k+1, inside a step.
+      deltas: delta_k^i for k < K, as sent by stage k+1 at i-1; zeros before the first arrives.
+      losses: of the last whole mini-batch of ``deltas``, what the update of a stage needs (:class:`Told`).
+      sums: the gradients of a mini-batch that stage k has so far, of (K-k) mod M micro-batches missing; ``()`` if none.
+      stash: the weights, older than ``params``, with which ``history`` was played; empty unless they are stashed.
     """
 
     step: int
@@ -52,12 +72,15 @@ class FeaturesReplayState(NamedTuple):
     opt_state: tuple[PyTree, ...]
     history: tuple[History, ...]
     deltas: tuple[PyTree, ...]
-    losses: tuple[PyTree, ...]
+    losses: tuple[Told, ...]
+    sums: tuple[PyTree, ...]
+    stash: tuple[History, ...]
     streams: tuple[KeyStream, ...]
     batch_spec: BatchSpec
 
 
 def init(
+    options: Options,
     setup: Setup,
     parts: FeaturesReplayParts | None,
     key: Array,
@@ -67,29 +90,37 @@ def init(
 ) -> FeaturesReplayState:
     """Line 1: weights w^0; histories and deltas are zeros."""
     stages = init_stages(setup, key, batch, params, model_state)
-    K = len(setup.stages)
-    history = [fifo.empty(K - 1 - k, lambda k=k: zeros(stages.features[k], setup.shardings[k])) for k in range(K - 1)]
-    deltas, losses = delayed.nothing_sent(setup, stages, batch)
-    return FeaturesReplayState(**stages.fields(), history=tuple(history), deltas=deltas, losses=losses)
+    late = range(len(setup.stages) - 1, 0, -1)  # by how many micro-batches
+    history = [fifo.empty(d, lambda k=k: zeros(stages.features[k], setup.shardings[k])) for k, d in enumerate(late)]
+    deltas, losses = delayed.nothing_sent(setup, stages)
+    return FeaturesReplayState(
+        **stages.fields(),
+        history=tuple(history),
+        deltas=deltas,
+        losses=losses,
+        sums=delayed.nothing_added(setup, stages),
+        stash=delayed.nothing_stashed(stages.params[:-1] if options.stashed else (), setup.microbatches),
+    )
 
 
 class FeaturesReplayParts(NamedTuple):
-    """The jitted functions: K-1 predictions, plays and replays, and the last stage's one pass."""
+    """The jitted functions: K-1 predictions, plays and replays, the last stage's one pass, and the shared ones."""
 
     ahead: tuple[Callable, ...]
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
     last: Callable
+    shared: Shared
 
 
-def make_parts(setup: Setup, batch_stats: str, weight_prediction: float) -> FeaturesReplayParts:
+def make_parts(options: Options, setup: Setup) -> FeaturesReplayParts:
     """One prediction, play and replay for each stage k < K, and the last stage."""
     stages, shardings, donate = setup.stages, setup.shardings, setup.donate
     below = range(len(stages) - 1)
     return FeaturesReplayParts(
-        ahead=delayed.make_ahead(shardings, weight_prediction),
+        ahead=delayed.make_ahead(shardings, options.weight_prediction),
         plays=tuple(
-            functions.make_play(stages[k], shardings[k], update_stats=batch_stats != "replay", donate=donate)
+            functions.make_play(stages[k], shardings[k], update_stats=options.batch_stats != "replay", donate=donate)
             for k in below
         ),
         replays=tuple(
@@ -97,44 +128,61 @@ def make_parts(setup: Setup, batch_stats: str, weight_prediction: float) -> Feat
                 stages[k],
                 setup.optimizers[k],
                 shardings[k],
+                M=setup.microbatches,
                 staleness=len(below) - k,
                 input_gradient=k > 0,
-                update_stats=batch_stats != "play",
+                update_stats=options.batch_stats != "play",
                 return_grads=setup.return_grads,
                 donate=donate,
+                keep_params=options.stashed,
             )
             for k in below
         ),
         last=functions.make_last(setup),
+        shared=make_shared(setup, keep_params=options.stashed),
     )
 
 
 def step(
-    setup: Setup, parts: FeaturesReplayParts, state: FeaturesReplayState, batch: Batch
+    options: Options, setup: Setup, parts: FeaturesReplayParts, state: FeaturesReplayState, batch: Batch
 ) -> tuple[FeaturesReplayState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
-    history, deltas, losses = list(state.history), list(state.deltas), list(state.losses)
+    now = Iteration(setup, state, batch, parts.shared, any_size=False)
+    K, M = len(setup.stages), setup.microbatches
+    history, stash = list(state.history), list(state.stash)
+    deltas, losses = list(state.deltas), list(state.losses)
+    at: list[Any] = [None] * (K - 1)  # the weights with which a stage plays, until its next update
 
-    # Lines 3-8: play, all the way down before anything else is issued: stage k+1 waits for nothing but this.
-    h = now.send(batch.inputs, 0)
-    for k in range(K - 1):
-        history[k] = fifo.push(history[k], h)
-        h = now.play(k, parts.plays[k], h, parts.ahead[k](now.params[k], now.opt_state[k]))
+    for i, h, targets in now.microbatches(batch):
+        # Lines 3-8: play, all the way down before anything else is issued: stage k+1 waits for nothing but this.
+        for k in range(K - 1):
+            history[k] = fifo.push(history[k], h)
+            if at[k] is None:
+                at[k] = parts.ahead[k](now.params[k], now.opt_state[k], delayed.horizon(i, K - 1 - k, M))
+            h = now.play(k, parts.plays[k], h, at[k])
 
-    # Lines 6, 9 and 11-14 of stage K, in one pass. h is dropped: its buffer is donated, or free once it is read.
-    delta, h, loss = now.train(parts.last, h, batch.targets), None, now.loss
+        # Lines 6, 9 and 11-14 of stage K, in one pass. h is dropped: its buffer is donated, or free once it is read.
+        delta, h, targets = now.train(parts.last, h, targets), None, None
+        told = now.conclude() if delayed.is_whole(i, M) else now.told
 
-    # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at t-1; what arrives now is for t+1.
-    for k in reversed(range(K - 1)):
-        if delta is not None:
-            deltas[k], losses[k] = now.send(delta, k), delayed.send_loss(setup, loss, k)
-        h_s, history[k] = fifo.pop(history[k])  # also while there is nothing to replay: the zeros of init go first
-        delta, loss = None, state.losses[k]
-        if now.t + (k + 1) - K >= 0:
-            delta = now.replay(k, parts.replays[k], h_s, state.deltas[k], loss)
+        # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at i-1; delta is for i+1.
+        for k in reversed(range(K - 1)):
+            d = K - 1 - k
+            h_s, history[k] = fifo.pop(history[k])  # also while there is nothing to replay: the zeros of init go first
+            arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
+            delta, told = None, arrived_told
+            weights = delayed.played_with(stash[k], at[k], i, d, M) if options.stashed else None
+            if options.stashed:
+                stash[k] = delayed.rotate(stash[k], at[k], i, d, M)
+            if i >= d:
+                delta = now.replay(k, parts.replays[k], h_s, arrived, told, weights)
+            h_s = arrived = weights = None
+            if delayed.is_whole(i - d, M):
+                at[k] = None
+                if i >= d:
+                    now.update(k, told)  # with M = 1 the replay has made it
 
-    return now.finish(state, history=history, deltas=deltas, losses=losses)
+    return now.finish(state, history=history, deltas=deltas, losses=losses, sums=now.sums, stash=stash)
 
 
 def features_replay(
@@ -142,6 +190,8 @@ def features_replay(
     loss_fn: LossFn,
     optimizer: Optimizers,
     *,
+    microbatches: int = 1,
+    replay_weights: Literal["current", "stashed"] = "current",
     batch_stats: Literal["play", "replay", "both"] = "play",
     weight_prediction: float = 0.0,
     placement: Sequence[Sharding] | None = None,
@@ -153,18 +203,26 @@ def features_replay(
 
     Args:
       stages: the K stages.
-      loss_fn: ``(outputs, targets) -> scalar``, the mean over the batch.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over a micro-batch, or ``(total, weight)``, whose quotient
+        is the loss: totals and weights of micro-batches are added up separately.
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. A
         learning-rate schedule counts a stage's own updates, so stage k follows it K-k iterations late: by mini-batch,
         as back-propagation would.
+      microbatches: M. Micro-batch m = 0..M-1 has the examples m, m+M, m+2M, ... of the mini-batch. Each stage makes one
+        update per mini-batch, with the mean of their gradients, which are at most ceil((K-k)/M) updates late. 1 is the
+        method of the paper; train with M >= K. B is a multiple of M, and of M D with D devices per stage.
+      replay_weights: ``"current"``, the paper's, or ``"stashed"``: stage k replays with the weights with which the
+        micro-batch was played, and so has the gradients of :func:`fr_jax.ddg` for the memory of features replay and
+        at most ceil((K-k)/M) old copies of its weights.
       batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once per mini-batch;
         ``"replay"``, once per replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
-        with the statistics of the batch in every case. Stage K has one pass only.
-      weight_prediction: a. Stage k < K plays with its weights moved on by a (K-k) times its last update, which is
-        SpecTrain's prediction of the weights of the replay for a = 1 (:func:`fr_jax.staleness.predicted`); replay and
-        update act on today's weights. 0 is plain features replay. Otherwise stage k keeps its last update in
-        ``opt_state[k]``, a copy of its weights, and makes one more copy for its play.
+        with the statistics of the micro-batch in every case. Stage K has one pass only.
+      weight_prediction: a. Stage k < K plays with its weights moved on by a n times its last update, with n the number
+        of updates until the replay, K-k for M = 1. That is SpecTrain's prediction of the weights of the replay for
+        a = 1 (:func:`fr_jax.staleness.predicted`); replay and update act on today's weights. 0 is plain features
+        replay. Otherwise stage k keeps its last update in ``opt_state[k]``, a copy of its weights, and makes one more
+        copy for its play.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
@@ -174,8 +232,9 @@ def features_replay(
       The algorithm. K = 1 is plain back-propagation.
 
     Raises:
-      ValueError: on a wrong number of stages, optimizers or shardings, an unknown ``batch_stats``, a negative
-        ``weight_prediction``; from ``init`` and ``step`` on a batch that does not fit.
+      ValueError: on a wrong number of stages, optimizers or shardings, an unknown ``batch_stats`` or
+        ``replay_weights``, ``microbatches`` below 1, a negative ``weight_prediction``; from ``init`` and ``step`` on a
+        batch that does not fit or cannot be split.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -191,6 +250,9 @@ def features_replay(
     """
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    if replay_weights not in REPLAY_WEIGHTS:
+        raise ValueError(f"replay_weights = {replay_weights!r} is unknown; it can be 'current' or 'stashed'.")
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
     setup = delayed.with_prediction(setup, weight_prediction)
-    return make_algorithm(setup, init, step, lambda: make_parts(setup, batch_stats, weight_prediction))
+    options = Options(replay_weights == "stashed", batch_stats, weight_prediction)
+    return make_algorithm(setup, partial(init, options), partial(step, options), lambda: make_parts(options, setup))

@@ -14,28 +14,28 @@ gradient of back-propagation, with which the method is identical but for batch n
 
 Stage K does both of its passes over microbatch m at once, which takes no longer. The others keep M VJPs inside a
 step, without weights, which do not change until its end; nothing between steps.
+
+The schedule 1F1B (PipeDream-Flush, Narayanan et al. 2021, arXiv:2006.09503) does the same work in another order: stage
+k goes backward over microbatch m-(K-k) as soon as it has gone forward over microbatch m. The numbers are the same, and
+so is the time, but a stage keeps at most K-k+1 VJPs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import _functions as functions
-from fr_jax.algorithms._microbatches import check_split, make_accumulate, make_split
+from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
-from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_count, check_setup
+from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
 __all__ = ["GPipeState", "gpipe"]
-
-MICROBATCHES = (
-    " It must divide the batch size; 1 is back-propagation, M keep K devices busy for M / (M + K - 1) of the time."
-)
 
 
 class GPipeState(NamedTuple):
@@ -53,88 +53,75 @@ class GPipeState(NamedTuple):
 
 
 def init(
-    M: int,
-    setup: Setup,
-    parts: GPipeParts,
-    key: Array,
-    batch: Batch,
-    params: tuple | None,
-    model_state: tuple | None,
+    setup: Setup, parts: GPipeParts, key: Array, batch: Batch, params: tuple | None, model_state: tuple | None
 ) -> GPipeState:
     """Weights w^0."""
-    check_split(batch, M, setup.shardings)
     return GPipeState(**init_stages(setup, key, batch, params, model_state).fields())
 
 
 class GPipeParts(NamedTuple):
-    """The jitted functions: K-1 forwards and pulls, the last stage's one pass, K means and updates, two splits."""
+    """The jitted functions: K-1 forwards and pulls, the last stage's one pass, and the shared ones."""
 
-    split_inputs: Callable
-    split_targets: Callable
     forwards: tuple[Callable, ...]
     pulls: tuple[Callable, ...]
     last: Callable
-    accumulates: tuple[Callable, ...]
-    updates: tuple[Callable, ...]
+    shared: Shared
 
 
-def make_parts(setup: Setup, M: int) -> GPipeParts:
-    """Forward and backward for each stage k < K, both in one for stage K; mean and update for all."""
+def make_parts(setup: Setup) -> GPipeParts:
+    """Forward and backward for each stage k < K, both in one for stage K."""
     stages, shardings = setup.stages, setup.shardings
     below = range(len(stages) - 1)
     return GPipeParts(
-        split_inputs=make_split(shardings[0], M),
-        split_targets=make_split(shardings[-1], M),
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        last=functions.make_loss_gradient(
-            stages[-1],
-            setup.loss_fn,
-            shardings[-1],
-            metrics_fn=setup.metrics_fn,
-            input_gradient=len(stages) > 1,
-        ),
-        accumulates=tuple(make_accumulate(sharding, count=M) for sharding in shardings),
-        updates=tuple(
-            functions.make_update(optimizer, sharding, donate=setup.donate)
-            for optimizer, sharding in zip(setup.optimizers, shardings, strict=True)
-        ),
+        last=functions.make_last(setup),
+        shared=make_shared(setup),
     )
 
 
-def step(M: int, setup: Setup, parts: GPipeParts, state: GPipeState, batch: Batch) -> tuple[GPipeState, Info]:
-    """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
-    check_split(batch, M, setup.shardings, "step()")
-    now, K = Iteration(setup, state, batch, any_size=True), len(setup.stages)
-    totals: list[Any] = [None] * K
-    vjps: list[list[Any]] = [[] for _ in range(K - 1)]
-    deltas: list[PyTree | None] = []
+def all_forward_first(K: int, M: int) -> Iterator[tuple[bool, int, int]]:
+    """GPipe's order of issue, ``(forward?, stage, microbatch)``. Stage K goes backward with its forward pass."""
+    yield from ((True, k, m) for m in range(M) for k in range(K))
+    yield from ((False, k, m) for m in range(M) for k in reversed(range(K - 1)))
 
-    # Forward, all microbatches; stage K also backward.
-    inputs = list(parts.split_inputs(now.send(batch.inputs, 0)))
-    targets = list(parts.split_targets(now.send(batch.targets, K - 1)))
-    while inputs:
-        h = inputs.pop(0)
-        for k in range(K - 1):
+
+def one_forward_one_backward(K: int, M: int) -> Iterator[tuple[bool, int, int]]:
+    """That of 1F1B: backward passes as soon as the delta was sent in the turn before."""
+    for i in range(M + K - 1):
+        yield from ((True, k, i) for k in range(K) if i < M)
+        yield from ((False, k, i - (K - 1 - k)) for k in reversed(range(K - 1)) if 0 <= i - (K - 1 - k) < M)
+
+
+SCHEDULES = {"gpipe": all_forward_first, "1f1b": one_forward_one_backward}
+
+
+def step(schedule: str, setup: Setup, parts: GPipeParts, state: GPipeState, batch: Batch) -> tuple[GPipeState, Info]:
+    """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
+    now = Iteration(setup, state, batch, parts.shared, any_size=True)
+    K, M = len(setup.stages), setup.microbatches
+    microbatches, targets, h, vjp, delta = now.microbatches(batch), None, None, None, None
+    vjps: list[list[Any]] = [[] for _ in range(K - 1)]
+    deltas: list[list[PyTree]] = [[] for _ in range(K)]  # at k, what has been sent to stage k and not been used
+
+    for forward, k, m in SCHEDULES[schedule](K, M):
+        if forward and k == 0:
+            _, h, targets = next(microbatches)
+        if forward and k < K - 1:
             h, vjp = now.forward(k, parts.forwards[k], h)
             vjps[k].append(vjp)
             h = now.send(h, k + 1)
-        found, delta = now.last(parts.last, h, targets.pop(0))
-        totals[-1] = parts.accumulates[-1](totals[-1], found)
-        deltas.append(delta)
-        h = vjp = found = delta = None  # nothing here keeps alive what has been used
-
-    # Backward, all microbatches, in the order in which stage K has sent them.
-    while deltas:
-        delta = deltas.pop(0)
-        for k in reversed(range(K - 1)):
-            found, delta = parts.pulls[k](vjps[k].pop(0), now.send(delta, k), now.params[k])
-            totals[k], found = parts.accumulates[k](totals[k], found), None
-
-    # One update per stage, from the last on, whose sum is complete first.
-    totals[-1], now.loss, now.metrics = totals[-1]
-    for k in reversed(range(K)):
-        now.update(k, parts.updates[k], totals.pop(), now.loss_for(k))
+        elif forward:  # stage K: backward too, and with the last microbatch its update
+            delta, h, targets = now.train(parts.last, h, targets), None, None
+            if m == M - 1:
+                now.conclude()
+        else:
+            delta = now.pull(k, parts.pulls[k], vjps[k].pop(0), deltas[k].pop(0), now.params[k])
+            if m == M - 1:
+                now.update(k, now.told_for(k))
+        if delta is not None:
+            deltas[k - 1].append(now.send(delta, k - 1))
+        vjp = delta = None  # nothing here keeps alive what has been used
 
     return now.finish(state)
 
@@ -145,6 +132,7 @@ def gpipe(
     optimizer: Optimizers,
     *,
     microbatches: int,
+    schedule: Literal["gpipe", "1f1b"] = "gpipe",
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
@@ -160,12 +148,14 @@ def gpipe(
 
     Args:
       stages: the K stages. K = 1 is the accumulation of gradients.
-      loss_fn: ``(outputs, targets) -> scalar``, the mean over the microbatch; the mean over the batch is the mean of
-        these.
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over a microbatch, whose mean over the microbatches is the
+        loss, or ``(total, weight)``, whose quotient is the loss: totals and weights are added up separately.
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``.
       microbatches: M. Microbatch m = 0..M-1 has the examples m, m+M, m+2M, ... of the batch, whose ``inputs`` and
         ``targets`` are ``(B, ...)``; B is a multiple of M, and of M D with D devices per stage.
+      schedule: ``"gpipe"``, all forward passes first, or ``"1f1b"``: the same numbers in the same time, with the
+        activations of at most K-k+1 microbatches in stage k = 1..K instead of M.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device, where nothing
         runs at the same time.
       return_grads: also return each stage's gradient, the mean over the microbatches, in ``Info.grads``.
@@ -174,11 +164,12 @@ def gpipe(
         are their means over the microbatches, as for the loss.
 
     Returns:
-      The algorithm. Inside a step, stages k < K keep the activations of all M microbatches.
+      The algorithm. Inside a step, stages k < K keep the activations of all M microbatches, or of K-k+1.
 
     Raises:
       ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` that is not a whole number
-        of at least 1; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
+        of at least 1, or an unknown ``schedule``; from ``init`` and ``step`` on a batch that does not fit or cannot be
+        split.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -191,6 +182,7 @@ def gpipe(
       >>> state.step, int(state.streams[0].count)
       (1, 2)
     """
-    M = check_count("microbatches", microbatches, why=MICROBATCHES)
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
-    return make_algorithm(setup, functools.partial(init, M), functools.partial(step, M), lambda: make_parts(setup, M))
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule = {schedule!r} is unknown; it can be {' or '.join(map(repr, SCHEDULES))}.")
+    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    return make_algorithm(setup, init, functools.partial(step, schedule), lambda: make_parts(setup))

@@ -20,6 +20,7 @@ WORK: dict[str, Callable[..., StageWork]] = {
     # Stages but the last run forward, those but the first take h-steps, each does its W-step.
     "blockprop": lambda k, K, h_steps=1: StageWork(plays=float(k < K - 1), input_passes=float(h_steps) if k else 0.0),
     "gpipe": lambda k, K: StageWork(),
+    "2bw": lambda k, K: StageWork(),
 }
 """``(k, K) -> StageWork``: what stage k = 0..K-1 does in one step of each method."""
 

@@ -176,9 +176,10 @@ def test_only_what_has_changed_is_returned(naive, make_batches, batch_stats):
     """XLA would copy running statistics that a stage returns as it was given them, a kernel for each leaf."""
     stages = [naive.stage((naive.dense(4), naive.batch_norm())), naive.dense(2).stage]
     setup = check_setup(stages, naive.squared_error, optax.sgd(0.1))
-    parts = features_replay.make_parts(setup, batch_stats, 0.0)
+    options = features_replay.Options(batch_stats=batch_stats)
+    parts = features_replay.make_parts(options, setup)
     (batch,) = make_batches(1)
-    state = features_replay.init(setup, parts, jax.random.key(0), batch, None, None)
+    state = features_replay.init(options, setup, parts, jax.random.key(0), batch, None, None)
     stage = state.params[0], state.model_state[0]
     _, moved, _ = parts.plays[0](*stage, state.streams[0], batch.inputs)
     assert (moved is None) == (batch_stats == "replay")

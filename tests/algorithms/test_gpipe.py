@@ -9,6 +9,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.algorithms import gpipe as method
+from fr_jax.algorithms._microbatches import make_split
 
 STEPS = 4
 close = {"rtol": 1e-10, "atol": 1e-12}
@@ -128,7 +129,7 @@ def test_each_module_may_have_its_own_optimizer(naive, make_batches, run):
 def test_a_split_sends_nothing_between_devices(D):
     sharding = fr.placement(1, jax.devices()[:D], data_parallel=D)[0]
     x = jax.device_put(np.arange(24.0).reshape(12, 2), sharding)
-    split = method.make_split(sharding, 3)
+    split = make_split(sharding, 3)
     for m, part in enumerate(split(x)):
         np.testing.assert_array_equal(part, np.asarray(x)[m::3])
         assert part.sharding.is_equivalent_to(sharding, 2)
@@ -143,23 +144,30 @@ def test_the_search_would_see_something_sent():
     assert re.search(r"collective-permute|all-gather|all-to-all", rotate.lower(x).compile().as_text())
 
 
-def test_all_microbatches_go_forward_then_backward(naive, make_batches):
-    """The order of issue decides the time that a step takes."""
+@pytest.mark.parametrize(
+    ("schedule", "order"),
+    [
+        ("gpipe", "f1 f2 K f1 f2 K f1 f2 K u3 p2 p1 p2 p1 p2 u2 p1 u1"),
+        ("1f1b", "f1 f2 K f1 f2 K p2 f1 f2 K u3 p2 p1 p2 u2 p1 p1 u1"),
+    ],
+)
+def test_the_order_of_issue(naive, make_batches, schedule, order):
+    """It decides the time that a step takes."""
     stages = [naive.dense(width).stage for width in (4, 3, 2)]
-    setup = method.check_setup(stages, naive.squared_error, optax.sgd(0.1))
-    parts = method.make_parts(setup, 2)
+    setup = method.check_setup(stages, naive.squared_error, optax.sgd(0.1), microbatches=3)
+    parts = method.make_parts(setup)
     issued = []
 
     def told(name, call):
         return lambda *args: (issued.append(name), call(*args))[1]
 
-    numbered = ("forwards", "pulls", "updates")
-    spies = {name: tuple(told(f"{name[0]}{k}", f) for k, f in enumerate(getattr(parts, name), 1)) for name in numbered}
-    spies["last"] = told("K", parts.last)
+    numbered = lambda room, name: tuple(told(f"{name[0]}{k}", f) for k, f in enumerate(getattr(room, name), 1))
+    spies = {name: numbered(parts, name) for name in ("forwards", "pulls")} | {"last": told("K", parts.last)}
+    spies["shared"] = parts.shared._replace(updates=numbered(parts.shared, "updates"))
     (batch,) = make_batches(1)
-    state = method.init(2, setup, parts, jax.random.key(0), batch, None, None)
-    method.step(2, setup, parts._replace(**spies), state, batch)
-    assert issued == ["f1", "f2", "K", "f1", "f2", "K", "p2", "p1", "p2", "p1", "u3", "u2", "u1"]
+    state = method.init(setup, parts, jax.random.key(0), batch, None, None)
+    method.step(schedule, setup, parts._replace(**spies), state, batch)
+    assert " ".join(issued) == order
 
 
 def test_numpy_batches_are_welcome(naive, make_batches, run):

@@ -16,14 +16,19 @@ from fr_jax.diagnostics.memory.step_memory import step_memory
 
 B, K, M = 12, 3, 3  # no other test has 12 examples of these widths
 WIDTHS = (5, 7, 11, 3)  # x, h_1, h_2, h_3: every array of this test is known by its shape
-FUNCTIONS = ("play", "replay", "train", "forward", "pull", "update", "loss_gradient")
+FUNCTIONS = ("play", "replay", "train", "forward", "pull", "update")
 
 
 METHODS = {
     "bp": fr.backprop,
     "fr": fr.features_replay,
     "ddg": fr.ddg,
-    "gpipe": lambda *args, **kwargs: fr.gpipe(*args, microbatches=M, **kwargs),
+    "gpipe": functools.partial(fr.gpipe, microbatches=M),
+    "1f1b": functools.partial(fr.gpipe, microbatches=M, schedule="1f1b"),
+    "2bw": functools.partial(fr.pipedream_2bw, microbatches=M),
+    "fr-M": functools.partial(fr.features_replay, microbatches=M),
+    "ddg-M": functools.partial(fr.ddg, microbatches=M),
+    "fr-stashed": functools.partial(fr.features_replay, microbatches=2, replay_weights="stashed"),
 }
 
 
@@ -179,7 +184,8 @@ def test_residuals_hold_no_weights(make, calls, method):
     pulls = [found for name, _, found in calls if name == "pull"]
     assert len(pulls) == (K - 1) * (M if method == "gpipe" else 1)
     for k in range(K - 1):
-        assert pulls[0][k, (WIDTHS[k], WIDTHS[k + 1])] == 3
+        sums = method == "gpipe" and k == K - 2  # the first stage to go backward
+        assert pulls[0][k, (WIDTHS[k], WIDTHS[k + 1])] == 3 + sums
 
 
 def test_ddg_holds_old_weights_without_biases(get, count_new):

@@ -121,7 +121,7 @@ def test_functions_that_return_something_else_are_refused(naive, method):
     stages = [naive.dense(2).stage] * 2
     state = method(stages, naive.squared_error, optax.sgd(0.1)).init(KEY, BATCH)
     for options, said in (
-        ({"loss_fn": lambda y, z: (y.mean(), {})}, "loss_fn returned a tuple; .*metrics_fn"),
+        ({"loss_fn": lambda y, z: (y.mean(), {})}, "loss_fn returned a tuple of .*a dict; .*metrics_fn"),
         ({"loss_fn": lambda y, z: ((y - z) ** 2).mean(1)}, r"loss_fn returned float32 of shape \(6,\); .*one floating"),
         ({"metrics_fn": lambda y, z: y.mean()}, "metrics_fn returned a .*must be a dict"),
         (

@@ -7,6 +7,7 @@ flow (``features_replay_lockstep`` in ``simulation/schedules.py``); do not train
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms import _history as fifo
 from fr_jax.algorithms import features_replay
 from fr_jax.algorithms._losses import loss_of
+from fr_jax.algorithms._microbatches import Shared
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._validation import Optimizers, Setup, check_setup
 from fr_jax.algorithms._vjp import with_weights
@@ -27,23 +29,24 @@ from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, PyTree, Stage
 
 __all__ = ["LockstepParts", "barrier", "init", "lockstep", "make_parts", "step"]
 
-init = features_replay.init
+OPTIONS = features_replay.Options()
+init = functools.partial(features_replay.init, OPTIONS)
 
 
 class LockstepParts(NamedTuple):
-    """The jitted functions; ``forward``, ``backward`` and ``update`` are stage K's."""
+    """The jitted functions; ``forward`` and ``backward`` are stage K's."""
 
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
     forward: Callable
     backward: Callable
-    update: Callable
+    shared: Shared
 
 
 def make_parts(setup: Setup) -> LockstepParts:
     """Those of features replay, except for stage K, whose one pass is divided at the barrier."""
     here, K = replicated(setup.shardings[-1]), len(setup.stages)
-    free = features_replay.make_parts(setup, "play", 0.0)
+    free = features_replay.make_parts(OPTIONS, setup)
 
     def backward(vjp: Callable, outputs: PyTree, targets: Array, params: PyTree) -> tuple[Array, PyTree, PyTree]:
         loss, delta = jax.value_and_grad(lambda y: loss_of(setup.loss_fn, y, targets))(outputs)
@@ -55,7 +58,7 @@ def make_parts(setup: Setup) -> LockstepParts:
         replays=free.replays,
         forward=functions.make_forward(setup.stages[-1], input_gradient=K > 1, keep_weights=False),
         backward=jax.jit(backward, out_shardings=(here, here, setup.shardings[-1])),
-        update=functions.make_update(setup.optimizers[-1], setup.shardings[-1], donate=True),
+        shared=free.shared,
     )
 
 
@@ -63,7 +66,7 @@ def step(
     setup: Setup, parts: LockstepParts, state: FeaturesReplayState, batch: Batch
 ) -> tuple[FeaturesReplayState, Info]:
     """Iteration t."""
-    now, K = Iteration(setup, state, batch, any_size=False), len(setup.stages)
+    now, K = Iteration(setup, state, batch, parts.shared, any_size=False), len(setup.stages)
     history, deltas = list(state.history), list(state.deltas)
 
     h = now.send(batch.inputs, 0)
@@ -73,8 +76,9 @@ def step(
     outputs, vjp = now.forward(K - 1, parts.forward, h)
     barrier((outputs, now.model_state, now.streams))
 
-    now.loss, grads, delta = parts.backward(vjp, outputs, now.send(batch.targets, K - 1), now.params[-1])
-    now.update(K - 1, parts.update, grads)
+    targets = now.send(batch.targets, K - 1)
+    now.loss, now.sums[-1], delta = parts.backward(vjp, outputs, targets, now.params[-1])
+    now.update(K - 1)
     for k in reversed(range(K - 1)):
         if delta is not None:  # of stage k+1, for the next iteration: this one replays with state.deltas
             deltas[k] = now.send(delta, k)

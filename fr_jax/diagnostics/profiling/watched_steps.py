@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections import defaultdict
@@ -18,16 +19,25 @@ from fr_jax.types import Batch
 
 __all__ = ["STEPS", "Call", "Watched", "is_mine", "recorded_calls", "watched_step"]
 
-# (the method's file, its jitted functions, the first arguments of its `init` and `step`) from (setup, M, synthesizers).
-STEPS: dict[str, Callable[[Setup, int, Any], tuple[Any, Any, tuple]]] = {
-    "bp": lambda setup, M, own: (backprop, backprop.make_parts(setup), ()),
-    "fr": lambda setup, M, own: (features_replay, features_replay.make_parts(setup, "play", 0.0), ()),
-    "fr-lockstep": lambda setup, M, own: (lockstep, lockstep.make_parts(setup), ()),
-    "ddg": lambda setup, M, own: (ddg, ddg.make_parts(setup, 0.0), ()),
-    "dni": lambda setup, M, own: (dni, dni.make_parts(setup, own), (own,)),
-    "gpipe": lambda setup, M, own: (gpipe, gpipe.make_parts(setup, M), (M,)),
+_REPLAY = features_replay.Options()
+# (the method's jitted functions, its `init`, its `step`), the two without their first arguments, from its setup.
+STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
+    "bp": lambda setup, own: (backprop.make_parts(setup), backprop.init, backprop.step),
+    "fr": lambda setup, own: (
+        features_replay.make_parts(_REPLAY, setup),
+        functools.partial(features_replay.init, _REPLAY),
+        functools.partial(features_replay.step, _REPLAY),
+    ),
+    "fr-lockstep": lambda setup, own: (lockstep.make_parts(setup), lockstep.init, lockstep.step),
+    "ddg": lambda setup, own: (ddg.make_parts(setup, 0.0), ddg.init, ddg.step),
+    "dni": lambda setup, own: (
+        dni.make_parts(setup, own),
+        functools.partial(dni.init, own),
+        functools.partial(dni.step, own),
+    ),
+    "gpipe": lambda setup, own: (gpipe.make_parts(setup), gpipe.init, functools.partial(gpipe.step, "gpipe")),
 }
-_WORK = ("play", "replay", "forward", "backward", "update", "accumulate", "synthesize", "learn")
+_WORK = ("play", "replay", "forward", "backward", "update", "synthesize", "learn")
 _KINDS = {name: kind for kind in _WORK for name in (kind, f"{kind}s")} | {"pulls": "backward", "errors": "learn"}
 """Field of a method's ``Parts`` -> field of ``StageTimes``; for ``last`` it depends on the method."""
 
@@ -72,21 +82,27 @@ def watched_step(
     method: str, setup: Setup, batch: Batch, watch: Watch, *, microbatches: int = 1, synthesizers: Any = None
 ) -> tuple[Callable, Any]:
     """``(step, state)`` of a method, where ``watch`` replaces each function of this process's stages."""
-    room, parts, own = STEPS[method](setup, microbatches, synthesizers)
-    state = room.init(*own, setup, parts, jax.random.key(0), batch, None, None)
-    kinds = _KINDS | {"last": "gradient" if method == "gpipe" else "last"}
+    setup = dataclasses.replace(setup, microbatches=microbatches if method == "gpipe" else 1)
+    parts, init, step = STEPS[method](setup, synthesizers)
+    state = init(setup, parts, jax.random.key(0), batch, None, None)
+    kinds = _KINDS | {"last": "gradient" if setup.microbatches > 1 else "last"}
     mine, top = [is_mine(sharding) for sharding in setup.shardings], len(setup.stages) - 1
 
     def watched(run: Callable, k: int, field: str) -> Callable:
         return watch(run, Watched(k, kinds[field], field)) if mine[k] else run
 
-    fields: dict[str, Any] = {}
-    for field, found in parts._asdict().items():
-        if field in kinds and callable(found):
-            fields[field] = watched(found, top, field)
-        elif field in kinds:
-            fields[field] = tuple(watched(run, k, field) for k, run in enumerate(found))
-    return functools.partial(room.step, *own, setup, parts._replace(**fields)), state
+    def spied(parts: Any) -> Any:
+        fields: dict[str, Any] = {}
+        for field, found in parts._asdict().items():
+            if field == "shared":
+                fields[field] = spied(found)
+            elif field in kinds and callable(found):
+                fields[field] = watched(found, top, field)
+            elif field in kinds:
+                fields[field] = tuple(watched(run, k, field) for k, run in enumerate(found))
+        return parts._replace(**fields)
+
+    return functools.partial(step, setup, spied(parts)), state
 
 
 def recorded_calls(methods: Iterable[str], setup: Setup, batch: Batch, **own: Any) -> dict[Watched, list[Call]]:

@@ -117,7 +117,7 @@ _ORDERS = {
 _RESULTS = dict.fromkeys(("play", "forward"), "feature")
 _RESULTS |= dict.fromkeys(("last", "gradient", "replay", "backward"), "delta")
 """What a kind sends to another stage."""
-_LOCAL = ("synthesize", "accumulate", "update")
+_LOCAL = ("synthesize", "update")
 """Kinds that wait for no other device, and that no other device waits for: left out if they take no time."""
 
 _PLAY = Row(("play",), "up", "feature")
@@ -152,8 +152,8 @@ take no time: stage k waits for the forward pass of stage k+1 before its synthes
 
 gpipe = MethodSchedule(
     (
-        (_FORWARD, _LAST._replace(kinds=("gradient", "accumulate"))),
-        (Row(("backward", "accumulate"), "down", "delta"), Row(("update",), "all", once=True)),
+        (_FORWARD, _LAST._replace(kinds=("gradient",))),
+        (Row(("backward",), "down", "delta"), Row(("update",), "all", once=True)),
     )
 )
 """``fr_jax.gpipe`` with M micro-batches. Speedup KM/(M+K-1)."""

@@ -19,8 +19,7 @@ class StageTimes(NamedTuple):
       backward: applying that VJP.
       update: the optimizer.
       last: forward, loss, backward and update, one function.
-      gradient: the same without the update (GPipe).
-      accumulate: adding up the gradients of a micro-batch (GPipe).
+      gradient: the same, of a micro-batch, without the update.
       synthesize: the forward pass of the stage's synthesizer (DNI).
       learn: the synthesizer's gradient and update (DNI).
     """
@@ -32,7 +31,6 @@ class StageTimes(NamedTuple):
     update: float = math.nan
     last: float = math.nan
     gradient: float = math.nan
-    accumulate: float = math.nan
     synthesize: float = math.nan
     learn: float = math.nan
 
@@ -59,8 +57,6 @@ def times_of_costs(
 ) -> Times:
     """Times by the rule that a backward pass takes twice as long as a forward pass.
 
-    Adding up gradients (GPipe) costs nothing.
-
     Args:
       costs: K entries, the seconds of each stage's forward and backward pass together, or in any other unit.
       transfers: seconds for a feature to cross a cut, and for its gradient to come back: one for all, or K-1.
@@ -82,7 +78,7 @@ def times_of_costs(
     stages = []
     for cost, synthesizer in zip(costs, (*_for_each_cut("synthesizers", synthesizers, K), 0.0), strict=True):
         whole = {"replay": cost + update, "last": cost + update, "gradient": cost}
-        parts = {"play": cost / 3, "forward": cost / 3, "backward": 2 * cost / 3, "update": update, "accumulate": 0.0}
+        parts = {"play": cost / 3, "forward": cost / 3, "backward": 2 * cost / 3, "update": update}
         stages.append(StageTimes(**whole, **parts, synthesize=synthesizer / 3, learn=2 * synthesizer / 3))
     return Times(tuple(stages), crossing, crossing)
 

@@ -141,7 +141,7 @@ def test_switched_off_they_are_not_there():
     assert staleness.accumulate(sgd, 1) is sgd
     assert staleness.shrink_gradients(sgd, 1.0, 3) == (sgd, sgd, sgd)
     w, opt_state = jnp.ones(2), ()
-    assert all(ahead(w, opt_state) is w for ahead in _delayed.make_ahead([None] * 3, 0.0))
+    assert all(ahead(w, opt_state, 2) is w for ahead in _delayed.make_ahead([None] * 3, 0.0))
 
 
 @pytest.mark.usefixtures("x64")

@@ -57,7 +57,7 @@ def test_every_phase_is_waited_for(monkeypatch):
         replays=(logged(parts.replays[0], "replay"),),
         forward=logged(parts.forward, "forward"),
         backward=logged(parts.backward, "backward"),
-        update=logged(parts.update, "update"),
+        shared=parts.shared._replace(updates=tuple(logged(update, "update") for update in parts.shared.updates)),
     )
     monkeypatch.setattr(lockstep, "barrier", logged(lockstep.barrier, "barrier"))
     state = lockstep.init(setup, parts, jax.random.key(0), batch, None, None)

@@ -32,7 +32,7 @@ KINDS = {
     "fr-lockstep": ({"play", "replay"}, {"forward", "backward", "update"}),
     "ddg": ({"forward", "backward", "update"}, {"last"}),
     "dni": ({"forward", "synthesize", "backward", "update", "learn"}, {"last"}),
-    "gpipe": ({"forward", "backward", "accumulate", "update"}, {"gradient", "accumulate", "update"}),
+    "gpipe": ({"forward", "backward", "update"}, {"gradient", "update"}),
 }
 
 
