@@ -11,7 +11,7 @@ With one update per mini-batch of M > 1 micro-batches, gradients are added to ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,10 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
-from fr_jax.algorithms._losses import NOTHING, Scored, Told, combine, gradient_norm, quotient, score
+from fr_jax.algorithms._losses import NOTHING, Told, gradient_norm, quotient
 from fr_jax.algorithms._stages import KeyStream
-from fr_jax.algorithms._validation import Setup
 from fr_jax.algorithms._vjp import with_weights, without_weights
-from fr_jax.types import Array, LossFn, MetricsFn, PyTree, Stage
+from fr_jax.types import Array, PyTree, Stage
 
 
 class Updated(NamedTuple):
@@ -46,40 +45,18 @@ class Stepped(NamedTuple):
     gradient_norm: Array
 
 
-class Trained(NamedTuple):
-    """The last stage, or a whole network, after its forward and backward pass and its update."""
-
-    params: tuple[PyTree, ...]
-    model_state: tuple[PyTree, ...]
-    opt_state: tuple[PyTree, ...]
-    counts: tuple[Array, ...]
-    delta: PyTree | None
-    loss: Array
-    grads: tuple[PyTree, ...] | None
-    gradient_norms: tuple[Array, ...]
-    metrics: dict[str, Array]
-
-
-class Added(NamedTuple):
-    """The last stage, or a whole network, after the forward and backward pass of one of M > 1 micro-batches."""
-
-    sums: tuple[PyTree, ...]
-    model_state: tuple[PyTree, ...]
-    counts: tuple[Array, ...]
-    delta: PyTree | None
-    scored: Scored
-
-
-def _optimize(
+def optimize(
     optimizer: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree, loss: Array | tuple
 ) -> tuple[PyTree, PyTree]:
+    """The weights and the optimizer's state after one step; ``loss`` is ``()`` for an optimizer that takes none."""
     takes_loss = isinstance(optimizer, optax.GradientTransformationExtraArgs) and not isinstance(loss, tuple)
     extra: dict[str, Any] = {"value": loss} if takes_loss else {}
     updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state
 
 
-def _add(sums: PyTree, grads: PyTree) -> PyTree:
+def add_up(sums: PyTree, grads: PyTree) -> PyTree:
+    """``sums`` with one more gradient, in their own type."""
     return jax.tree.map(lambda total, g: total + g.astype(total.dtype), sums, grads)
 
 
@@ -148,12 +125,12 @@ def make_replay(
         at = params if weights is None else weights
         grads, delta_in, new_state = gradient(at, model_state, stream, h_in, delta)
         norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
-        params, opt_state = _optimize(optimizer, grads, opt_state, params, told.loss)
+        params, opt_state = optimize(optimizer, grads, opt_state, params, told.loss)
         return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
 
     def add(weights: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree, sums: PyTree) -> Any:
         grads, delta_in, new_state = gradient(weights, model_state, stream, h_in, delta)
-        return _add(sums, grads), new_state, delta_in
+        return add_up(sums, grads), new_state, delta_in
 
     here: Any = replicated(sharding)
     # The h_in of the first stage is the mini-batch, which is the caller's. A delta is not donated: it has the shape of
@@ -165,111 +142,6 @@ def make_replay(
     donated = (*donated, "opt_state", *(() if keep_params else ("params",)))
     out_shardings = Updated(**dict.fromkeys(Updated._fields, here))._replace(delta=sharding)
     return jax.jit(replay, donate_argnames=donated if donate else (), out_shardings=out_shardings)
-
-
-def _network_gradient(
-    stages: Sequence[Stage], loss_fn: LossFn, metrics_fn: MetricsFn | None, *, of_total: bool, input_gradient: bool
-) -> Callable:
-    """``(params, model_state, streams, h_in, targets) -> (grads, delta, model_state, scored)`` of a few stages.
-
-    The gradient is that of the loss, or of its total alone.
-    """
-
-    def gradient(
-        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree
-    ) -> Any:
-        def objective(params: tuple, h: PyTree) -> tuple[Array, Any]:
-            new_state = []
-            for k, stage in enumerate(stages):
-                h, stage_state = stage.apply(params[k], model_state[k], h, key=streams[k].at(), train=True)
-                new_state.append(stage_state)
-            scored = score(loss_fn, metrics_fn, h, targets)
-            return scored.loss[0] if of_total else quotient(*scored.loss), (tuple(new_state), scored)
-
-        run = jax.grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
-        (grads, *delta), (new_state, scored) = run(params, h_in)
-        return grads, delta[0] if input_gradient else None, new_state, scored
-
-    return gradient
-
-
-def make_train(
-    stages: Sequence[Stage],
-    loss_fn: LossFn,
-    optimizers: Sequence[optax.GradientTransformation],
-    sharding: Sharding | None,
-    *,
-    M: int = 1,
-    metrics_fn: MetricsFn | None,
-    input_gradient: bool,
-    return_grads: bool,
-    donate: bool,
-    keep_input: bool = False,
-) -> Callable:
-    """Loss, gradients and, for M = 1, updates in one pass: of the last stage of a method, or of all on one device.
-
-    ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; for M > 1
-    ``(params, model_state, streams, h_in, targets, sums) -> Added``.
-
-    ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
-    """
-    gradient = _network_gradient(stages, loss_fn, metrics_fn, of_total=M > 1, input_gradient=input_gradient)
-
-    def train(
-        params: tuple,
-        model_state: tuple,
-        opt_state: tuple,
-        streams: tuple[KeyStream, ...],
-        h_in: PyTree,
-        targets: PyTree,
-    ) -> Trained:
-        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
-        loss, _, metrics = combine([scored])
-        updated = [_optimize(o, g, s, p, loss) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
-        return Trained(
-            params=tuple(p for p, _ in updated),
-            model_state=new_state,
-            opt_state=tuple(s for _, s in updated),
-            counts=tuple(stream.count + 1 for stream in streams),
-            delta=delta,
-            loss=loss,
-            grads=grads if return_grads else None,
-            gradient_norms=tuple(gradient_norm(g) for g in grads),
-            metrics=metrics,
-        )
-
-    def add(
-        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree, sums: tuple
-    ) -> Added:
-        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
-        return Added(_add(sums, grads), new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
-
-    here: Any = replicated(sharding)
-    donated = ("model_state", *(("h_in",) if input_gradient and not keep_input else ()))
-    if M > 1:
-        add.__name__ = "train"  # in a profile
-        out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
-        # The sums are made within the step: no state holds those of the last stage.
-        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
-    donated = (*donated, "params", "opt_state")
-    out_shardings = Trained(**dict.fromkeys(Trained._fields, here))._replace(delta=sharding)
-    return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
-
-
-def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Callable:
-    """:func:`make_train` for the last stage of a method, or for all stages from ``first`` on."""
-    return make_train(
-        setup.stages[first:],
-        setup.loss_fn,
-        setup.optimizers[first:],
-        setup.shardings[-1],
-        M=setup.microbatches,
-        metrics_fn=setup.metrics_fn,
-        input_gradient=first % len(setup.stages) > 0,
-        return_grads=setup.return_grads,
-        donate=setup.donate,
-        keep_input=keep_input,
-    )
 
 
 def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = True) -> Callable:
@@ -304,7 +176,7 @@ def make_pull(sharding: Sharding | None, *, input_gradient: bool, donate_sums: b
 
     def pull(vjp: Callable, delta: PyTree, params: PyTree = (), sums: PyTree = None) -> tuple[PyTree, PyTree | None]:
         grads, *delta_in = with_weights(vjp, params)(delta)
-        return grads if sums is None else _add(sums, grads), delta_in[0] if input_gradient else None
+        return grads if sums is None else add_up(sums, grads), delta_in[0] if input_gradient else None
 
     donated = "sums" if donate_sums else ()
     return jax.jit(pull, donate_argnames=donated, out_shardings=(replicated(sharding), sharding))
@@ -332,7 +204,7 @@ def make_update(
             grads = jax.tree.map(mean, grads)
         norm = gradient_norm(grads)
         narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
-        params, opt_state = _optimize(optimizer, narrow, opt_state, params, told.loss)
+        params, opt_state = optimize(optimizer, narrow, opt_state, params, told.loss)
         return Stepped(params, opt_state, grads if return_grads and M > 1 else None, norm)
 
     # Sums are not donated: they are in float32 at least, the weights may be narrower, and most optimizers return

@@ -26,6 +26,7 @@ from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._training import make_last
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
@@ -69,7 +70,7 @@ def make_parts(setup: Setup) -> BackpropParts:
     return BackpropParts(
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
-        last=functions.make_last(setup, first=len(below)),
+        last=make_last(setup, first=len(below)),
         shared=make_shared(setup),
     )
 

@@ -32,6 +32,7 @@ from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import loss_of, wide
 from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
 from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._training import make_train
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_count, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
@@ -114,9 +115,7 @@ def make_parts(setup: Setup, own: Gluing) -> BlockPropParts:
         setup.metrics_fn,
     ]
     play = functools.partial(functions.make_play, update_stats=False, donate=donate)
-    learn = functools.partial(
-        functions.make_train, input_gradient=False, return_grads=setup.return_grads, donate=donate
-    )
+    learn = functools.partial(make_train, input_gradient=False, return_grads=setup.return_grads, donate=donate)
     return BlockPropParts(
         forwards=tuple(play(cache.make_gluing(stages[k], if_due=skip), shardings[k]) for k in blocks[:-1]),
         memories=tuple(cache.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),

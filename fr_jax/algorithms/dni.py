@@ -30,6 +30,7 @@ from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_layer, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._training import make_last
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
@@ -128,7 +129,7 @@ def make_parts(setup: Setup, own: SynthesizerSetup) -> DNIParts:
         synthesizes=tuple(functions.make_forward(stage, input_gradient=False) for stage in own.stages),
         errors=tuple(make_error(shardings[k]) for k in below),
         learns=tuple(functions.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
-        last=functions.make_last(setup, keep_input=True),  # the VJP of M_{K-1} may share its buffer
+        last=make_last(setup, keep_input=True),  # the VJP of M_{K-1} may share its buffer
         shared=make_shared(setup),
     )
 

@@ -37,6 +37,7 @@ from fr_jax.algorithms._losses import Told
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
 from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._training import make_last
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
@@ -138,7 +139,7 @@ def make_parts(options: Options, setup: Setup) -> FeaturesReplayParts:
             )
             for k in below
         ),
-        last=functions.make_last(setup),
+        last=make_last(setup),
         shared=make_shared(setup, keep_params=options.stashed),
     )
 

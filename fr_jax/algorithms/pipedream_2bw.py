@@ -28,6 +28,7 @@ from fr_jax.algorithms._losses import Told
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
+from fr_jax.algorithms._training import make_last
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_setup
 from fr_jax.types import Algorithm, Array, Batch, Info, LossFn, MetricsFn, PyTree, Stage
 
@@ -90,7 +91,7 @@ def make_parts(setup: Setup) -> PipeDream2BWParts:
     return PipeDream2BWParts(
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0, donate_sums=donate) for k in below),
-        last=functions.make_last(setup),
+        last=make_last(setup),
         shared=make_shared(setup, keep_params=True),
     )
 

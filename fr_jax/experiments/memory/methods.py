@@ -12,8 +12,9 @@ from jax.sharding import Sharding
 import fr_jax as fr
 from fr_jax._arrays import put
 from fr_jax.algorithms import _functions as steps
+from fr_jax.algorithms._training import make_train
 from fr_jax.experiments._methods import METHODS, Method, TrainingSet
-from fr_jax.types import Algorithm, Batch, Info, Stage
+from fr_jax.types import Algorithm, Batch, Info, LossFn, Stage
 
 EXAMPLES, CLASSES = 50_000, 10  # as CIFAR-10 has; only caches and conditioned synthesizers depend on them
 
@@ -22,7 +23,7 @@ __all__ = ["CONTESTANTS", "Contestant", "checkpointed", "recomputing"]
 
 def recomputing(
     stages: Sequence[Stage],
-    loss_fn: steps.LossFn,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
     placement: Sequence[Sharding],
@@ -60,9 +61,7 @@ def recomputing(
         )
         for k in range(K - 1)
     ]
-    last = steps.make_train(
-        stages[-1:], loss_fn, [optimizer], placement[-1], metrics_fn=None, input_gradient=K > 1, **common
-    )
+    last = make_train(stages[-1:], loss_fn, [optimizer], placement[-1], metrics_fn=None, input_gradient=K > 1, **common)
 
     def step(state: Any, batch: Batch) -> tuple[Any, Info]:
         params, model_state, opt_state = list(state.params), list(state.model_state), list(state.opt_state)

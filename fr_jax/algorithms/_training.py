@@ -1,0 +1,146 @@
+"""Forward and backward pass of the last stage, or of a whole network, in one jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Sharding
+
+from fr_jax._placement import replicated
+from fr_jax.algorithms._functions import add_up, optimize
+from fr_jax.algorithms._losses import Scored, combine, gradient_norm, quotient, score
+from fr_jax.algorithms._stages import KeyStream
+from fr_jax.algorithms._validation import Setup
+from fr_jax.types import Array, LossFn, MetricsFn, PyTree, Stage
+
+
+class Trained(NamedTuple):
+    """The last stage, or a whole network, after its forward and backward pass and its update."""
+
+    params: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    opt_state: tuple[PyTree, ...]
+    counts: tuple[Array, ...]
+    delta: PyTree | None
+    loss: Array
+    grads: tuple[PyTree, ...] | None
+    gradient_norms: tuple[Array, ...]
+    metrics: dict[str, Array]
+
+
+class Added(NamedTuple):
+    """The last stage, or a whole network, after the forward and backward pass of one of M > 1 micro-batches."""
+
+    sums: tuple[PyTree, ...]
+    model_state: tuple[PyTree, ...]
+    counts: tuple[Array, ...]
+    delta: PyTree | None
+    scored: Scored
+
+
+def _network_gradient(
+    stages: Sequence[Stage], loss_fn: LossFn, metrics_fn: MetricsFn | None, *, of_total: bool, input_gradient: bool
+) -> Callable:
+    """``(params, model_state, streams, h_in, targets) -> (grads, delta, model_state, scored)`` of a few stages.
+
+    The gradient is that of the loss, or of its total alone.
+    """
+
+    def gradient(
+        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree
+    ) -> Any:
+        def objective(params: tuple, h: PyTree) -> tuple[Array, Any]:
+            new_state = []
+            for k, stage in enumerate(stages):
+                h, stage_state = stage.apply(params[k], model_state[k], h, key=streams[k].at(), train=True)
+                new_state.append(stage_state)
+            scored = score(loss_fn, metrics_fn, h, targets)
+            return scored.loss[0] if of_total else quotient(*scored.loss), (tuple(new_state), scored)
+
+        run = jax.grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
+        (grads, *delta), (new_state, scored) = run(params, h_in)
+        return grads, delta[0] if input_gradient else None, new_state, scored
+
+    return gradient
+
+
+def make_train(
+    stages: Sequence[Stage],
+    loss_fn: LossFn,
+    optimizers: Sequence[optax.GradientTransformation],
+    sharding: Sharding | None,
+    *,
+    M: int = 1,
+    metrics_fn: MetricsFn | None,
+    input_gradient: bool,
+    return_grads: bool,
+    donate: bool,
+    keep_input: bool = False,
+) -> Callable:
+    """Loss, gradients and, for M = 1, updates in one pass: of the last stage of a method, or of all on one device.
+
+    ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; for M > 1
+    ``(params, model_state, streams, h_in, targets, sums) -> Added``.
+
+    ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
+    """
+    gradient = _network_gradient(stages, loss_fn, metrics_fn, of_total=M > 1, input_gradient=input_gradient)
+
+    def train(
+        params: tuple,
+        model_state: tuple,
+        opt_state: tuple,
+        streams: tuple[KeyStream, ...],
+        h_in: PyTree,
+        targets: PyTree,
+    ) -> Trained:
+        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
+        loss, _, metrics = combine([scored])
+        updated = [optimize(o, g, s, p, loss) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
+        return Trained(
+            params=tuple(p for p, _ in updated),
+            model_state=new_state,
+            opt_state=tuple(s for _, s in updated),
+            counts=tuple(stream.count + 1 for stream in streams),
+            delta=delta,
+            loss=loss,
+            grads=grads if return_grads else None,
+            gradient_norms=tuple(gradient_norm(g) for g in grads),
+            metrics=metrics,
+        )
+
+    def add(
+        params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree, sums: tuple
+    ) -> Added:
+        grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
+        return Added(add_up(sums, grads), new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
+
+    here: Any = replicated(sharding)
+    donated = ("model_state", *(("h_in",) if input_gradient and not keep_input else ()))
+    if M > 1:
+        add.__name__ = "train"  # in a profile
+        out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
+        # The sums are made within the step: no state holds those of the last stage.
+        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
+    donated = (*donated, "params", "opt_state")
+    out_shardings = Trained(**dict.fromkeys(Trained._fields, here))._replace(delta=sharding)
+    return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
+
+
+def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Callable:
+    """:func:`make_train` for the last stage of a method, or for all stages from ``first`` on."""
+    return make_train(
+        setup.stages[first:],
+        setup.loss_fn,
+        setup.optimizers[first:],
+        setup.shardings[-1],
+        M=setup.microbatches,
+        metrics_fn=setup.metrics_fn,
+        input_gradient=first % len(setup.stages) > 0,
+        return_grads=setup.return_grads,
+        donate=setup.donate,
+        keep_input=keep_input,
+    )
