@@ -73,6 +73,29 @@ def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, do
     return jax.jit(play, donate_argnames=donated, out_shardings=(sharding, here, here))
 
 
+def _replayed(stage: Stage, staleness: int, *, input_gradient: bool, update_stats: bool) -> Callable:
+    """``(weights, model_state, stream, h_in, delta) -> (grads, delta_in, model_state or None)``."""
+
+    def gradient(
+        params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree
+    ) -> tuple[PyTree, PyTree | None, PyTree | None]:
+        key = stream.at(-1 - staleness)
+
+        def forward(params: PyTree, h_in: PyTree) -> tuple[PyTree, PyTree]:
+            return stage.apply(params, model_state, h_in, key=key, train=True)
+
+        if input_gradient:
+            _, vjp, new_state = jax.vjp(forward, params, h_in, has_aux=True)
+            grads, delta_in = vjp(delta)
+        else:
+            _, vjp, new_state = jax.vjp(lambda p: forward(p, h_in), params, has_aux=True)
+            (grads,), delta_in = vjp(delta), None
+        # A state that is not returned is not copied: XLA would copy an unchanged one, leaf by leaf.
+        return grads, delta_in, new_state if update_stats else None
+
+    return gradient
+
+
 def make_replay(
     stage: Stage,
     optimizer: optax.GradientTransformation,
@@ -95,22 +118,7 @@ def make_replay(
     other ``weights``. ``keep_params``: the old weights are not given back, because something in flight holds them.
     """
 
-    def gradient(
-        params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree
-    ) -> tuple[PyTree, PyTree | None, PyTree | None]:
-        key = stream.at(-1 - staleness)
-
-        def forward(params: PyTree, h_in: PyTree) -> tuple[PyTree, PyTree]:
-            return stage.apply(params, model_state, h_in, key=key, train=True)
-
-        if input_gradient:
-            _, vjp, new_state = jax.vjp(forward, params, h_in, has_aux=True)
-            grads, delta_in = vjp(delta)
-        else:
-            _, vjp, new_state = jax.vjp(lambda p: forward(p, h_in), params, has_aux=True)
-            (grads,), delta_in = vjp(delta), None
-        # A state that is not returned is not copied: XLA would copy an unchanged one, leaf by leaf.
-        return grads, delta_in, new_state if update_stats else None
+    gradient = _replayed(stage, staleness, input_gradient=input_gradient, update_stats=update_stats)
 
     def replay(
         params: PyTree,
