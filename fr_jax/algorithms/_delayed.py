@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Sharding
@@ -22,8 +22,8 @@ from fr_jax.algorithms._history import History
 from fr_jax.algorithms._losses import NOTHING, Told, combine, score, wide
 from fr_jax.algorithms._stages import Stages, zeros
 from fr_jax.algorithms._step import Iteration
-from fr_jax.algorithms._validation import Setup
-from fr_jax.algorithms.staleness import predicted, remember_update
+from fr_jax.algorithms._validation import Setup, check_between
+from fr_jax.algorithms.staleness import corrected, predicted, remember_trend, remember_update
 from fr_jax.types import PyTree
 
 
@@ -118,26 +118,54 @@ def horizon(i: int, staleness: int, M: int) -> int:
     return (staleness - i % M + M - 1) // M if staleness > i % M else 0
 
 
-def with_prediction(setup: Setup, weight_prediction: float) -> Setup:
-    """Optimizers that remember their last update, for all stages but the last; unchanged if prediction is off."""
-    if not isinstance(weight_prediction, numbers.Real) or not 0 <= weight_prediction < math.inf:
+class Remedies(NamedTuple):
+    """The arguments of a method against staleness: :func:`predicted` and :func:`corrected` weights."""
+
+    weight_prediction: float = 0.0
+    prediction_momentum: float = 1.0
+    discrepancy_decay: float = 1.0
+
+
+def with_remedies(setup: Setup, remedies: Remedies) -> Setup:
+    """Optimizers that remember what the remedies need, for all stages but the last; unchanged if they are off.
+
+    Raises:
+      ValueError: a remedy is out of its bounds, or both are on.
+    """
+    strength, b, D = remedies
+    check_between(
+        "weight_prediction", strength, 0, math.inf, "0 is off, 1 goes to the weights predicted for the replay"
+    )
+    check_between("prediction_momentum", b, 0, 1, "b of the optimizer, or 1 for a last update that does not fade")
+    check_between("discrepancy_decay", D, 0, 1, "D of PipeMare; 1 is no correction")
+    if strength and D < 1:
         raise ValueError(
-            f"weight_prediction = {weight_prediction!r} was given; it must be a number, 0 or more. 0 is off, 1 plays "
-            "with the weights predicted for the replay, values between them go a part of the way."
+            f"weight_prediction = {strength} and discrepancy_decay = {D} were given: the first takes the play to the "
+            "weights of the replay, the second the replay back to those of the play. Use one of them."
         )
-    if weight_prediction == 0:
-        return setup
     *late, last = setup.optimizers
-    return dataclasses.replace(setup, optimizers=(*map(remember_update, late), last))
+    if strength:
+        return dataclasses.replace(setup, optimizers=(*map(remember_update, late), last))
+    if D < 1:
+        K, M = len(setup.stages), setup.microbatches
+        return dataclasses.replace(setup, optimizers=remember_trend(setup.optimizers, D, K, M))
+    return setup
 
 
-def make_ahead(shardings: Sequence[Sharding], weight_prediction: float) -> tuple[Callable, ...]:
+def make_ahead(shardings: Sequence[Sharding], remedies: Remedies) -> tuple[Callable, ...]:
     """``(params, opt_state, horizon) -> w_hat`` for each stage k < K: its weights that many updates ahead."""
-    if weight_prediction == 0:
+    strength, b, _ = remedies
+    if strength == 0:
         return tuple(lambda params, opt_state, horizon: params for _ in shardings[:-1])
+    predict = lambda params, opt_state, horizon: predicted(params, opt_state, horizon, strength, b)
+    here = map(replicated, shardings[:-1])
+    return tuple(jax.jit(predict, static_argnums=2, out_shardings=sharding) for sharding in here)
 
-    def ahead(sharding: Sharding) -> Callable:
-        predict = lambda params, opt_state, horizon: predicted(params, opt_state, horizon, weight_prediction)
-        return jax.jit(predict, static_argnums=2, out_shardings=replicated(sharding))
 
-    return tuple(ahead(sharding) for sharding in shardings[:-1])
+def make_back(shardings: Sequence[Sharding], remedies: Remedies) -> tuple[Callable, ...]:
+    """``(params, opt_state, horizon) -> weights``: about those of that many updates ago; None for ``params``."""
+    if remedies.discrepancy_decay == 1:
+        return tuple(lambda params, opt_state, horizon: None for _ in shardings[:-1])
+    here = map(replicated, shardings[:-1])
+    run = [jax.jit(corrected, static_argnums=2, out_shardings=sharding) for sharding in here]
+    return tuple(lambda params, opt_state, n, run=one: run(params, opt_state, n) if n else None for one in run)

@@ -117,7 +117,6 @@ def make_replay(
     It runs after the play of micro-batch i = count - 1, and replays micro-batch s = i - staleness, at ``params`` or at
     other ``weights``. ``keep_params``: the old weights are not given back, because something in flight holds them.
     """
-
     gradient = _replayed(stage, staleness, input_gradient=input_gradient, update_stats=update_stats)
 
     def replay(

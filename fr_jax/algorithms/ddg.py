@@ -97,7 +97,7 @@ class DDGParts(NamedTuple):
     shared: Shared
 
 
-def make_parts(setup: Setup, weight_prediction: float) -> DDGParts:
+def make_parts(setup: Setup, remedies: delayed.Remedies) -> DDGParts:
     """Prediction, forward and backward for each stage k < K, and the last stage.
 
     The weights are not donated: those of kept VJPs are in the stash.
@@ -105,7 +105,7 @@ def make_parts(setup: Setup, weight_prediction: float) -> DDGParts:
     stages, shardings, donate = setup.stages, setup.shardings, setup.donate
     below = range(len(stages) - 1)
     return DDGParts(
-        ahead=delayed.make_ahead(shardings, weight_prediction),
+        ahead=delayed.make_ahead(shardings, remedies),
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0, donate_sums=donate) for k in below),
         last=make_last(setup),
@@ -163,6 +163,7 @@ def ddg(
     *,
     microbatches: int = 1,
     weight_prediction: float = 0.0,
+    prediction_momentum: float = 1.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
@@ -185,6 +186,8 @@ def ddg(
         number of updates until the gradient is used, K-k for M = 1. That is SpecTrain's prediction of the weights that
         the gradient will meet for a = 1 (:func:`fr_jax.staleness.predicted`). 0 is plain DDG. Otherwise stage k
         keeps its last update in ``opt_state[k]``, a copy of its weights, and makes one more copy for its forward pass.
+      prediction_momentum: b, with which the last update fades in the prediction, as FTPipe has it: b + b^2 + .. + b^n
+        instead of n; the optimizer's momentum. 1: it does not fade.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of stages k < K are
@@ -196,8 +199,9 @@ def ddg(
 
     Raises:
       ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` below 1, a negative
-        ``weight_prediction``; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
-        (Weakly typed arrays, ``jnp.full((4, 3), 1.0)``, make VJPs of their own: give all batches one type.)
+        ``weight_prediction``, a ``prediction_momentum`` outside [0, 1]; from ``init`` and ``step`` on a batch that does
+        not fit or cannot be split. (Weakly typed arrays, ``jnp.full((4, 3), 1.0)``, make VJPs of their own: give all
+        batches one type.)
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -212,5 +216,6 @@ def ddg(
       (5, ())
     """
     setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
-    setup = delayed.with_prediction(setup, weight_prediction)
-    return make_algorithm(setup, init, step, lambda: make_parts(setup, weight_prediction))
+    remedies = delayed.Remedies(weight_prediction, prediction_momentum)
+    setup = delayed.with_remedies(setup, remedies)
+    return make_algorithm(setup, init, step, lambda: make_parts(setup, remedies))

@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
     stashed: bool = False
     batch_stats: str = "play"
-    weight_prediction: float = 0.0
+    remedies: delayed.Remedies = delayed.Remedies()
 
 
 class FeaturesReplayState(NamedTuple):
@@ -105,9 +105,10 @@ def init(
 
 
 class FeaturesReplayParts(NamedTuple):
-    """The jitted functions: K-1 predictions, plays and replays, the last stage's one pass, and the shared ones."""
+    """The jitted functions: K-1 of each of four, the last stage's one pass, and the shared ones."""
 
     ahead: tuple[Callable, ...]
+    back: tuple[Callable, ...]
     plays: tuple[Callable, ...]
     replays: tuple[Callable, ...]
     last: Callable
@@ -119,7 +120,8 @@ def make_parts(options: Options, setup: Setup) -> FeaturesReplayParts:
     stages, shardings, donate = setup.stages, setup.shardings, setup.donate
     below = range(len(stages) - 1)
     return FeaturesReplayParts(
-        ahead=delayed.make_ahead(shardings, options.weight_prediction),
+        ahead=delayed.make_ahead(shardings, options.remedies),
+        back=delayed.make_back(shardings, options.remedies),
         plays=tuple(
             functions.make_play(stages[k], shardings[k], update_stats=options.batch_stats != "replay", donate=donate)
             for k in below
@@ -172,9 +174,11 @@ def step(
             h_s, history[k] = fifo.pop(history[k])  # also while there is nothing to replay: the zeros of init go first
             arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
             delta, told = None, arrived_told
-            weights = delayed.played_with(stash[k], at[k], i, d, M) if options.stashed else None
             if options.stashed:
+                weights = delayed.played_with(stash[k], at[k], i, d, M)
                 stash[k] = delayed.rotate(stash[k], at[k], i, d, M)
+            else:
+                weights = parts.back[k](now.params[k], now.opt_state[k], delayed.horizon(i - d, d, M))
             if i >= d:
                 delta = now.replay(k, parts.replays[k], h_s, arrived, told, weights)
             h_s = arrived = weights = None
@@ -195,6 +199,8 @@ def features_replay(
     replay_weights: Literal["current", "stashed"] = "current",
     batch_stats: Literal["play", "replay", "both"] = "play",
     weight_prediction: float = 0.0,
+    prediction_momentum: float = 1.0,
+    discrepancy_decay: float = 1.0,
     placement: Sequence[Sharding] | None = None,
     return_grads: bool = False,
     donate: bool = False,
@@ -224,6 +230,11 @@ def features_replay(
         a = 1 (:func:`fr_jax.staleness.predicted`); replay and update act on today's weights. 0 is plain features
         replay. Otherwise stage k keeps its last update in ``opt_state[k]``, a copy of its weights, and makes one more
         copy for its play.
+      prediction_momentum: b, with which the last update fades in the prediction, as FTPipe has it: b + b^2 + .. + b^n
+        instead of n; the optimizer's momentum. 1: it does not fade.
+      discrepancy_decay: D. Below 1, stage k < K replays with its weights moved back by n times the running mean of its
+        updates, to about those of the play (PipeMare's T2, :func:`fr_jax.staleness.corrected`). Then it keeps that mean
+        in ``opt_state[k]``. Usual values are 0.1 to 0.5; 1 is off.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device.
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
@@ -234,8 +245,8 @@ def features_replay(
 
     Raises:
       ValueError: on a wrong number of stages, optimizers or shardings, an unknown ``batch_stats`` or
-        ``replay_weights``, ``microbatches`` below 1, a negative ``weight_prediction``; from ``init`` and ``step`` on a
-        batch that does not fit or cannot be split.
+        ``replay_weights``, ``microbatches`` below 1, a remedy out of its bounds, prediction and correction together, or
+        correction of stashed weights; from ``init`` and ``step`` on a batch that does not fit or cannot be split.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -254,6 +265,12 @@ def features_replay(
     if replay_weights not in REPLAY_WEIGHTS:
         raise ValueError(f"replay_weights = {replay_weights!r} is unknown; it can be 'current' or 'stashed'.")
     setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
-    setup = delayed.with_prediction(setup, weight_prediction)
-    options = Options(replay_weights == "stashed", batch_stats, weight_prediction)
+    remedies = delayed.Remedies(weight_prediction, prediction_momentum, discrepancy_decay)
+    setup = delayed.with_remedies(setup, remedies)
+    if replay_weights == "stashed" and discrepancy_decay < 1:
+        raise ValueError(
+            f"replay_weights = 'stashed' and discrepancy_decay = {discrepancy_decay} were given: stashed weights are "
+            "those of the play, so there is nothing to correct. Use one of them."
+        )
+    options = Options(replay_weights == "stashed", batch_stats, remedies)
     return make_algorithm(setup, partial(init, options), partial(step, options), lambda: make_parts(options, setup))

@@ -143,8 +143,13 @@ class Run(NamedTuple):
     loss: list[float]
 
 
-def features_replay(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, batch_stats) -> Run:
-    """Algorithm 1; modules count from 1, ``start`` is the library's state before the first step."""
+def features_replay(
+    modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, batch_stats, back=lambda k, w: w
+) -> Run:
+    """Algorithm 1; modules count from 1, ``start`` is the library's state before the first step.
+
+    Module k replays with ``back(k, w_k^t)``.
+    """
     K = len(modules)
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
     keys = [stream.key for stream in start.streams]
@@ -168,7 +173,7 @@ def features_replay(modules: Sequence[Module], updates: Sequence[Callable], star
                 run.grads[k - 1].append(None)
                 continue
             key = jax.random.fold_in(keys[k - 1], s)
-            y, new_state, pull = forward(modules[k - 1], w, state[k - 1], run.h[k - 1][s], key)
+            y, new_state, pull = forward(modules[k - 1], back(k, w), state[k - 1], run.h[k - 1][s], key)
             if k < K and batch_stats in ("replay", "both"):
                 state[k - 1] = new_state
             delta = 2 * (y - targets) / len(y) if k == K else run.delta[k - 1][t]

@@ -329,6 +329,47 @@ def test_predicted_weights_are_one_version_between_two_updates(naive, make_batch
         np.testing.assert_allclose(infos[t].loss, np.mean(losses), **close)
 
 
+class Trend:
+    """An update that keeps a running mean d of what it adds to the weights, and goes back by n of them."""
+
+    def __init__(self, update, g):
+        self.update, self.g, self.d = update, g, None
+
+    def __call__(self, w, grads):
+        new = self.update(w, grads)
+        d = jax.tree.map(np.zeros_like, w) if self.d is None else self.d
+        self.d = jax.tree.map(lambda d, a, b: self.g * d + (1 - self.g) * (b - a), d, w, new)
+        return new
+
+    def back(self, w, n):
+        return w if self.d is None else jax.tree.map(lambda w, d: w - n * d, w, self.d)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("K", "optimizer"), [(4, "nesterov"), (3, "adam")])
+def test_correction_replays_with_the_weights_of_the_play(naive, make_batches, run, K, optimizer):
+    D, modules, (ours, theirs) = 0.3, modules_of(naive, K), naive.OPTIMIZERS[optimizer]
+    algorithm = fr.features_replay(
+        [naive.stage(module) for module in modules], naive.squared_error, ours(), discrepancy_decay=D, return_grads=True
+    )
+    batches = make_batches(3 * K)
+    states, infos = run(algorithm, batches)
+    updates = [Trend(theirs(), D ** (1 / (K - k))) if k < K else theirs() for k in range(1, K + 1)]
+    back = lambda k, w: updates[k - 1].back(w, K - k) if k < K else w
+    expected = naive.features_replay(modules, updates, states[0], batches, "play", back)
+    assert_same(states, infos, expected, 1)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_correction_of_nothing_is_the_plain_method(naive, make_batches, run):
+    stages, batches = [naive.dense(3).stage, naive.dense(2).stage], make_batches(4, B)
+    for options in ({"discrepancy_decay": 1.0}, {"weight_prediction": 0.0, "prediction_momentum": 0.5}):
+        plain = fr.features_replay(stages, naive.squared_error, optax.adam(0.1), microbatches=2)
+        other = fr.features_replay(stages, naive.squared_error, optax.adam(0.1), microbatches=2, **options)
+        strip = lambda states: [state._replace(streams=()) for state in states]
+        chex.assert_trees_all_equal(strip(run(plain, batches)[0]), strip(run(other, batches)[0]))
+
+
 @pytest.mark.parametrize(("d", "M"), [(d, M) for d in range(1, 8) for M in (1, 2, 3, 4, 8, 16)])
 def test_a_stash_holds_each_version_in_flight_once(d, M):
     """Against the weights that a loop remembers with every micro-batch."""
@@ -366,3 +407,17 @@ def test_unknown_words_are_refused(naive):
         fr.features_replay(stages, *common, replay_weights="old")
     with pytest.raises(ValueError, match="'zb' is unknown; it can be 'gpipe' or '1f1b'"):
         fr.gpipe(stages, *common, microbatches=1, schedule="zb")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"weight_prediction": 1.0, "discrepancy_decay": 0.5}, "Use one of them"),
+        ({"replay_weights": "stashed", "discrepancy_decay": 0.5}, "nothing to correct"),
+        ({"discrepancy_decay": 2}, "discrepancy_decay = 2 was given; it must be a number, 0 to 1"),
+        ({"prediction_momentum": -1}, "prediction_momentum = -1 was given; it must be a number, 0 to 1"),
+    ],
+)
+def test_remedies_that_do_not_go_together_are_refused(naive, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fr.features_replay([naive.dense(2).stage] * 2, naive.squared_error, optax.sgd(0.1), **options)

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Sharding
 
 from fr_jax.algorithms import backprop, ddg, dni, features_replay, gpipe
+from fr_jax.algorithms._delayed import Remedies
 from fr_jax.algorithms._validation import Setup
 from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.types import Batch
@@ -29,7 +30,7 @@ STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
         functools.partial(features_replay.step, _REPLAY),
     ),
     "fr-lockstep": lambda setup, own: (lockstep.make_parts(setup), lockstep.init, lockstep.step),
-    "ddg": lambda setup, own: (ddg.make_parts(setup, 0.0), ddg.init, ddg.step),
+    "ddg": lambda setup, own: (ddg.make_parts(setup, Remedies()), ddg.init, ddg.step),
     "dni": lambda setup, own: (
         dni.make_parts(setup, own),
         functools.partial(dni.init, own),

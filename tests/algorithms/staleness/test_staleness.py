@@ -141,7 +141,7 @@ def test_switched_off_they_are_not_there():
     assert staleness.accumulate(sgd, 1) is sgd
     assert staleness.shrink_gradients(sgd, 1.0, 3) == (sgd, sgd, sgd)
     w, opt_state = jnp.ones(2), ()
-    assert all(ahead(w, opt_state, 2) is w for ahead in _delayed.make_ahead([None] * 3, 0.0))
+    assert all(ahead(w, opt_state, 2) is w for ahead in _delayed.make_ahead([None] * 3, _delayed.Remedies()))
 
 
 @pytest.mark.usefixtures("x64")
@@ -401,7 +401,7 @@ def test_what_cannot_be_is_refused(call, message):
 
 @pytest.mark.parametrize("weight_prediction", [-0.5, float("nan"), float("inf"), "1", None])
 def test_a_prediction_that_cannot_be_is_refused(naive, weight_prediction):
-    with pytest.raises(ValueError, match=r"it must be a number, 0 or more\. 0 is off, 1 plays with the weights"):
+    with pytest.raises(ValueError, match="it must be a number, 0 or more: 0 is off, 1 goes to the weights"):
         fr.features_replay([naive.dense(2).stage], naive.squared_error, sgd, weight_prediction=weight_prediction)
 
 
