@@ -34,8 +34,8 @@ class Shared(NamedTuple):
     updates: tuple[Callable, ...]
 
 
-def make_shared(setup: Setup, *, keep_params: bool = False) -> Shared:
-    """The shared functions of a method; ``keep_params``: something in flight holds the old weights."""
+def make_shared(setup: Setup, *, holding: int = 0) -> Shared:
+    """The shared functions of a method; something in flight holds old weights of the first ``holding`` stages."""
     shardings, M = setup.shardings, setup.microbatches
 
     def combined(*parts: Scored) -> tuple:
@@ -52,10 +52,10 @@ def make_shared(setup: Setup, *, keep_params: bool = False) -> Shared:
                 sharding,
                 M=M,
                 donate=setup.donate,
-                keep_params=keep_params,
+                keep_params=k < holding,
                 return_grads=setup.return_grads,
             )
-            for optimizer, sharding in zip(setup.optimizers, shardings, strict=True)
+            for k, (optimizer, sharding) in enumerate(zip(setup.optimizers, shardings, strict=True))
         ),
     )
 

@@ -109,7 +109,7 @@ def make_parts(setup: Setup, remedies: delayed.Remedies) -> DDGParts:
         forwards=tuple(functions.make_forward(stages[k], input_gradient=k > 0, keep_weights=False) for k in below),
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0, donate_sums=donate) for k in below),
         last=make_last(setup),
-        shared=make_shared(setup, keep_params=True),
+        shared=make_shared(setup, holding=len(below)),
     )
 
 

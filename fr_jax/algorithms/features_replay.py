@@ -142,7 +142,7 @@ def make_parts(options: Options, setup: Setup) -> FeaturesReplayParts:
             for k in below
         ),
         last=make_last(setup),
-        shared=make_shared(setup, keep_params=options.stashed),
+        shared=make_shared(setup, holding=len(below) if options.stashed else 0),
     )
 
 

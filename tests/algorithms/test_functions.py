@@ -43,9 +43,19 @@ METHODS = {
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
     "gpipe": functools.partial(fr.gpipe, microbatches=3),
+    "1f1b": functools.partial(fr.gpipe, microbatches=3, schedule="1f1b"),
+    "bp-M": functools.partial(fr.backprop, microbatches=3),
+    "fr-M": functools.partial(fr.features_replay, microbatches=3, weight_prediction=0.5),
+    "fr-corrected": functools.partial(fr.features_replay, microbatches=3, discrepancy_decay=0.5),
+    "fr-stashed": functools.partial(fr.features_replay, microbatches=3, replay_weights="stashed"),
+    "ddg-M": functools.partial(fr.ddg, microbatches=3),
+    "2bw": functools.partial(fr.pipedream_2bw, microbatches=3),
 }
+M = {name: 3 for name, method in METHODS.items() if "microbatches" in getattr(method, "keywords", {})}
 SLOW_BLOCKPROP = pytest.param("blockprop", marks=pytest.mark.slow)  # the cached one goes the same ways
-LOCKED = {"blockprop", "blockprop-cached", "bp", "dni", "gpipe"}  # every module updates from the first iteration on
+# Every stage updates from the first iteration on, or at least one holds old weights in flight.
+LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dni", "gpipe", "1f1b"}
+STASHING = {"ddg", "ddg-M", "fr-stashed", "2bw"}
 K = 3
 # name -> a placement of K stages
 PLACEMENTS = {
@@ -105,6 +115,12 @@ def assert_each_module_is_on_its_devices(state, shardings):
     [
         *((method, CROSSED) for method in ("bp", "ddg", "dni", "gpipe", "blockprop-cached")),
         ("fr", (*CROSSED, "2")),
+        ("fr-M", (*CROSSED, "2")),
+        ("ddg-M", CROSSED),
+        *(
+            pytest.param(name, CROSSED, marks=pytest.mark.slow)
+            for name in ("bp-M", "1f1b", "2bw", "fr-stashed", "fr-corrected")
+        ),
         pytest.param("fr", ("default", "1", "split over 2"), marks=pytest.mark.slow),
         pytest.param("blockprop", CROSSED, marks=pytest.mark.slow),
     ],
@@ -123,7 +139,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method, plac
     if "2" in runs:
         chex.assert_trees_all_equal(runs["2"], runs["K"])
     # Back-propagation is one fused function on one device, a chain of functions on several.
-    if method != "bp" and "K" in runs:
+    if method not in ("bp", "bp-M") and "K" in runs:
         chex.assert_trees_all_equal(runs["default"], runs["K"])
     for name in runs:
         chex.assert_trees_all_close(runs["default"], runs[name], rtol=1e-11, atol=1e-12)
@@ -162,6 +178,13 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         ("blockprop-cached", "split over 2 each"),
         pytest.param("gpipe", "K", marks=pytest.mark.slow),
         ("gpipe", "split over 2 each"),
+        ("fr-M", "split over 2 each"),
+        ("ddg-M", "K"),
+        *(
+            pytest.param(name, place, marks=pytest.mark.slow)
+            for name in ("bp-M", "1f1b", "2bw", "fr-stashed", "fr-corrected")
+            for place in ("default", "split over 2 each")
+        ),
     ],
 )
 def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, method, placement):
@@ -173,11 +196,14 @@ def test_donation_changes_no_bit_and_frees_the_old_state(make, make_batches, met
         a, _ = kept.step(a, batch)
         b, _ = donated.step(b, batch)
         # Looking at b here would hold on to its buffers, which then are copied and not donated (jax 0.11).
-        updated = [k for k in range(K) if method in LOCKED or t + (k + 1) - K >= 0]
+        # The first update follows the last micro-batch of mini-batch 0, K-1-k sub-iterations late.
+        first = lambda k: 0 if method in LOCKED else (M.get(method, 1) - 1 + K - 1 - k) // M.get(method, 1)
+        updated = [k for k in range(K) if t >= first(k)]
         replaced = [old.opt_state[k] for k in updated]
-        replaced += [old.params[k] for k in updated if method != "ddg" or k == K - 1]  # kept VJPs hold DDG's
+        keeps = lambda k: method in STASHING and (k < K - 1 or method == "2bw")
+        replaced += [old.params[k] for k in updated if not keeps(k)]
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(replaced))
-        if method.startswith("fr") and t >= K:
+        if method.startswith("fr") and t >= K:  # the oldest entry of stage 2 has been replayed
             assert all(entry.is_deleted() for entry in jax.tree.leaves(old.history[1].entries[0]))
     chex.assert_trees_all_equal(numbers(a), numbers(b))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batches))
@@ -233,6 +259,13 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         ("blockprop-cached", "K", False),
         pytest.param("gpipe", "K", False, marks=pytest.mark.slow),
         ("gpipe", "split over 2 each", True),
+        ("fr-M", "K", True),
+        ("ddg-M", "split over 2 each", True),
+        *(
+            pytest.param(name, "split over 2 each", donate, marks=pytest.mark.slow)
+            for name in ("bp-M", "1f1b", "2bw", "fr-stashed", "fr-corrected", "fr-M")
+            for donate in (False, True)
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_waiting")

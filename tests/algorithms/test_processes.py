@@ -29,7 +29,13 @@ def numbers(process: subprocess.Popen) -> dict[str, dict]:
 
 @pytest.mark.timeout(900)  # on a loaded machine
 @pytest.mark.parametrize(
-    "methods", [["fr"], pytest.param(["gpipe", "bp", "ddg", "dni", "blockprop"], marks=pytest.mark.slow)], ids=" ".join
+    "methods",
+    [
+        ["fr-M"],
+        pytest.param(["gpipe", "bp", "ddg", "dni", "blockprop"], marks=pytest.mark.slow),
+        pytest.param(["1f1b", "fr-corrected", "fr-stashed", "ddg-M", "bp-M", "2bw"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_two_processes_give_the_bits_of_one(methods: list[str], program_env: dict[str, str]) -> None:
     both = {COORDINATOR: f"127.0.0.1:{free_port()}", NUM_PROCESSES: "2"}

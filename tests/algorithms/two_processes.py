@@ -14,7 +14,9 @@ from fr_jax._arrays import place
 
 
 def loss_fn(outputs, targets):
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+    weights = 1.0 + targets % 2
+    return (weights * losses).sum(), weights.sum()
 
 
 def make_batches(placement):
@@ -33,6 +35,13 @@ METHODS = {
     "dni": lambda *args, **options: fr.dni(*args, fr.models.synthesizer(), optax.adam(0.01), **options),
     "blockprop": functools.partial(fr.blockprop, cache_size=24, h_every=2, h_learning_rate=0.1),
     "gpipe": functools.partial(fr.gpipe, microbatches=2),
+    "1f1b": functools.partial(fr.gpipe, microbatches=2, schedule="1f1b"),
+    "fr-M": functools.partial(fr.features_replay, microbatches=2, weight_prediction=1.0),
+    "fr-corrected": functools.partial(fr.features_replay, microbatches=2, discrepancy_decay=0.5),
+    "fr-stashed": functools.partial(fr.features_replay, microbatches=2, replay_weights="stashed"),
+    "ddg-M": functools.partial(fr.ddg, microbatches=2),
+    "bp-M": functools.partial(fr.backprop, microbatches=2),
+    "2bw": functools.partial(fr.pipedream_2bw, microbatches=4),
 }
 
 
