@@ -158,17 +158,16 @@ def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = Tru
     weights without ``keep_weights``, for a pull that is given the same weights.
     """
 
-    def forward(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
-        key = stream.at()
-
-        def run(params: PyTree, h_in: PyTree) -> tuple[PyTree, PyTree]:
-            return stage.apply(params, model_state, h_in, key=key, train=True)
-
+    def run(params: PyTree, model_state: PyTree, key: Array, h_in: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        apply = lambda params, h_in: stage.apply(params, model_state, h_in, key=key, train=True)
         if input_gradient:
-            h_out, vjp, new_state = jax.vjp(run, params, h_in, has_aux=True)
-        else:
-            h_out, vjp, new_state = jax.vjp(lambda p: run(p, h_in), params, has_aux=True)
-        return h_out, vjp if keep_weights else without_weights(vjp, params), new_state, stream.count + 1
+            return jax.vjp(apply, params, h_in, has_aux=True)
+        return jax.vjp(lambda p: apply(p, h_in), params, has_aux=True)
+
+    def forward(params: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree) -> Any:
+        arguments = params, model_state, stream.at(), h_in
+        h_out, vjp, new_state = run(*arguments) if keep_weights else without_weights(run, *arguments)
+        return h_out, vjp, new_state, stream.count + 1
 
     # No out_shardings: they follow from the arguments, and the structure of a VJP is not known before it is traced.
     return jax.jit(forward)

@@ -1,50 +1,125 @@
-"""Vector-Jacobian products as pytrees: without the weights that their residuals hold, and with them again."""
+"""Vector-Jacobian products as pytrees: without the weights that their residuals hold, and with them again.
+
+What a jitted function returns is a new array: a VJP would hold a copy of each weight that it needs, and of each that
+was cast or reshaped for a product. So a residual that follows from weights alone is left out of what a forward pass
+returns, and made again where the VJP is applied.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from fr_jax.types import PyTree
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A traced forward pass; its first inputs are the leaves of ``params``. Equal to itself alone."""
+
+    closed: ClosedJaxpr
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """Stands in a VJP for a leaf of its stage's ``params`` (a pytree without leaves).
+class FromWeights:
+    """Stands in a VJP for a residual that follows from the weights of its stage (a pytree without leaves).
 
     Attributes:
-      leaf: which one, in the order of ``jax.tree.leaves(params)``.
+      output: which output of the forward pass it is.
+      leaves: the leaves of ``params`` that it follows from, in the order of ``jax.tree.leaves``.
+      traced: the forward pass.
     """
 
-    leaf: int
+    output: int
+    leaves: frozenset[int]
+    traced: Traced
 
 
-def without_weights(vjp: PyTree, params: PyTree) -> PyTree:
-    """The VJP of a jitted function with a :class:`Weight` for every residual that *is* a leaf of ``params``.
+def without_weights(forward: Callable, params: PyTree, *others: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """``forward(params, *others) -> (h_out, vjp, state)``, with a :class:`FromWeights` for each such residual."""
+    leaves, treedef = jax.tree.flatten((params, *others))
+    kinds = [jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves]
+    leaves = [leaf if kind is None else jax.random.key_data(leaf) for leaf, kind in zip(leaves, kinds, strict=True)]
 
-    A jitted function returns such a residual as a new array: a copy of the weight.
-    """
-    place = {id(leaf): Weight(i) for i, leaf in enumerate(jax.tree.leaves(params))}
-    return jax.tree.map(lambda residual: place.get(id(residual), residual), vjp)
+    def flat(*leaves: Any) -> tuple[PyTree, PyTree, PyTree]:
+        wrap = lambda leaf, kind: leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
+        return forward(*treedef.unflatten(map(wrap, leaves, kinds)))
+
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    weights = len(jax.tree.leaves(params))
+    inputs: list[frozenset[int] | None] = [frozenset([i]) if i < weights else None for i in range(len(leaves))]
+    origins, traced = _origins(closed.jaxpr, inputs), Traced(closed)
+    outputs = list(jaxpr_as_fun(closed)(*leaves))
+    first = len(jax.tree.leaves(shapes[0]))  # of the outputs that are leaves of the VJP
+    for i in range(first, first + len(jax.tree.leaves(shapes[1]))):
+        origin = origins[i]
+        if origin is not None:
+            outputs[i] = FromWeights(i, origin, traced)
+    # Unflattened by parts: what stands for a leaf is no leaf itself.
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
 def needed(vjp: PyTree, params: PyTree) -> tuple:
     """The leaves of ``params`` that such a VJP needs, in their order, with None for the others; for with_weights."""
-    used = {node.leaf for node in jax.tree.leaves(vjp, is_leaf=_is_weight) if _is_weight(node)}
+    used = {leaf for node in jax.tree.leaves(vjp, is_leaf=_stands_in) if _stands_in(node) for leaf in node.leaves}
     return tuple(leaf if i in used else None for i, leaf in enumerate(_leaves(params)))
 
 
 def with_weights(vjp: PyTree, params: PyTree) -> PyTree:
     """The VJP that :func:`without_weights` took apart, at ``params``, or at what is :func:`needed` of them."""
-    leaves = _leaves(params)
-    return jax.tree.map(lambda node: leaves[node.leaf] if _is_weight(node) else node, vjp, is_leaf=_is_weight)
+    made: dict[Traced, list[Any]] = {}
+
+    def residual(node: Any) -> Any:
+        if not _stands_in(node):
+            return node
+        if node.traced not in made:
+            made[node.traced] = _from_weights(node.traced.closed, _leaves(params))
+        return made[node.traced][node.output]
+
+    return jax.tree.map(residual, vjp, is_leaf=_stands_in)
 
 
-def _is_weight(node: PyTree) -> bool:
-    return isinstance(node, Weight)
+def _stands_in(node: PyTree) -> bool:
+    return isinstance(node, FromWeights)
 
 
 def _leaves(params: PyTree) -> list:
     return jax.tree.leaves(params, is_leaf=lambda node: node is None)
+
+
+def _called(eqn: Any) -> ClosedJaxpr | None:
+    """The function of an equation that calls a jitted one."""
+    return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
+
+
+def _origins(jaxpr: Jaxpr, inputs: Sequence[frozenset[int] | None]) -> list[frozenset[int] | None]:
+    """For each output the weights that it follows from, None if from something else too; likewise for the inputs."""
+    found = dict(zip(jaxpr.invars, inputs, strict=True)) | dict.fromkeys(jaxpr.constvars, frozenset())
+    get = lambda var: frozenset() if isinstance(var, Literal) else found[var]
+    for eqn in jaxpr.eqns:
+        origins, called = [get(var) for var in eqn.invars], _called(eqn)
+        if called is not None:
+            results = _origins(called.jaxpr, origins)
+        else:
+            known = [origin for origin in origins if origin is not None]
+            one = frozenset().union(*known) if len(known) == len(origins) and not eqn.effects else None
+            results = [one] * len(eqn.outvars)
+        found |= dict(zip(eqn.outvars, results, strict=True))
+    return [get(var) for var in jaxpr.outvars]
+
+
+def _from_weights(closed: ClosedJaxpr, weights: Sequence[Any]) -> list[Any]:
+    """The outputs for these first inputs and zeros; XLA leaves out what only the others need."""
+    zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in closed.in_avals]
+    given = [zero if weight is None else weight for weight, zero in zip(weights, zeros, strict=False)]
+    return jaxpr_as_fun(closed)(*given, *zeros[len(given) :])
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
