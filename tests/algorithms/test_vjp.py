@@ -68,7 +68,7 @@ def test_equal_forward_passes_have_equal_structures():
 def test_constants_are_left_out_too():
     mask = fr.Stage(
         lambda key, x: ({"w": jnp.ones(4)}, ()),
-        lambda p, s, x, *, key=None, train=True: (jnp.where(jnp.arange(4) > 1, x * p["w"], 0.0), s),
+        lambda p, s, x, *, key=None, train=True: (jnp.where((jnp.arange(4) > 1)[None], x * p["w"][None], 0.0), s),
     )
     x = jnp.ones((3, 4))
     params, state = mask.init(jax.random.key(0), x)
