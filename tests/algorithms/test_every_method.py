@@ -29,7 +29,11 @@ def gpipe(stages, loss_fn, optimizer):
     return fr.gpipe(stages, loss_fn, optimizer, microbatches=2)
 
 
-METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe]
+def pipedream_2bw(stages, loss_fn, optimizer):
+    return fr.pipedream_2bw(stages, loss_fn, optimizer, microbatches=4)
+
+
+METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe, pipedream_2bw]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 
@@ -66,9 +70,8 @@ def test_what_is_no_mini_batch_is_refused(method):
 @every_method
 def test_a_loss_that_is_no_number_is_refused(method):
     algorithm = method([dense(4), dense(2)], lambda y, z: (y - z) ** 2, optax.sgd(0.1))
-    state = algorithm.init(KEY, batch())
     with pytest.raises(ValueError, match=r"loss_fn returned float32 of shape .*one floating-point number"):
-        algorithm.step(state, batch())
+        algorithm.step(algorithm.init(KEY, batch()), batch())
 
 
 @every_method

@@ -33,7 +33,15 @@ def gpipe(stages, loss_fn, optimizer, **options):
     return fr.gpipe(stages, loss_fn, optimizer, microbatches=2, **options)
 
 
-IN_FLIGHT = [fr.features_replay, fr.ddg]
+def micro_replay(stages, loss_fn, optimizer, **options):
+    return fr.features_replay(stages, loss_fn, optimizer, microbatches=2, **options)
+
+
+def pipedream_2bw(stages, loss_fn, optimizer, **options):
+    return fr.pipedream_2bw(stages, loss_fn, optimizer, microbatches=4, **options)
+
+
+IN_FLIGHT = [fr.features_replay, micro_replay, fr.ddg, pipedream_2bw]
 METHODS = [fr.backprop, *IN_FLIGHT, dni, fr.blockprop, gpipe]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
@@ -183,7 +191,7 @@ def by_loss():
 @pytest.mark.parametrize("method", [fr.backprop, gpipe, *IN_FLIGHT], ids=lambda method: method.__name__)
 @pytest.mark.parametrize("devices", [1, 3])
 def test_optimizers_receive_the_loss_of_their_mini_batch(method, devices):
-    """Stage k moves at iteration t by the loss of mini-batch t+k-K (delayed methods) or t."""
+    """Stage k moves at iteration t by the loss of mini-batch t+k-K (delayed methods), t-1 (micro-batches) or t."""
     placement = fr.placement(3, jax.devices()[:devices])
     algorithm = make(method, optimizer=by_loss(), placement=placement)
     state = algorithm.init(KEY, batch())
@@ -194,6 +202,7 @@ def test_optimizers_receive_the_loss_of_their_mini_batch(method, devices):
         losses.append(float(info.loss))
         for k in range(3):
             late = 2 - k if method in IN_FLIGHT else 0
+            late = min(late, 1) if method in (micro_replay, pipedream_2bw) else late
             moved = jax.tree.map(lambda new, old: float((new - old).mean()), state.params[k], old.params[k])
             expected = losses[t - late] if t >= late else 0.0
             np.testing.assert_allclose(jax.tree.leaves(moved), expected, rtol=1e-4, atol=1e-6)
