@@ -56,7 +56,7 @@ METHODS["ours"] = Method(
 from fr_jax.experiments import mnist  # settings are assembled from the cards when they are first imported
 
 tiny = ["--method", "ours", "--dataset", "digits", "--depth", "2", "--width", "4", "--K", "2", "--batch-size", "512"]
-tiny += ["--checkpoint-every", "1", "--compilation-cache", "none", "--workdir", sys.argv[1]]
+tiny += ["--checkpoint-every", "1", "--workdir", sys.argv[1]]
 for words in (["--steps", "1", "--strength", "0"], ["--steps", "1"], ["--steps", "2", "--resume"]):
     print("CODE", mnist.main([*tiny, *words, "--milestones", "9"]))
 print("CODE", mnist.main([*tiny, "--steps", "3", "--resume", "--milestones", "9", "--strength", "2"]))

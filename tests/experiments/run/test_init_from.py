@@ -34,7 +34,7 @@ def optimizer(request):
 def whole(tmp_path_factory, optimizer):
     """Twenty steps of back-propagation: a state of which nothing is in flight."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(folder, "bp", 1, 20, *optimizer) == 0
+    assert train(folder, "bp", 2, 20, *optimizer) == 0
     return folder
 
 
