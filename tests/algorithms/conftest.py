@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fr_jax as fr
@@ -19,6 +21,18 @@ def naive() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+sgd, adam = functools.cache(optax.sgd), functools.cache(optax.adam)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_optimizers() -> Iterator[None]:
+    """Equal optimizers are one, whose initialisation is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optax, "sgd", sgd)
+        patch.setattr(optax, "adam", adam)
+        yield
 
 
 @pytest.fixture

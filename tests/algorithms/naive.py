@@ -102,6 +102,7 @@ def batch_norm(momentum: float = 0.8, epsilon: float = 1e-3) -> Layer:
 Module = tuple[Layer, ...]
 
 
+@functools.cache
 def stage(module: Module) -> fr.Stage:
     """A module of one layer is that layer's own stage, a longer one a chain."""
     return module[0].stage if len(module) == 1 else fr.chain(*(layer.stage for layer in module))
