@@ -100,7 +100,7 @@ def test_layers_parameters_and_shapes(name, blocks, parameters, millions):
 
 
 def test_every_network_is_named():
-    assert set(fr.models.MODELS) == {"mlp", *(name for name, *_ in PUBLISHED)}
+    assert set(fr.models.MODELS) == {"mlp", "gpt", *(name for name, *_ in PUBLISHED)}
     assert all(getattr(fr.models, name) is factory for name, factory in fr.models.MODELS.items())
 
 
