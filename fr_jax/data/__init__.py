@@ -1,4 +1,4 @@
-"""Data sets for image classification, and the batches made from them.
+"""Images to classify and text to predict, and the batches made from them.
 
 Example:
   >>> from fr_jax import data
@@ -7,8 +7,9 @@ Example:
   (128, 32, 32, 3)
 """
 
+from fr_jax.data import text
 from fr_jax.data.download import DataError
 from fr_jax.data.image_sets import DATASETS, Dataset, load
-from fr_jax.data.pipelines import InputPipeline, input_pipeline
+from fr_jax.data.pipelines import InputPipeline, input_pipeline, text_pipeline
 
-__all__ = ["DATASETS", "DataError", "Dataset", "InputPipeline", "input_pipeline", "load"]
+__all__ = ["DATASETS", "DataError", "Dataset", "InputPipeline", "input_pipeline", "load", "text", "text_pipeline"]

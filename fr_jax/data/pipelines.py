@@ -1,4 +1,8 @@
-"""Batches for the first stage: gathered, cropped, flipped and normalised on its device by one jitted function."""
+"""Batches for the first stage.
+
+Images are gathered, cropped, flipped and normalised on its device by one jitted function; windows of a text are read
+by the host, which need not hold the text.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from fr_jax._arrays import place
+from fr_jax.data.download import DataError
 from fr_jax.data.image_sets import Dataset
+from fr_jax.data.text import Corpus, Text
 from fr_jax.types import Array, Batch
 
-__all__ = ["InputPipeline", "input_pipeline"]
+__all__ = ["InputPipeline", "input_pipeline", "text_pipeline", "windows_in"]
 
 Normalise: TypeAlias = Callable[[Array], Array]
 Shardings: TypeAlias = tuple[Sharding, Sharding]
@@ -29,11 +35,12 @@ class InputPipeline(NamedTuple):
     """Where a run's mini-batches come from.
 
     Attributes:
-      steps_per_epoch: mini-batches of an epoch; the rest of the examples, fewer than a batch, sits that epoch out.
+      steps_per_epoch: mini-batches of an epoch; the rest of the examples, fewer than a batch, sits that epoch out. Of
+        a text, mini-batches with as many bytes as it has.
       train_batch: ``step -> Batch``. A pure function of the seed and of the step (epoch ``step // steps_per_epoch``),
         so a resumed run needs nothing but its step. It never waits for a device.
       test_batches: ``() -> iterator of (Batch, valid)``. Every batch has the same size; the last is filled up (with
-        black images of class 0 and index 0), and only its first ``valid`` examples count.
+        black images of class 0 and index 0, or the first window), and only its first ``valid`` examples count.
     """
 
     steps_per_epoch: int
@@ -90,6 +97,77 @@ def input_pipeline(
         _train_batches(dataset, batch_size, seed, crop, flip, normalise, shardings),
         _test_batches(dataset, test_batch_size, normalise, shardings),
     )
+
+
+def text_pipeline(
+    corpus: Corpus,
+    batch_size: int,
+    context: int,
+    *,
+    seed: int,
+    sharding: Sharding | None = None,
+    test_windows: int | None = None,
+) -> InputPipeline:
+    """Mini-batches of windows of a text: ``context`` bytes, and for each the byte that comes next.
+
+    A training window begins at any byte, drawn anew for each step from the seed and the step's number. Test windows
+    follow one another without overlap through the held-out text.
+
+    Args:
+      corpus: what :func:`fr_jax.data.text.load` returned.
+      batch_size: B, windows of a mini-batch, over all devices of a mesh.
+      context: T, bytes of a window.
+      seed: of the windows to train on.
+      sharding: the first stage's: a ``SingleDeviceSharding``, or a ``NamedSharding`` whose first axis splits the batch.
+      test_windows: test on so many windows only, spread evenly over the held-out text.
+
+    Returns:
+      The pipeline; inputs and targets are int32 ``(B, T)``, without an index.
+
+    Raises:
+      DataError: one of the two texts is shorter than a window.
+      ValueError: a batch size that is not positive, or not divisible by the number of devices that share a batch.
+
+    Example:
+      >>> from fr_jax import data
+      >>> corpus = data.text.load(files=[data.text.__file__])
+      >>> batch = data.text_pipeline(corpus, 16, 128, seed=0).train_batch(0)
+      >>> batch.inputs.shape, bool((batch.inputs[:, 1:] == batch.targets[:, :-1]).all())
+      ((16, 128), True)
+    """
+    _, rows = _shardings(sharding)
+    _check_batch_size("batch_size", batch_size, rows)
+    for name, text in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(text) <= context:
+            raise DataError(
+                f"the {name} text has {len(text):,} bytes; a window has context + 1 = {context + 1:,}. Give more "
+                "text, or a smaller --context."
+            )
+
+    def batch_of(text: Text, starts: np.ndarray) -> Batch:
+        windows = text.windows(starts, context + 1).astype(np.int32)
+        return Batch(*place((windows[:, :-1].copy(), windows[:, 1:].copy()), rows, copy=False))
+
+    def train_batch(step: int) -> Batch:
+        # Raw bits, which are the same in every version of NumPy.
+        drawn = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
+        return batch_of(corpus.train, drawn % np.uint64(len(corpus.train) - context))
+
+    def test_batches() -> Iterator[tuple[Batch, int]]:
+        whole = windows_in(corpus.held_out, context)
+        count = min(whole, test_windows or whole)
+        for first in range(0, count, batch_size):
+            valid = min(batch_size, count - first)
+            # Those that fill up the last batch repeat the first window.
+            chosen = np.pad(np.arange(first, first + valid), (0, batch_size - valid))
+            yield batch_of(corpus.held_out, chosen * whole // count * context), valid
+
+    return InputPipeline(max(1, windows_in(corpus.train, context) // batch_size), train_batch, test_batches)
+
+
+def windows_in(text: Text, context: int) -> int:
+    """How many windows of ``context`` bytes, and the byte after, follow one another in a text without overlap."""
+    return max(0, len(text) - 1) // context
 
 
 def _train_batches(
