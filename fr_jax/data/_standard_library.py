@@ -17,8 +17,8 @@ from fr_jax.data.download import DataError, cache_folder
 
 __all__ = ["joined", "version"]
 
-# Tests, packages of others, and generated files.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+# Tests, packages of others, and tables that a script has written.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "encodings"}
 LAYOUT = 1  # of what `joined` writes; part of the folder's name
 
 

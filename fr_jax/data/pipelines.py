@@ -22,7 +22,7 @@ from fr_jax.data.image_sets import Dataset
 from fr_jax.data.text import Corpus, Text
 from fr_jax.types import Array, Batch
 
-__all__ = ["InputPipeline", "input_pipeline", "text_pipeline", "windows_in"]
+__all__ = ["InputPipeline", "check_length", "input_pipeline", "text_pipeline", "windows_in"]
 
 Normalise: TypeAlias = Callable[[Array], Array]
 Shardings: TypeAlias = tuple[Sharding, Sharding]
@@ -137,12 +137,7 @@ def text_pipeline(
     """
     _, rows = _shardings(sharding)
     _check_batch_size("batch_size", batch_size, rows)
-    for name, text in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(text) <= context:
-            raise DataError(
-                f"the {name} text has {len(text):,} bytes; a window has context + 1 = {context + 1:,}. Give more "
-                "text, or a smaller --context."
-            )
+    check_length(corpus, context)
 
     def batch_of(text: Text, starts: np.ndarray) -> Batch:
         windows = text.windows(starts, context + 1).astype(np.int32)
@@ -163,6 +158,16 @@ def text_pipeline(
             yield batch_of(corpus.held_out, chosen * whole // count * context), valid
 
     return InputPipeline(max(1, windows_in(corpus.train, context) // batch_size), train_batch, test_batches)
+
+
+def check_length(corpus: Corpus, context: int) -> None:
+    """Raises DataError if a text is shorter than a window."""
+    for name, text in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(text) <= context:
+            raise DataError(
+                f"the {name} text has {len(text):,} bytes; a window has context + 1 = {context + 1:,}. Give more "
+                "text, or a smaller --context."
+            )
 
 
 def windows_in(text: Text, context: int) -> int:

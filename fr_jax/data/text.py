@@ -25,6 +25,7 @@ __all__ = ["CORPORA", "Corpus", "Text", "load"]
 
 CORPORA = ("auto", "python", "text")
 HELD_OUT = (0.05, 0.10)  # least and most, of all bytes
+LARGEST = (0.01, 0.10)  # file to hold out, of all bytes: one large file would stand for all others
 LEAST_FILES = 10  # of which some are held out whole
 
 Log = Callable[[str], Any]
@@ -128,13 +129,16 @@ def held_out_files(sizes: Mapping[str, int]) -> set[str]:
       >>> sorted(held_out_files({f"{i}.txt": 100 for i in range(20)}))
       ['1.txt']
     """
-    total, found, taken = sum(sizes.values()), set(), 0
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()):
-        if taken >= HELD_OUT[0] * total:
-            return found
-        if taken + sizes[name] <= HELD_OUT[1] * total:
-            found.add(name)
-            taken += sizes[name]
+    total = sum(sizes.values())
+    in_order = sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    for largest in LARGEST:
+        found, taken = set(), 0
+        for name in in_order:
+            if taken >= HELD_OUT[0] * total:
+                return found
+            if sizes[name] <= largest * total and taken + sizes[name] <= HELD_OUT[1] * total:
+                found.add(name)
+                taken += sizes[name]
     return set()
 
 

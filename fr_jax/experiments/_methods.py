@@ -32,9 +32,9 @@ Values = Mapping[str, Any]
 
 
 class TrainingSet(NamedTuple):
-    """What a method may need to know of the training data: how many examples and, if any, classes there are."""
+    """What a method may need to know of the training data: how many examples and classes there are, if any."""
 
-    examples: int
+    examples: int | None
     classes: int | None
 
 
@@ -153,6 +153,8 @@ def _dni(
     own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
 ) -> Algorithm:
     conditioned = own["label_conditioning"]
+    if conditioned and data.classes is None:
+        raise SettingsError("--label-conditioning needs one label per example, which these data lack. Drop the flag.")
     synthesizer = fr.models.synthesizer(data.classes if conditioned else None, hidden=own["synthesizer_hidden"])
     learner = optax.adam(own["synthesizer_learning_rate"])
     return fr.dni(stages, loss_fn, optimizer, synthesizer, learner, label_conditioning=conditioned, **common)
@@ -162,6 +164,8 @@ def _blockprop(
     own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
 ) -> Algorithm:
     left = dict(own)
+    if own["cache"] and data.examples is None:
+        raise SettingsError("--cache keeps something for every example; these data are drawn anew. Drop the flag.")
     cache_size = data.examples if left.pop("cache") else None
     return fr.blockprop(stages, loss_fn, optimizer, cache_size=cache_size, **left, **common)
 

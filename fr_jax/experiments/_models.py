@@ -16,10 +16,12 @@ class ModelCard(NamedTuple):
     Attributes:
       own: its own settings (arguments of the factory), and their defaults.
       rate_divisor: by what the default step size of a residual network is divided.
+      batch_size: default examples of a mini-batch; None: as for images.
     """
 
     own: Mapping[Own, Any]
     rate_divisor: float = 1.0
+    batch_size: int | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -27,13 +29,24 @@ class ModelCard(NamedTuple):
         return {one.name: default for one, default in self.own.items()}
 
 
+DEPTH = own_setting("depth", int, "Dense layers of an mlp, the output layer included; blocks of a gpt.", least=1)
+WIDTH = own_setting("width", int, "Units of a hidden layer; features of a gpt.", least=1)
+DROPOUT = own_setting("dropout_rate", float, "Of every hidden layer, or residual branch.", least=0, below=1)
+
 MODEL_CARDS: dict[str, ModelCard] = {
     "mlp": ModelCard(
-        {
-            own_setting("depth", int, "Dense layers, the output layer included.", least=1): 6,
-            own_setting("width", int, "Units of a hidden layer.", least=1): 256,
-            own_setting("dropout_rate", float, "Of every hidden layer.", least=0, below=1): 0.0,
-        },
+        {DEPTH: 6, WIDTH: 256, DROPOUT: 0.0},
         rate_divisor=5,  # it has no batch normalisation
+    ),
+    "gpt": ModelCard(
+        {
+            DEPTH: 8,
+            WIDTH: 128,
+            own_setting("heads", int, "Heads of the attention.", least=1): 4,
+            own_setting("context", int, "Bytes that the model sees, and of a training window.", least=1): 128,
+            own_setting("positions", str, "rotary or learned.", choices=("rotary", "learned")): "rotary",
+            DROPOUT: 0.0,
+        },
+        batch_size=16,
     ),
 }

@@ -83,8 +83,10 @@ class Task(NamedTuple):
       headline: the number that a run is judged by.
       unit: what training consumes, in the plural: ``"images"``, ``"tokens"``. Rows have ``<unit>_per_s``.
       units_per_step: how many of them are in a mini-batch.
-      examples: number of training examples; ``Batch.index`` is below it.
+      examples: number of training examples; ``Batch.index`` is below it. None: mini-batches have no index.
       num_classes: number of classes, for methods that show the targets to a synthesizer.
+      checksum: of the data, where they may differ under the same name; a run is resumed on the same data only.
+      sample: ``(predict, state) -> text``, what the trained network makes, for people; all processes call it.
     """
 
     dataset: str
@@ -96,5 +98,7 @@ class Task(NamedTuple):
     headline: Headline
     unit: str
     units_per_step: int
-    examples: int
+    examples: int | None
     num_classes: int | None = None
+    checksum: int | None = None
+    sample: Callable[[Callable[[Any, PyTree], PyTree], Any], str] | None = None

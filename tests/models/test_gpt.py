@@ -55,7 +55,7 @@ def tiny():
         net = fr.chain(*fr.models.gpt(**TINY, positions=positions))
         params, state = jax.jit(net.init)(KEY, TOKENS)
         # Larger weights than the first ones, so that attention differs from a mean.
-        return net, jax.tree.map(lambda w: 10 * w, params), state
+        return net, jax.tree.map(lambda w: 3 * w, params), state
 
     return functools.cache(make)
 
@@ -101,7 +101,7 @@ def test_it_is_a_transformer(tiny):
 
     expected = []
     for tokens in np.asarray(TOKENS):
-        h = embedding["tokens"][tokens] + embedding["positions"]
+        h = embedding["token_embedding"][tokens] + embedding["position_embedding"]
         for block in (blocks[:2], blocks[2:]):
             h = feed(attend(h, block[0]), block[1])
         expected.append(norm(h, head["LayerNorm_0"]) @ head["kernel"])
@@ -119,14 +119,15 @@ def test_rotary_scores_depend_on_the_distance():
 
 
 def test_initial_weights():
-    layers, h = fr.models.gpt(depth=8, width=64), jnp.zeros((1, 4, 64))
+    """GPT-2's at width 768; larger for narrow layers."""
+    layers, h, std = fr.models.gpt(depth=8, width=192), jnp.zeros((1, 4, 192)), 0.04
     embedding, _ = layers[0].init(KEY, TOKENS)
     attention, mlp, head = (layer.init(KEY, h)[0] for layer in (*layers[1:3], layers[-1]))
-    plain = (embedding["tokens"], attention["Dense_0"]["kernel"], mlp["Dense_0"]["kernel"], head["kernel"])
+    plain = (embedding["token_embedding"], attention["Dense_0"]["kernel"], mlp["Dense_0"]["kernel"], head["kernel"])
     for weights in plain:
-        assert float(weights.std()) == pytest.approx(0.02, rel=0.05)
+        assert float(weights.std()) == pytest.approx(std, rel=0.05)
     for layer in (attention, mlp):
-        assert float(layer["Dense_1"]["kernel"].std()) == pytest.approx(0.02 / 4, rel=0.05)
+        assert float(layer["Dense_1"]["kernel"].std()) == pytest.approx(std / 4, rel=0.05)
         assert not layer["Dense_1"]["bias"].any()
 
 
@@ -161,7 +162,11 @@ METHODS = {
 
 @pytest.mark.parametrize(
     ("method", "K", "dtype"),
-    [("fr", 3, "float32"), ("fr", 2, "bfloat16"), ("ddg", 4, "float32"), ("ddg", 6, "bfloat16"), ("bp", 1, "bfloat16")],
+    [
+        ("fr", 3, "float32"),
+        ("ddg", 4, "bfloat16"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("fr", 6, "bfloat16"), ("bp", 1, "bfloat16"))),
+    ],
 )
 def test_it_trains(method, K, dtype):
     """Sequences that count upwards, from any token: the next one is certain."""
@@ -175,7 +180,7 @@ def test_it_trains(method, K, dtype):
     for _ in range(60):
         state, info = algorithm.step(state, batch)
         losses.append(info.loss)
-    assert float(losses[0]) == pytest.approx(np.log(11), rel=0.05) and float(losses[-1]) < 2.1
+    assert float(losses[0]) == pytest.approx(np.log(11), rel=0.15) and float(losses[-1]) < 1.9
 
 
 def test_gradients_of_late_stages_are_exact():

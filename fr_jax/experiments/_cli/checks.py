@@ -62,7 +62,8 @@ def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
                     f"--preset {settings.preset} sets {flag(field.name)}, {whose}. Choose {' or '.join(having)}, or "
                     "drop --preset."
                 )
-            raise SettingsError(f"{flag(field.name)}{'' if value is True else f' {value}'} is {whose}. Drop the flag.")
+            words = "" if value is True else f" {text(value)}"
+            raise SettingsError(f"{flag(field.name)}{words} is {whose}. Drop the flag.")
 
 
 def _check_optimizer(settings: SharedSettings) -> None:
@@ -125,7 +126,8 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
         must be.
     """
     check(settings)
-    batch_size = settings.batch_size or (64 if dataset == "digits" else 128)
+    usual = MODEL_CARDS[settings.model].batch_size if settings.model in MODEL_CARDS else None
+    batch_size = settings.batch_size or usual or (64 if dataset == "digits" else 128)
     own = own_of_method(settings, settings.method)
     _check_batch(batch_size, examples, own.get("microbatches", 1), settings.data_parallel)
     steps_per_epoch = examples // batch_size
@@ -195,6 +197,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name, value in old.items()
         if value != now.get(name)
     }
+    checksums = [config.get("data_checksum") for config in (saved, now)]
+    if None not in checksums and checksums[0] != checksums[1]:
+        texts["text"] = f"the text is another than it was (CRC32 {checksums[1]:08x} and was {checksums[0]:08x})"
     if list(texts) == ["milestones"]:
         texts["milestones"] += f" (to train for longer, add --milestones {text(saved['milestones'])})"
     if "K" in texts:

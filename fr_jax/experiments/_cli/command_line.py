@@ -39,12 +39,16 @@ def parse(name: str, defaults: Settings, arguments: Sequence[str]) -> Settings:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", nargs="?")
     early.add_argument("--steps", nargs="?")
+    early.add_argument("--epochs", nargs="?")
     given, _ = early.parse_known_args(list(arguments))
     fields = {field.name for field in dataclasses.fields(defaults)}
     preset: dict[str, Any] = {k: v for k, v in PRESETS.get(given.preset, {}).items() if k in fields}
     if isinstance(getattr(defaults, "K", None), tuple):  # a comparison has lists of these
         preset = {k: v for k, v in preset.items() if k not in ("K", "method")}
     defaults = dataclasses.replace(defaults, preset=given.preset, **preset)
-    if given.steps is not None:  # a run has one length, and a flag wins over the preset
+    # A run has one length, and a flag wins over the preset.
+    if given.steps is not None:
         defaults = dataclasses.replace(defaults, epochs=None)
+    elif given.epochs is not None:
+        defaults = dataclasses.replace(defaults, steps=None)
     return harness.parse(name, defaults, arguments)

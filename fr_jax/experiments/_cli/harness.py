@@ -139,11 +139,11 @@ def command(name: str, defaults: Any, settings: Any) -> str:
         elif isinstance(value, tuple):
             words += [
                 flag(field.name),
-                *(str(one) for part in value for one in (part if isinstance(part, tuple) else (part,))),
+                *(shlex.quote(str(one)) for part in value for one in (part if isinstance(part, tuple) else (part,))),
             ]
         else:
             text = shlex.quote(str(value))
-            words += [f"{flag(field.name)}={text}"] if text.startswith("-") else [flag(field.name), text]
+            words += [f"{flag(field.name)}={text}"] if str(value).startswith("-") else [flag(field.name), text]
     return " ".join(words)
 
 

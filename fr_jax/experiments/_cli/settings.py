@@ -53,6 +53,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+LANGUAGE_MODEL: dict[str, Any] = {
+    "model": "gpt",
+    "optimizer": "adamw",
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "clip": 1.0,
+}
+PRESETS["lm"] = LANGUAGE_MODEL | {
+    "steps": 1000,
+    "batch_size": 16,
+    "learning_rate": 0.003,
+    "warmup": 100,
+    "eval_every": 100,
+    "test_examples": 512,
+}
+PRESETS["gpt2"] = LANGUAGE_MODEL | {
+    "depth": 18,
+    "width": 768,
+    "heads": 12,
+    "context": 1024,
+    "dtype": "bfloat16",
+    "steps": 20_000,
+    "batch_size": 64,
+    "learning_rate": 0.0006,
+    "warmup": 1000,
+    "eval_every": 500,
+    "test_examples": 256,
+}
 
 ADAPTIVE_RATE = 0.001
 """Default learning rate of adamw and muon, for every method and model."""
@@ -64,7 +92,8 @@ def _default_rates() -> str:
     for name, card in METHODS.items():
         rates.setdefault(card.learning_rate, []).append(name)
     of_methods = [f"{rate:g} for {', '.join(names)}" for rate, names in rates.items()]
-    of_models = [f"divided by {card.rate_divisor:g} for {name}" for name, card in MODEL_CARDS.items()]
+    divisors = {name: card.rate_divisor for name, card in MODEL_CARDS.items() if card.rate_divisor != 1}
+    of_models = [f"divided by {divisor:g} for {name}" for name, divisor in divisors.items()]
     return f"Default with sgd: {'; '.join(of_methods + of_models)}; with adamw and muon: {ADAPTIVE_RATE}."
 
 
@@ -98,11 +127,20 @@ class CommonSettings:
     """What all runs of a comparison have in common, whatever their method."""
 
     model: str = setting("resnet20", choices=tuple(MODELS), vary=False)
-    """resnet8, 20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, or mlp."""
+    """resnet8, 20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, mlp; gpt reads text."""
     dataset: str = setting("auto", vary=False)
-    """cifar10, cifar100, mnist, digits, synthetic, or auto: the program's own where found or fetched, else digits."""
+    """cifar10, cifar100, mnist, digits, synthetic, or auto: the program's own where found or fetched, else digits.
+    For gpt: python (its standard library's source code), text (that of --text), or auto."""
     data_dir: Path | None = setting(None, free="process", vary=False)
     """Folder with the official files (CIFAR: .bin or .tar.gz, MNIST: idx or .gz), or a TFDS folder."""
+    text: tuple[Path, ...] | None = setting(None, free="process", vary=False, owners=("gpt",))
+    """[gpt] UTF-8 files to train on, and folders of such files, instead of Python's standard library."""
+    prompt: str | None = setting(None, free="process", vary=False, owners=("gpt",))
+    """[gpt] What the text begins with that the model writes after training. Default: 'def ', or a new line."""
+    temperature: float | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
+    """[gpt] Of that text: 1 draws bytes as likely as the model finds them, 0 takes the likeliest. Default: 0.8."""
+    sample_bytes: int | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
+    """[gpt] Length of that text; 0 for none. Default: 400."""
     epochs: int | None = setting(None, least=1, free="resume")
     """Passes over the training set. Default: 15 for digits, 5 for MNIST, 1 otherwise; minutes on two CPU cores."""
     steps: int | None = setting(None, least=1, free="resume")
@@ -138,7 +176,7 @@ class CommonSettings:
     eval_every: int | None = setting(None, least=1, free="resume", vary=False)
     """Steps between evaluations on the test set. Default: an epoch."""
     test_examples: int | None = setting(None, least=1, vary=False)
-    """Evaluate on the first so many test examples only. Default: all."""
+    """Evaluate on the first so many test examples, or so many windows of the held-out text, only. Default: all."""
     checkpoint_every: int | None = setting(None, least=1, free="resume", vary=False)
     """Steps between checkpoints. Default: an epoch, but no more than 200."""
     compilation_cache: str = setting("auto", free="process", vary=False)
@@ -146,7 +184,8 @@ class CommonSettings:
     log_every: int = setting(10, least=1, free="resume", vary=False)
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = setting(None, choices=tuple(PRESETS), free="resume", vary=False)
-    """paper: ResNet164, CIFAR-10, 300 epochs, lr 0.01. blockprop: its figure 2, MNIST, one hidden layer. Flags win."""
+    """paper: ResNet164, CIFAR-10, 300 epochs, lr 0.01. blockprop: its figure 2, MNIST, one hidden layer. lm: a small
+    gpt, the defaults of that program. gpt2: for a GPU, 128 million parameters, bfloat16. Flags win."""
     profile: bool = setting(False, free="process")
     """Write a jax.profiler trace of ten steps to the folder's profile/."""
     tensorboard: bool = setting(False, free="process")
@@ -194,7 +233,7 @@ class ProcessSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings(ProcessSettings, SharedSettings, RunSettings):
-    """Train an image classifier as K decoupled stages, one device each.
+    """Train a network as K decoupled stages, one device each.
 
     Results go to a folder of their own (--workdir): config.json, metrics.jsonl, curves.png, summary.json, checkpoints/.
     Settings marked [method] or [model] belong to these alone; given for another, they are an error.

@@ -18,7 +18,7 @@ from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.session import Session, stage_work
 from fr_jax.training.metrics_log import MetricsLog
 
-__all__ = ["Console", "announce", "device_name", "stage_table", "unread"]
+__all__ = ["Console", "announce", "device_name", "show", "stage_table", "unread"]
 
 
 @contextlib.contextmanager
@@ -69,6 +69,13 @@ def announce(session: Session, state: Any) -> str:
             "",
         ]
     )
+
+
+def show(sample: str) -> None:
+    """Prints what a trained network has made."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    rule = "-" * 80
+    print(f"A sample:\n{rule}\n{sample.encode(encoding, 'replace').decode(encoding)}\n{rule}")
 
 
 class Console:

@@ -73,7 +73,7 @@ def _settings(config: Mapping[str, Any]) -> TrainSettings:
     values: dict[str, Any] = {
         name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names
     }
-    values |= {"workdir": None, "data_dir": None, "preset": None, "init_from": None, "devices": None}
+    values |= {"workdir": None, "data_dir": None, "text": None, "preset": None, "init_from": None, "devices": None}
     values |= {"resume": False, "overwrite": False, "data_parallel": 1, "tensorboard": False}
     return TrainSettings(**values)
 

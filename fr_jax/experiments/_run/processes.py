@@ -59,7 +59,7 @@ def load_data(settings: TrainSettings, preferred: str) -> Any:
     """The data set, the same in every process; process 0 looks for it first, and may fetch it."""
     group, load = distributed.group(), kind_of(settings.model).load
     quietly: dict[str, Any] = {} if group.index == 0 else {"log": lambda line: None}
-    found = group.first_goes_first(lambda: load(settings.dataset, settings.data_dir, preferred=preferred, **quietly))
+    found = group.first_goes_first(lambda: load(settings, preferred=preferred, **quietly))
     if group.size > 1:
         arrays = [np.ascontiguousarray(x) for x in found if isinstance(x, np.ndarray)]
         checksums = [zlib.crc32(x.reshape(-1).view(np.uint8).data) for x in arrays]

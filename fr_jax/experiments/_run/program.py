@@ -21,7 +21,7 @@ from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
-from fr_jax.experiments._run.console import Console, announce, unread
+from fr_jax.experiments._run.console import Console, announce, show, unread
 from fr_jax.experiments._run.init_from import start_from
 from fr_jax.experiments._run.records import make_config, make_summary
 from fr_jax.experiments._run.session import Session, build, initial_state
@@ -153,13 +153,15 @@ def _train(
                 totals=totals,
             )
         stopped = stop.signal is not None and not outcome.finished and outcome.divergence is None
+        make_sample = session.task.sample if outcome.finished else None  # which all processes do
+        sample = None if make_sample is None else make_sample(session.algorithm.predict, outcome.state)
         if not distributed.is_first():
             return stop.exit_code if stopped else DIVERGED if outcome.divergence is not None else FINISHED
         if stopped:
             draw(session, folder)
             print(f"Stopped after step {outcome.step:,} of {s.steps:,}; everything is saved. Continue with\n  {again}")
             return stop.exit_code
-        return _close(session, folder, outcome, checkpoints)
+        return _close(session, folder, outcome, checkpoints, sample)
 
 
 def _hooks(
@@ -211,10 +213,10 @@ def draw(session: Session, folder: RunFolder) -> None:
     plot_curves(rows, folder.curves, title=title, data_source=session.task.source, headline=session.task.headline)
 
 
-def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints) -> int:
+def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: Checkpoints, sample: str | None) -> int:
     """Draws the curves, writes the summary, and says how the run ended."""
     draw(session, folder)
-    summary = make_summary(session, outcome)
+    summary = make_summary(session, outcome, sample)
     write_json(folder.summary, summary)
     if outcome.divergence is not None:
         where = outcome.divergence
@@ -234,5 +236,7 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
     peaks = summary.get("device_peak_bytes", {})
     if peaks:
         print("Peak of memory: " + ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in peaks.items()))
+    if sample is not None:
+        show(sample)
     print(f"Curves: {folder.curves}   numbers: {folder.metrics}   summary: {folder.summary}")
     return FINISHED

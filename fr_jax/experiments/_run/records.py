@@ -21,6 +21,7 @@ def make_config(session: Session) -> dict[str, Any]:
     packages = ("fr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return as_json(session.settings) | {
         "data_source": session.task.source,
+        "data_checksum": session.task.checksum,
         "headline": session.task.headline._asdict(),
         "resolved_cuts": list(session.cuts),
         "steps_per_epoch": session.task.pipeline.steps_per_epoch,
@@ -37,8 +38,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
-    """What ``summary.json`` holds."""
+def make_summary(session: Session, outcome: Outcome, sample: str | None = None) -> dict[str, Any]:
+    """What ``summary.json`` holds; ``sample`` is what the task shows of a trained network."""
     s, t, headline = session.settings, outcome.totals, session.task.headline.name
     # A set: stages may share devices.
     devices = {device for sharding in session.placement for device in sharding.device_set}
@@ -58,6 +59,7 @@ def make_summary(session: Session, outcome: Outcome) -> dict[str, Any]:
         "device": f"{len(devices)} x {jax.devices()[0].device_kind}",
         **_peaks(devices),
         "diverged": outcome.divergence is not None,
+        **({} if sample is None else {"sample": sample}),
     }
 
 

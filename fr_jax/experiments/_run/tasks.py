@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 import fr_jax as fr
-from fr_jax.data import image_sets
+from fr_jax.data import image_sets, text
+from fr_jax.data.pipelines import check_length, windows_in
 from fr_jax.experiments._cli.checks import resolve
-from fr_jax.experiments._cli.settings import Resolved, TrainSettings, own_of_model
+from fr_jax.experiments._cli.settings import CommonSettings, Resolved, TrainSettings, own_of_model
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.training.classification import classification
+from fr_jax.training.language import Sampling, language_modelling
 from fr_jax.training.task import Task
 from fr_jax.types import Stage
 
@@ -33,7 +36,7 @@ class Kind(NamedTuple):
 
     Attributes:
       auto: the data set that ``compare`` looks for under ``--dataset auto``.
-      load: ``(name, data_dir, *, preferred, log=print) -> data``; ``auto`` is the ``preferred`` one, if it is found.
+      load: ``(settings, *, preferred, log=print) -> data``; ``--dataset auto`` is the ``preferred`` one, if found.
       examples: ``(settings, data) -> int``, the number of training examples.
       layers: ``(settings, data) -> list[Stage]``, the network of ``settings.model``.
       task: ``(settings, data, sharding) -> Task``, with its mini-batches where the first stage is.
@@ -59,14 +62,50 @@ def _image_task(settings: Resolved, dataset: image_sets.Dataset, sharding: Shard
 
 IMAGES = Kind(
     auto="cifar10",
-    # Not image_sets.load itself: tests and notebooks replace it.
-    load=lambda *args, **options: image_sets.load(*args, **options),
+    # Looked up when it is called: tests and notebooks replace it.
+    load=lambda settings, **options: image_sets.load(settings.dataset, settings.data_dir, **options),
     examples=lambda settings, dataset: len(dataset.train_labels),
     layers=_image_layers,
     task=_image_task,
 )
 
-KINDS: dict[str, Kind] = {"mlp": IMAGES._replace(auto="mnist")}
+
+def _text(settings: CommonSettings, *, preferred: str, log: Callable[[str], Any] = print) -> text.Corpus:
+    if settings.data_dir is not None:
+        raise SettingsError(f"--data-dir {settings.data_dir} is for images. Give files and folders of text by --text.")
+    return text.load(settings.dataset, settings.text or (), log=log)
+
+
+def _text_windows(settings: TrainSettings, corpus: text.Corpus) -> int:
+    context = own_of_model(settings)["context"]
+    check_length(corpus, context)
+    return windows_in(corpus.train, context)
+
+
+def _text_layers(settings: Resolved, corpus: text.Corpus) -> list[Stage]:
+    own, dtype = own_of_model(settings), jnp.dtype(settings.dtype)
+    return fr.models.MODELS[settings.model](vocab_size=256, dtype=dtype, **own)
+
+
+def _text_task(settings: Resolved, corpus: text.Corpus, sharding: Sharding) -> Task:
+    s = settings
+    if s.prompt == "":
+        raise SettingsError("--prompt is empty; the model needs at least one character to go on from. Drop the flag.")
+    given: dict[str, Any] = {"prompt": s.prompt, "length": s.sample_bytes, "temperature": s.temperature}
+    return language_modelling(
+        corpus,
+        s.batch_size,
+        own_of_model(s)["context"],
+        seed=s.seed,
+        sharding=sharding,
+        test_windows=s.test_examples,
+        sampling=Sampling(**{name: value for name, value in given.items() if value is not None}),
+    )
+
+
+TEXT = Kind(auto="python", load=_text, examples=_text_windows, layers=_text_layers, task=_text_task)
+
+KINDS: dict[str, Kind] = {"mlp": IMAGES._replace(auto="mnist"), "gpt": TEXT}
 """Model -> kind of its task; all others classify images."""
 
 

@@ -149,7 +149,7 @@ def run(settings: CompareSettings) -> int:
     )
     planned = plan(settings)
     kind = kind_of(settings.model)
-    data = kind.load(settings.dataset, settings.data_dir, preferred=kind.auto)
+    data = kind.load(settings, preferred=kind.auto)
     home = settings.workdir or Path("runs") / f"compare-{data.name}-{settings.model}"
     entries = {one.name: one.entry for one in planned}
     # Without --overwrite: the printed command goes on with what is there.

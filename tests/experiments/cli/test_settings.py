@@ -237,7 +237,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"optimizer": "muon", "nesterov": True}, "--nesterov is a setting of --optimizer sgd, not of muon. Drop"),
         ({"clip": 0.0}, "--clip 0.0 is out of range; it must be above 0"),
         ({"warmup": -1}, "--warmup -1 is out of range; it must be at least 0"),
-        ({"preset": "papr"}, r"--preset papr is unknown; it can be paper, blockprop. Did you mean paper\?"),
+        ({"preset": "papr"}, r"--preset papr is unknown; it can be paper, blockprop, lm, gpt2. Did you mean paper\?"),
         ({"dtype": "float16"}, "--dtype float16 is unknown; it can be float32, bfloat16"),
         ({"balance": "params"}, "--balance params is unknown; it can be flops, time, uniform"),
         ({"batch_stats": "none"}, "--batch-stats none is unknown; it can be play, replay, both"),
@@ -320,7 +320,7 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
 
 def test_a_setting_of_another_model_is_an_error():
     for name in MODEL_CARDS["mlp"].defaults:
-        with pytest.raises(SettingsError, match=r"is a setting of --model mlp, not of resnet20. Drop"):
+        with pytest.raises(SettingsError, match=r"is a setting of --model mlp and gpt, not of resnet20. Drop"):
             check(TrainSettings(**{name: 1 if name != "dropout_rate" else 0.1}))
     check(TrainSettings(model="mlp", depth=3, width=8, dropout_rate=0.1))
 

@@ -86,7 +86,7 @@ def bigrams(settings: Resolved, text: Text) -> list[Stage]:
     ]
 
 
-KIND = tasks.Kind("abc", lambda name, data_dir, **options: Text(), lambda s, text: 24, bigrams, make_task)
+KIND = tasks.Kind("abc", lambda settings, **options: Text(), lambda s, text: 24, bigrams, make_task)
 
 
 @pytest.fixture
