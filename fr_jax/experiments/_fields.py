@@ -176,7 +176,7 @@ def choice(name: str, value: str, valid: Iterable[str]) -> None:
     """Raises SettingsError if ``value`` is not one of those that ``--name`` can have."""
     valid = tuple(valid)
     if value not in valid:
-        close = difflib.get_close_matches(str(value), valid, n=1)
+        close = sorted(difflib.get_close_matches(str(value), valid), key=lambda one: one[0] != value[0])
         hint = f" Did you mean {close[0]}?" if close else ""
         raise SettingsError(f"{flag(name)} {value} is unknown; it can be {', '.join(valid)}.{hint}")
 

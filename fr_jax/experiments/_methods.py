@@ -12,6 +12,7 @@ import fr_jax as fr
 from fr_jax.diagnostics.simulation import schedules
 from fr_jax.diagnostics.simulation.schedules import MethodSchedule
 from fr_jax.experiments._fields import Own, SettingsError, own_setting
+from fr_jax.experiments._remedies import ACCUMULATE, DISCREPANCY_DECAY, REMEDIES, check_prediction, remedied
 from fr_jax.partitioning.costs import StageWork
 from fr_jax.partitioning.cut import WORK
 from fr_jax.types import Algorithm, Stage
@@ -83,7 +84,8 @@ class Method(Compared):
       own: its own settings, and their defaults.
       memory: its closed form in ``fr_jax.diagnostics.memory.activations``; empty if it has none.
       at_cut: ``own -> Stage``, a network of its own at each cut.
-      check: raises SettingsError for own settings that do not go together.
+      late: whether the gradients of stage k are (K-k)/M updates late (:func:`fr_jax.staleness.mean_delay`).
+      check: ``(own, K)``, raises SettingsError for own settings that do not go together, or not with K stages.
       note: what a reader of its training loss must know.
     """
 
@@ -92,7 +94,8 @@ class Method(Compared):
     own: Mapping[Own, Any] = dataclasses.field(default_factory=dict)
     memory: str = ""
     at_cut: Callable[[Values], Stage] | None = None
-    check: Callable[[Values], None] = lambda own: None
+    late: bool = False
+    check: Callable[[Values, int], None] = lambda own, K: None
     note: str = ""
 
     @property
@@ -107,45 +110,38 @@ BATCH_STATS = own_setting(
     "When batch-norm running statistics move: play, replay, or both (as the authors' code).",
     choices=("play", "replay", "both"),
 )
-GRADIENT_SHRINKING = own_setting(
-    "gradient_shrinking", float, "FDG's factor b: stage k's gradient is shrunk by b^(K-k); 1 is off.", above=0, most=1
-)
-ACCUMULATE = own_setting("accumulate", int, "ADL's m: one update for the mean gradient of m mini-batches.", least=1)
-WEIGHT_PREDICTION = own_setting(
-    "weight_prediction",
-    float,
-    "SpecTrain: how far the forward pass goes towards the weights of the update, 0 to 1.",
-    least=0,
+REPLAY_WEIGHTS = own_setting(
+    "replay_weights",
+    str,
+    "Weights of the replay: current, or stashed (those of the play, which gives DDG's gradients).",
+    choices=("current", "stashed"),
 )
 MICROBATCHES = own_setting(
-    "microbatches", int, "Equal parts M of a mini-batch that go through the pipeline one after another.", least=1
+    "microbatches",
+    int,
+    "Equal parts M of a mini-batch that go through the pipeline one after another; one update for all.",
+    least=1,
 )
-REMEDIES = {GRADIENT_SHRINKING: 1.0, ACCUMULATE: 1, WEIGHT_PREDICTION: 0.0}
-"""Against staleness."""
-
-
-def _remedied(own: Values, optimizer: Any, K: int) -> tuple[dict[str, Any], Sequence[optax.GradientTransformation]]:
-    """The settings that are left, and the stages' optimizers (one for all, or K) wrapped as the others say."""
-    left = dict(own)
-    every = left.pop("accumulate")
-    one_for_all = isinstance(optimizer, optax.GradientTransformation)
-    each = tuple(fr.staleness.accumulate(one, every) for one in ((optimizer,) if one_for_all else optimizer))
-    factor = left.pop("gradient_shrinking", 1.0)
-    return left, fr.staleness.shrink_gradients(each[0] if one_for_all else each, factor, K)
+PIPELINE_SCHEDULE = own_setting(
+    "pipeline_schedule",
+    str,
+    "gpipe (all forward passes first) or 1f1b: the same numbers in the same time, less memory.",
+    choices=("gpipe", "1f1b"),
+)
 
 
 def _bp(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
-    own, optimizer = _remedied(own, optimizer, len(stages))
+    own, optimizer = remedied(own, optimizer, len(stages))
     return fr.backprop(stages, loss_fn, optimizer, **own, **common)
 
 
 def _fr(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
-    own, optimizer = _remedied(own, optimizer, len(stages))
+    own, optimizer = remedied(own, optimizer, len(stages))
     return fr.features_replay(stages, loss_fn, optimizer, **own, **common)
 
 
 def _ddg(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
-    own, optimizer = _remedied(own, optimizer, len(stages))
+    own, optimizer = remedied(own, optimizer, len(stages))
     return fr.ddg(stages, loss_fn, optimizer, **own, **common)
 
 
@@ -170,7 +166,24 @@ def _blockprop(
     return fr.blockprop(stages, loss_fn, optimizer, cache_size=cache_size, **left, **common)
 
 
-def _check_blockprop(own: Values) -> None:
+def _check_fr(own: Values, K: int) -> None:
+    check_prediction(own, K)
+    if own["discrepancy_decay"] < 1 and own["replay_weights"] == "stashed":
+        raise SettingsError(
+            f"--discrepancy-decay {own['discrepancy_decay']} and --replay-weights stashed were both given: stashed "
+            "weights are those of the play, so there is nothing to correct. Use one of them."
+        )
+
+
+def _check_2bw(own: Values, K: int) -> None:
+    if own["microbatches"] < K:
+        raise SettingsError(
+            f"--microbatches {own['microbatches']} are too few for the --K {K} stages of 2bw, which needs at least K. "
+            f"Use --microbatches {K} or more, or fewer stages."
+        )
+
+
+def _check_blockprop(own: Values, K: int) -> None:
     if own["h_every"] > 1 and not own["cache"]:
         raise SettingsError(
             f"--h-every {own['h_every']} needs the gluing variables of earlier visits. Add --cache, or drop the flag."
@@ -178,7 +191,12 @@ def _check_blockprop(own: Values) -> None:
 
 
 def _gpipe(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
-    return fr.gpipe(stages, loss_fn, optimizer, **own, **common)
+    left = dict(own)
+    return fr.gpipe(stages, loss_fn, optimizer, schedule=left.pop("pipeline_schedule"), **left, **common)
+
+
+def _2bw(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    return fr.pipedream_2bw(stages, loss_fn, optimizer, **own, **common)
 
 
 METHODS: dict[str, Method] = {
@@ -187,19 +205,27 @@ METHODS: dict[str, Method] = {
         title="features replay",
         make=_fr,
         learning_rate=0.05,
-        own={BATCH_STATS: "play", **REMEDIES},
+        own={
+            MICROBATCHES: 1,
+            REPLAY_WEIGHTS: "current",
+            BATCH_STATS: "play",
+            **REMEDIES,
+            DISCREPANCY_DECAY: 1.0,
+        },
         work=lambda k, K, own: WORK["fr"](k, K),
         bound=lambda K, own: (3 * K + 1) / 4,
         schedule=schedules.features_replay,
         memory="fr",
         decoupled=True,
+        late=True,
+        check=_check_fr,
     ),
     "bp": Method(
         short="BP",
         title="back-propagation",
         make=_bp,
         learning_rate=0.1,
-        own={ACCUMULATE: 1},
+        own={MICROBATCHES: 1, ACCUMULATE: 1},
         bound=lambda K, own: 1.0,
         schedule=schedules.back_propagation,
         memory="bp",
@@ -209,11 +235,13 @@ METHODS: dict[str, Method] = {
         title="DDG",
         make=_ddg,
         learning_rate=0.05,
-        own=REMEDIES,
+        own={MICROBATCHES: 1, **REMEDIES},
         bound=lambda K, own: float(K),
         schedule=schedules.ddg,
         memory="ddg",
         decoupled=True,
+        late=True,
+        check=check_prediction,
     ),
     "dni": Method(
         short="DNI",
@@ -262,9 +290,20 @@ METHODS: dict[str, Method] = {
         title="GPipe",
         make=_gpipe,
         learning_rate=0.1,
-        own={MICROBATCHES: 4},
+        own={MICROBATCHES: 4, PIPELINE_SCHEDULE: "gpipe"},
         bound=lambda K, own: K * own["microbatches"] / (own["microbatches"] + K - 1),
         schedule=schedules.gpipe,
+    ),
+    "2bw": Method(
+        short="2BW",
+        title="PipeDream-2BW",
+        make=_2bw,
+        learning_rate=0.05,
+        own={MICROBATCHES: 8},
+        work=lambda k, K, own: WORK["2bw"](k, K),
+        bound=lambda K, own: float(K),
+        decoupled=True,
+        check=_check_2bw,
     ),
 }
 

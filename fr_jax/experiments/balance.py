@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.distributed import is_first
-from fr_jax.experiments._bench.contestants import make_entry, method_settings, shared_costs
+from fr_jax.experiments._bench.contestants import make_entry, method_settings, shared_costs, shared_settings
 from fr_jax.experiments._bench.pinned import placed_on, start_pinned
 from fr_jax.experiments._bench.turns import as_rows, in_turns, quietly
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.checks import check_own
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
@@ -75,7 +75,7 @@ class BalanceSettings:
 def check(settings: BalanceSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
     check_fields(settings)
-    check_parts(settings.batch_size, METHODS[settings.method].defaults.get("microbatches", 1), settings.method)
+    check_own(shared_settings(settings), settings.method, settings.K)
     if not settings.pinned:
         one_process("balance without --pinned measures in one process.")
     check_file(settings.output, overwrite=settings.overwrite)

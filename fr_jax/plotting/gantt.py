@@ -32,7 +32,7 @@ LOOKS = (
     Look("replay, backward and update in one", "#E69F00", ("replay",)),
     Look("forward and backward in one", "#0072B2", ("last", "gradient"), "white"),
     Look("backward", "#009E73", ("backward",), "white"),
-    Look("update", "#F0E442", ("update", "accumulate")),
+    Look("update", "#F0E442", ("update",)),
     Look("synthesizer", "#CC79A7", ("synthesize", "learn")),
     Look("transfer", "#D55E00", ("transfer",), "white"),
 )

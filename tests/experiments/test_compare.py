@@ -46,9 +46,32 @@ def test_plan_is_methods_by_K_by_seeds_and_bp_once_a_seed():
 
 
 def test_plan_gives_every_method_the_settings_that_it_has():
-    runs = plan(CompareSettings(methods=("bp", "gpipe", "fr"), K=(2,), microbatches=8, accumulate=2, momentum=0.5))
+    runs = plan(
+        CompareSettings(methods=("dni", "gpipe", "fr"), K=(2,), microbatches=("8",), accumulate=2, momentum=0.5)
+    )
     own = [(one.settings.microbatches, one.settings.accumulate, one.settings.momentum) for one in runs]
-    assert own == [(None, 2, 0.5), (8, None, 0.5), (None, 2, 0.5)]
+    assert own == [(None, None, 0.5), (8, None, 0.5), (8, 2, 0.5)]
+
+
+def test_plan_runs_several_numbers_of_micro_batches():
+    plain = {"methods": ("bp", "fr", "gpipe", "2bw", "dni"), "K": (4,)}
+    usual = ["bp-K1-seed0", "fr-K4-seed0", "gpipe-K4-seed0", "2bw-K4-seed0", "dni-K4-seed0"]
+    assert names(**plain) == usual
+    runs = plan(CompareSettings(microbatches=("4", "8", "bp=1", "fr=1", "fr=8"), **plain))
+    assert [one.name for one in runs] == [
+        *("bp-K1-seed0", "fr-K4-seed0", "fr-K4-M8-seed0", "gpipe-K4-seed0", "gpipe-K4-M8-seed0"),
+        *("2bw-K4-M4-seed0", "2bw-K4-seed0", "dni-K4-seed0"),
+    ]
+    assert [one.settings.microbatches for one in runs] == [1, 1, 8, 4, 8, 4, 8, None]
+    assert [one.entry.label for one in runs][1:4] == [
+        *("features replay, K = 4", "features replay, K = 4, M = 8", "GPipe, K = 4, M = 4")
+    ]
+    assert names(methods=("fr",), vary=("microbatches", "1", "8")) == ["fr-K4-seed0", "fr-K4-M8-seed0"]
+
+
+def test_runs_of_earlier_comparisons_have_the_methods_own_micro_batches():
+    assert report.Entry.of(["gpipe", 2, "", 0]) == report.Entry("gpipe", 2, "", 0, M=4)
+    assert report.Entry.of(["gpipe", 2, "", 0, 8]).label == "GPipe, K = 2, M = 8"
 
 
 def test_plan_varies_a_setting_where_it_is_one():
@@ -96,6 +119,13 @@ def test_plan_takes_learning_rates_by_method():
         ({"learning_rates": ("fr",)}, "--learning-rates fr is malformed; write METHOD=RATE"),
         ({"learning_rates": ("gpipe=0.1",)}, "--learning-rates gpipe=0.1 names a method that is not compared"),
         ({"steps": 3, "epochs": 3}, "one length"),
+        ({"microbatches": ("fr=x",)}, "--microbatches fr=x: fr=x is malformed; write M or METHOD=M, such as 8 or fr=8"),
+        ({"microbatches": ("0",)}, "--microbatches 0: 0 is malformed"),
+        ({"microbatches": ("8", "gpipe=4")}, "--microbatches 8 gpipe=4: gpipe is not among --methods. Drop gpipe=4"),
+        ({"microbatches": ("dni=4",)}, "--microbatches dni=4: dni has no micro-batches. Drop dni=4"),
+        ({"microbatches": ("fr=4", "fr=4")}, "--microbatches fr=4 fr=4 names a number twice"),
+        ({"methods": ("dni",), "microbatches": ("4",)}, "--microbatches 4: none of dni has micro-batches. Drop"),
+        ({"methods": ("2bw",), "microbatches": ("2",)}, "--microbatches 2 are too few for the --K 4 stages of 2bw"),
     ],
 )
 def test_plan_says_what_is_valid(change, complaint):
@@ -143,7 +173,7 @@ def test_table_and_picture(compared):
 def test_all_start_from_the_same_weights_and_see_the_same_mini_batches(compared):
     """GPipe with one microbatch is back-propagation."""
     home, _ = compared
-    assert losses(home / "gpipe-K2-seed0") == pytest.approx(losses(home / "bp-K1-seed0"), rel=1e-4)
+    assert losses(home / "gpipe-K2-M1-seed0") == pytest.approx(losses(home / "bp-K1-seed0"), rel=1e-4)
     assert losses(home / "fr-K2-seed0") != pytest.approx(losses(home / "bp-K1-seed0"), rel=1e-3)
 
 

@@ -15,7 +15,7 @@ from fr_jax.experiments.memory import __main__ as memory
 from fr_jax.experiments.memory.methods import CONTESTANTS, checkpointed, recomputing
 from fr_jax.experiments.memory.picture import figure
 
-SMALL = ["--models", "mlp", "--K", "1", "2", "--batch-size", "4"]
+SMALL = ["--models", "mlp", "--K", "1", "2", "--batch-size", "8"]
 
 
 def test_every_contestant_in_numbers_and_a_picture_once(tmp_path, capsys, monkeypatch):
@@ -34,7 +34,7 @@ def test_every_contestant_in_numbers_and_a_picture_once(tmp_path, capsys, monkey
         assert len(row["stages"]) == row["K"] == len(row["cuts"]) + 1
         assert len(row["devices"]) == (1 if CONTESTANTS[name].one_device else K)
         assert {"name", "temporaries", "live"} <= set(row["calls"][0])
-    assert rows[2, "fr"]["table_1"] > rows[2, "bp"]["table_1"] == 1
+    assert rows[2, "bp"]["table_1"] == pytest.approx(1) and rows[2, "fr"]["table_1"] > 1
     printed = capsys.readouterr().out
     assert "table 1" in printed and all(f" {name} " in printed for name in CONTESTANTS)
 

@@ -77,9 +77,9 @@ def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, program_en
     assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
     assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
     assert "[ours] How much of it. Default: 1.5." in said and "0.25 for ours" in said
-    assert "gpipe or ours (our method)" in said
+    assert "2bw (PipeDream-2BW) or ours (our method)" in said
 
 
 def test_titles():
-    assert listed() == "fr (features replay), bp (back-propagation), ddg, dni, blockprop or gpipe"
+    assert listed() == "fr (features replay), bp (back-propagation), ddg, dni, blockprop, gpipe or 2bw (PipeDream-2BW)"
     assert METHODS["gpipe"].titled({"microbatches": 4}, ", K = 2") == "GPipe, K = 2, M = 4"

@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments.prediction import __main__ as prediction
 from fr_jax.experiments.prediction.methods import timer_of
 
@@ -31,7 +32,10 @@ def test_predicts_and_measures_all_methods_in_one_process(tmp_path, capsys):
     output, methods = tmp_path / "new", ["fr", "fr-lockstep", "ddg", "dni", "gpipe", "dp", "bp"]
     assert prediction.main([*SMALL, "--methods", *methods, "--cuts", "2", "--output", str(output)]) == 0
     result = check(output, methods)
-    assert result["cuts"] == [2] and set(result["parts"]) == {prediction.ONE, *map(timer_of, methods)}
+    assert result["cuts"] == [2] and set(result["parts"]) == {
+        prediction.ONE,
+        *(timer_of(name, SharedSettings()) for name in methods),
+    }
     assert result["parts"]["data parallelism's step"]["all_reduce_seconds"] > 0
     assert set(result["parts"]["at once"]["modules"][1]) == {"last"}  # all that their schedules read
     assert "predicted s" in capsys.readouterr().out

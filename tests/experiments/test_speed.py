@@ -8,7 +8,7 @@ import pytest
 
 import fr_jax as fr
 from fr_jax.experiments._bench.contestants import BASELINE, make_entry
-from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
 from fr_jax.experiments.speed import __main__ as speed
 
 CONTESTANTS = {
@@ -71,9 +71,23 @@ def test_stages_that_share_a_device_have_no_bound():
     assert make_entry(shared, layers, "fr", 2, cuts=(1,)).bound == 1.75
 
 
+def test_each_number_of_micro_batches_is_timed():
+    methods = ("fr", "dni", "gpipe", "dp")
+    settings = speed.SpeedSettings(methods=methods, microbatches=("1", "8", "gpipe=2"))
+    timed = [(method, own_of_method(shared, "gpipe")["microbatches"]) for method, shared in speed.timed(settings)]
+    assert timed == [("fr", 1), ("fr", 8), ("dni", 4), ("gpipe", 2), ("dp", 4)]
+    layers, (_, shared) = fr.models.mlp(depth=3, width=8), speed.timed(settings)[1]
+    entry = make_entry(shared, layers, "fr", 2, cuts=(1,))
+    assert (entry.contestant.name, entry.bound) == ("features replay, K = 2, M = 8", 1.75)
+    assert make_entry(shared, layers, "dp", 2).contestant.name == "data parallelism, 2 devices"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--microbatches", "3"], "cannot be split into the 3 equal parts of bp"),
+        (["--microbatches", "fr=0"], "--microbatches fr=0: fr=0 is malformed"),
+        (["--K", "9", "--methods", "2bw"], "--microbatches 8 are too few for the --K 9 stages of 2bw"),
         (["--model", "resnet21"], "--model resnet21 is unknown"),
         (["--methods", "frr"], "--methods frr is unknown"),
         (["--rounds", "0"], "--rounds 0 is out of range"),

@@ -23,7 +23,14 @@ from jax.sharding import Sharding
 from fr_jax._arrays import place, put
 from fr_jax.algorithms import dni
 from fr_jax.algorithms._validation import Optimizers, Setup, check_count, check_setup
-from fr_jax.diagnostics.profiling.watched_steps import STEPS, Watched, is_mine, recorded_calls, watched_step
+from fr_jax.diagnostics.profiling.watched_steps import (
+    STEPS,
+    Watched,
+    is_mine,
+    microbatches_of,
+    recorded_calls,
+    watched_step,
+)
 from fr_jax.diagnostics.simulation.times import StageTimes, Times
 from fr_jax.distributed import group
 from fr_jax.types import Batch, LossFn, PyTree, Stage
@@ -55,7 +62,7 @@ def stage_timer(
     *,
     in_step: bool = False,
     placement: Sequence[Sharding] | None = None,
-    microbatches: int = 4,
+    microbatches: int | None = None,
     synthesizers: Stage | Sequence[Stage] | None = None,
     synthesizer_optimizer: optax.GradientTransformation | None = None,
     repeats: int = 3,
@@ -69,13 +76,13 @@ def stage_timer(
 
     ``methods`` are keys of :data:`STEPS`; kinds of functions that several of them have are measured once, and without
     methods the transfers alone. With ``in_step``, functions are timed in their places in the step of the one method
-    that is given; the times of GPipe are those of a micro-batch. Otherwise the processes of a run
-    measure at the same time, and slow each other down by what they share (memory). A feature goes there and back
-    ``hops`` times.
+    that is given. Otherwise the processes of a run measure at the same time, and slow each other down by what they
+    share (memory). A feature goes there and back ``hops`` times. With ``microbatches`` (4 by default for GPipe, 1 for
+    the others) times are those of a micro-batch, and ``update`` of one update.
 
     Raises:
-      ValueError: as the methods, and for an unknown method, ``repeats`` or ``hops`` less than 1, or back-propagation
-        of several stages on a single device, which is one function.
+      ValueError: as the methods, and for an unknown method, methods with other numbers of micro-batches, ``repeats`` or
+        ``hops`` less than 1, or back-propagation of several stages on a single device, which is one function.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
@@ -91,7 +98,13 @@ def stage_timer(
     check_count("repeats", repeats)
     check_count("hops", hops)
     _check_methods(methods, setup, in_step)
-    own: dict[str, Any] = {"microbatches": check_count("microbatches", microbatches)}
+    if microbatches is not None:
+        check_count("microbatches", microbatches)
+    counts = {microbatches_of(method, microbatches) for method in methods}
+    if len(counts) > 1:
+        raise ValueError(f"methods = {methods!r} have {sorted(counts)} micro-batches; measure them one by one.")
+    parts = max(counts, default=1)
+    own: dict[str, Any] = {"microbatches": microbatches}
     if "dni" in methods:
         if synthesizers is None or synthesizer_optimizer is None:
             raise ValueError("method 'dni' needs synthesizers and synthesizer_optimizer; pass both.")
@@ -101,7 +114,6 @@ def stage_timer(
         timed = _in_step(methods[0], setup, batch, repeats, own)
     else:
         timed = _alone(methods, setup, batch, repeats, own)
-    parts = microbatches if "gpipe" in methods and in_step else 1
     sent = _features(setup.stages, jax.tree.map(lambda x: x[: x.shape[0] // parts], batch.inputs), shardings)
 
     def measure() -> Measured:

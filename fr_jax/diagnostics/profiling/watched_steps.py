@@ -18,7 +18,7 @@ from fr_jax.algorithms._validation import Setup
 from fr_jax.diagnostics.profiling import lockstep
 from fr_jax.types import Batch
 
-__all__ = ["STEPS", "Call", "Watched", "is_mine", "recorded_calls", "watched_step"]
+__all__ = ["STEPS", "Call", "Watched", "is_mine", "microbatches_of", "recorded_calls", "watched_step"]
 
 _REPLAY = features_replay.Options()
 # (the method's jitted functions, its `init`, its `step`), the two without their first arguments, from its setup.
@@ -36,6 +36,7 @@ STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
         functools.partial(dni.init, own),
         functools.partial(dni.step, own),
     ),
+    # 1F1B makes the same calls.
     "gpipe": lambda setup, own: (gpipe.make_parts(setup), gpipe.init, functools.partial(gpipe.step, "gpipe")),
 }
 _WORK = ("play", "replay", "forward", "backward", "update", "synthesize", "learn")
@@ -74,16 +75,23 @@ class Call(NamedTuple):
         return time.perf_counter() - start
 
 
+def microbatches_of(method: str, given: int | None) -> int:
+    """M: as given, where the method has micro-batches; by default 4 of GPipe."""
+    if method in ("dni", "fr-lockstep"):
+        return 1
+    return (4 if method == "gpipe" else 1) if given is None else given
+
+
 def is_mine(sharding: Sharding | None) -> bool:
     """Whether all devices of a stage belong to this process."""
     return sharding is None or sharding.is_fully_addressable
 
 
 def watched_step(
-    method: str, setup: Setup, batch: Batch, watch: Watch, *, microbatches: int = 1, synthesizers: Any = None
+    method: str, setup: Setup, batch: Batch, watch: Watch, *, microbatches: int | None = None, synthesizers: Any = None
 ) -> tuple[Callable, Any]:
     """``(step, state)`` of a method, where ``watch`` replaces each function of this process's stages."""
-    setup = dataclasses.replace(setup, microbatches=microbatches if method == "gpipe" else 1)
+    setup = dataclasses.replace(setup, microbatches=microbatches_of(method, microbatches))
     parts, init, step = STEPS[method](setup, synthesizers)
     state = init(setup, parts, jax.random.key(0), batch, None, None)
     kinds = _KINDS | {"last": "gradient" if setup.microbatches > 1 else "last"}

@@ -21,8 +21,8 @@ class Row(NamedTuple):
       stages: ``"up"`` (0, ..., K-2), ``"last"`` (K-1), ``"down"`` (K-2, ..., 0) or ``"all"`` (K-1, ..., 0).
       needs: what the first of the kinds waits for: the ``"feature"`` of stage k-1, the ``"delta"`` of stage k+1, or
         nothing.
-      stale: stage k works on mini-batch t+k-(K-1), not on mini-batch t.
-      once: for the last micro-batch of a step only.
+      stale: stage k works on mini-batch t+k-(K-1), not on mini-batch t; with M micro-batches, of these.
+      once: for the last micro-batch of a mini-batch only.
     """
 
     kinds: tuple[str, ...]
@@ -38,6 +38,7 @@ class MethodSchedule(NamedTuple):
     Attributes:
       phases: the rows of each phase; all micro-batches go through a phase before the next phase starts.
       barriers: whether all devices wait for each other before each phase, as a step loop that waits for results does.
+      split: the phases for more than one micro-batch, if others.
 
     Example:
       >>> from fr_jax.diagnostics.simulation.timeline import simulate, summarise
@@ -49,14 +50,17 @@ class MethodSchedule(NamedTuple):
 
     phases: tuple[tuple[Row, ...], ...]
     barriers: bool = False
+    split: tuple[tuple[Row, ...], ...] = ()
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self, microbatches: int = 1) -> tuple[str, ...]:
         """The fields of ``StageTimes`` that are read."""
-        return tuple(dict.fromkeys(kind for phase in self.phases for row in phase for kind in row.kinds))
+        return tuple(dict.fromkeys(kind for phase in self._of(microbatches) for row in phase for kind in row.kinds))
+
+    def _of(self, microbatches: int) -> tuple[tuple[Row, ...], ...]:
+        return self.split if microbatches > 1 and self.split else self.phases
 
     def __call__(self, times: Times, steps: int, microbatches: int = 1) -> tuple[Task, ...]:
-        """The tasks; ``times`` are those of one of M micro-batches (:data:`gpipe`), ``update`` of one update.
+        """The tasks; ``times`` are those of one of M micro-batches, ``update`` of one update.
 
         Raises:
           ValueError: the numbers of stages and transfers do not fit, or ``steps`` or ``microbatches`` is less than 1.
@@ -95,16 +99,16 @@ class MethodSchedule(NamedTuple):
     def _calls(self, K: int, steps: int, M: int) -> Iterator[tuple[int, Row, int, int] | None]:
         """``(t, row, stage, mini-batch)`` in the order of issue; None for a barrier."""
         for t in range(steps):
-            for phase in self.phases:
+            for phase in self._of(M):
                 if self.barriers:
                     yield None
                 for m in range(t * M, (t + 1) * M):
                     for row in phase:
-                        if row.once and m + 1 < (t + 1) * M:
-                            continue
                         for k in _ORDERS[row.stages](K):
                             minibatch = m + k - (K - 1) if row.stale else m
-                            if minibatch >= 0:  # before that, the stage has nothing to replay
+                            whole = (minibatch + 1) % M == 0
+                            # Before mini-batch 0, the stage has nothing to replay.
+                            if minibatch >= 0 and (whole or not row.once):
                                 yield t, row, k, minibatch
 
 
@@ -124,16 +128,26 @@ _PLAY = Row(("play",), "up", "feature")
 _REPLAY = Row(("replay",), "down", "delta", stale=True)
 _FORWARD = Row(("forward",), "up", "feature")
 _LAST = Row(("last",), "last", "feature")
+_BACKWARD = Row(("backward",), "down", "delta")
+# Of more than one micro-batch.
+_GRADIENT = _LAST._replace(kinds=("gradient",))
+_UPDATE = Row(("update",), "all", once=True)
 
 # The speedups below are over back-propagation on one device, for equal stages and transfers that take no time.
-back_propagation = MethodSchedule(((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta")),))
+back_propagation = MethodSchedule(
+    ((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta")),),
+    split=((_FORWARD, _GRADIENT, _BACKWARD, _UPDATE),),
+)
 """``fr_jax.backprop`` over K devices; with K = 1 the whole network in one function. Speedup 1, for every K."""
 
-features_replay = MethodSchedule(((_PLAY, _LAST, _REPLAY),))
+features_replay = MethodSchedule(
+    ((_PLAY, _LAST, _REPLAY),), split=((_PLAY, _GRADIENT, _REPLAY, _UPDATE._replace(stale=True)),)
+)
 """``fr_jax.features_replay``. Speedup (3K+1)/4, if 4 forward passes of a stage k < K take as long as 3 of stage K.
 
 Transfers of x seconds each make a step longer by 2x (K-1)/K: there is no slack in the loop from stage K's gradient
-down to stage 1's update and, K steps later, back up as its play."""
+down to stage 1's update and, K steps later, back up as its play. With M > 1 micro-batches, whose ``replay`` makes no
+update, that is so for the time of each."""
 
 features_replay_lockstep = MethodSchedule(
     ((_PLAY, _LAST._replace(kinds=("forward",))), (Row(("backward", "update"), "last"), _REPLAY)), barriers=True
@@ -141,8 +155,12 @@ features_replay_lockstep = MethodSchedule(
 """Features replay with a barrier before and after its forward phase. Speedup 3/(1+3/K): all stages play one after the
 other, then all go backward at once. The library has no such loop but in ``diagnostics.profiling.lockstep``."""
 
-ddg = MethodSchedule(((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta", stale=True)),))
-"""``fr_jax.ddg``. Speedup K; transfers as for :data:`features_replay`."""
+ddg = MethodSchedule(
+    ((_FORWARD, _LAST, Row(("backward", "update"), "down", "delta", stale=True)),),
+    split=((_FORWARD, _GRADIENT, _BACKWARD._replace(stale=True), _UPDATE._replace(stale=True)),),
+)
+"""``fr_jax.ddg``, and ``fr_jax.pipedream_2bw`` with its micro-batches. Speedup K; transfers as for
+:data:`features_replay`."""
 
 dni = MethodSchedule(
     ((Row(("forward", "synthesize", "backward", "update"), "up", "feature"), _LAST, Row(("learn",), "up", "delta")),)
@@ -150,13 +168,8 @@ dni = MethodSchedule(
 """``fr_jax.dni``; synthesizers learn last, from what stage k+1 sent in this step. Speedup 3K/4, with synthesizers that
 take no time: stage k waits for the forward pass of stage k+1 before its synthesizer learns."""
 
-gpipe = MethodSchedule(
-    (
-        (_FORWARD, _LAST._replace(kinds=("gradient",))),
-        (Row(("backward",), "down", "delta"), Row(("update",), "all", once=True)),
-    )
-)
-"""``fr_jax.gpipe`` with M micro-batches. Speedup KM/(M+K-1)."""
+gpipe = MethodSchedule(((_FORWARD, _GRADIENT), (_BACKWARD, _UPDATE)))
+"""``fr_jax.gpipe`` with M micro-batches. Speedup KM/(M+K-1). 1F1B takes the same time."""
 
 SCHEDULES: Mapping[str, MethodSchedule] = {
     "bp": back_propagation,

@@ -30,6 +30,7 @@ __all__ = [
     "make_entry",
     "plain",
     "shared_costs",
+    "unsplit",
 ]
 
 BASELINE = "back-propagation, 1 device"
@@ -92,6 +93,12 @@ def method_settings(shared: SharedSettings, method: str, K: int, cuts: tuple[int
     return TrainSettings(**common | own_of_method(shared, method))
 
 
+def unsplit(shared: SharedSettings) -> SharedSettings:
+    """The same settings without a number of micro-batches: each method has its own, back-propagation 1."""
+    whole: dict[str, Any] = {"microbatches": None}
+    return dataclasses.replace(shared, **whole)
+
+
 def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
     """What one writes without this library: a jitted function with value_and_grad and an optax update."""
     network = fr.chain(*layers)
@@ -140,7 +147,10 @@ def make_entry(
     """
     size = shared.batch_size or 128
     stages_K = 1 if method == DATA_PARALLEL else K
-    settings = method_settings(shared, "bp" if method == DATA_PARALLEL else method, stages_K, cuts)
+    if method == DATA_PARALLEL:
+        settings = method_settings(unsplit(shared), "bp", stages_K, cuts)
+    else:
+        settings = method_settings(shared, method, stages_K, cuts)
     places = fr.placement(stages_K, devices, K if method == DATA_PARALLEL else 1)
     if stages_K > 1 and cuts is None:
         example = jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32)

@@ -26,7 +26,16 @@ from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._models import MODEL_CARDS
 from fr_jax.models import MODELS
 
-__all__ = ["check", "check_cuts", "check_parts", "check_shared", "default_workdir", "differences", "resolve"]
+__all__ = [
+    "check",
+    "check_cuts",
+    "check_own",
+    "check_parts",
+    "check_shared",
+    "default_workdir",
+    "differences",
+    "resolve",
+]
 
 
 def check_shared(settings: SharedSettings, methods: Iterable[str]) -> None:
@@ -40,9 +49,7 @@ def check_shared(settings: SharedSettings, methods: Iterable[str]) -> None:
     for method in methods:
         choice("method", method, METHODS)
     _check_owners(settings, methods)
-    _check_optimizer(settings)
-    for method in methods:
-        METHODS[method].check(own_of_method(settings, method))
+    _check_optimizer(settings, methods)
     if settings.steps is not None and settings.epochs is not None:
         raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
     if settings.tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -66,18 +73,31 @@ def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
             raise SettingsError(f"{flag(field.name)}{words} is {whose}. Drop the flag.")
 
 
-def _check_optimizer(settings: SharedSettings) -> None:
-    """The settings of one optimizer or schedule are errors for the others, unless a preset sets them."""
+OF_CHOICES = (
+    ("optimizer", "sgd", ("momentum", "nesterov", "spike_compensation")),
+    ("optimizer", "nadam", ("late_b1",)),
+    ("schedule", "steps", ("milestones",)),
+)
+"""Settings that belong to one optimizer or schedule."""
+
+
+def _check_optimizer(settings: SharedSettings, methods: Sequence[str]) -> None:
+    """The settings of one optimizer or schedule are errors for the others, unless they are set by default."""
     of_preset = PRESETS.get(settings.preset or "", {})
-    for owner, own, names in (("optimizer", "sgd", ("momentum", "nesterov")), ("schedule", "steps", ("milestones",))):
+    for owner, own, names in OF_CHOICES:
         chosen = getattr(settings, owner)
         for name in names:
             value, default = getattr(settings, name), getattr(SharedSettings, name)
-            if chosen != own and value and value not in (default, of_preset.get(name, default)):
+            # The last ones are in the config.json of every run of a method that has the setting.
+            defaults = (default, of_preset.get(name, default), *(METHODS[one].defaults.get(name) for one in methods))
+            if chosen != own and value and value not in defaults:
                 words = "" if value is True else f" {text(value)}"
                 raise SettingsError(
                     f"{flag(name)}{words} is a setting of --{owner} {own}, not of {chosen}. Drop the flag."
                 )
+    if given(settings, "spike_compensation") and (settings.nesterov or not settings.momentum):
+        without = "--nesterov is a form of it" if settings.nesterov else "--momentum 0 leaves it nothing to do"
+        raise SettingsError(f"--spike-compensation makes up for missed momentum, and {without}. Drop one of them.")
 
 
 def check(settings: TrainSettings) -> None:
@@ -90,6 +110,10 @@ def check(settings: TrainSettings) -> None:
     if settings.resume and settings.overwrite:
         raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
     check_cuts(settings.cuts, settings.K)
+    own = own_of_method(settings, settings.method)
+    METHODS[settings.method].check(own, settings.K)
+    if settings.dataset != "auto" or _batch_size(settings, "digits") == _batch_size(settings, "auto"):
+        _check_split(_batch_size(settings, settings.dataset), own.get("microbatches", 1), settings.data_parallel)
     rates = settings.stage_learning_rates
     if rates is not None and len(rates) != settings.K:
         raise SettingsError(f"--stage-learning-rates {text(rates)}: give one for each of the --K {settings.K} stages.")
@@ -113,6 +137,13 @@ def check_parts(batch_size: int, parts: int, method: str) -> None:
         )
 
 
+def check_own(settings: SharedSettings, method: str, K: int) -> None:
+    """Raises SettingsError if a method's own settings do not suit each other, K stages, or the mini-batch."""
+    own = own_of_method(settings, method)
+    METHODS[method].check(own, K)
+    check_parts(settings.batch_size or 1, own.get("microbatches", 1), method)
+
+
 def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
     """The settings of a run on a data set: checked against the data, every default filled in.
 
@@ -126,10 +157,13 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
         must be.
     """
     check(settings)
-    usual = MODEL_CARDS[settings.model].batch_size if settings.model in MODEL_CARDS else None
-    batch_size = settings.batch_size or usual or (64 if dataset == "digits" else 128)
-    own = own_of_method(settings, settings.method)
-    _check_batch(batch_size, examples, own.get("microbatches", 1), settings.data_parallel)
+    batch_size, own = _batch_size(settings, dataset), own_of_method(settings, settings.method)
+    if batch_size > examples:
+        raise SettingsError(
+            f"--batch-size {batch_size} is too large; it must be at most the {examples:,} training examples. "
+            f"Try {examples}."
+        )
+    _check_split(batch_size, own.get("microbatches", 1), settings.data_parallel)
     steps_per_epoch = examples // batch_size
     steps = settings.steps or (settings.epochs or {"digits": 15, "mnist": 5}.get(dataset, 1)) * steps_per_epoch
     milestones = settings.milestones if settings.schedule == "steps" else ()
@@ -152,12 +186,12 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
     return Resolved(**values)
 
 
-def _check_batch(batch_size: int, examples: int, microbatches: int, data_parallel: int) -> None:
-    if batch_size > examples:
-        raise SettingsError(
-            f"--batch-size {batch_size} is too large; it must be at most the {examples:,} training examples. "
-            f"Try {examples}."
-        )
+def _batch_size(settings: TrainSettings, dataset: str) -> int:
+    usual = MODEL_CARDS[settings.model].batch_size if settings.model in MODEL_CARDS else None
+    return settings.batch_size or usual or (64 if dataset == "digits" else 128)
+
+
+def _check_split(batch_size: int, microbatches: int, data_parallel: int) -> None:
     parts = microbatches * data_parallel
     if microbatches > 1 and batch_size % parts:
         raise SettingsError(

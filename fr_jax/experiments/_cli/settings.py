@@ -29,6 +29,7 @@ __all__ = [
     "own_of_method",
     "own_of_model",
     "owners",
+    "titled",
 ]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ PRESETS["gpt2"] = LANGUAGE_MODEL | {
 }
 
 ADAPTIVE_RATE = 0.001
-"""Default learning rate of adamw and muon, for every method and model."""
+"""Default learning rate of adamw, nadam and muon, for every method and model."""
 
 
 def _default_rates() -> str:
@@ -94,7 +95,7 @@ def _default_rates() -> str:
     of_methods = [f"{rate:g} for {', '.join(names)}" for rate, names in rates.items()]
     divisors = {name: card.rate_divisor for name, card in MODEL_CARDS.items() if card.rate_divisor != 1}
     of_models = [f"divided by {divisor:g} for {name}" for name, divisor in divisors.items()]
-    return f"Default with sgd: {'; '.join(of_methods + of_models)}; with adamw and muon: {ADAPTIVE_RATE}."
+    return f"Default with sgd: {'; '.join(of_methods + of_models)}; with adamw, nadam and muon: {ADAPTIVE_RATE}."
 
 
 @documented
@@ -147,9 +148,10 @@ class CommonSettings:
     """Mini-batches to train for, instead of epochs."""
     batch_size: int | None = setting(None, least=1)
     """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 128 otherwise."""
-    optimizer: str = setting("sgd", choices=("sgd", "adamw", "muon"))
-    """sgd, adamw, or muon: orthogonalized updates for dense and convolution kernels (as matrices of height x width x
-    inputs by outputs), Adam with the same learning rate for biases and normalization."""
+    optimizer: str = setting("sgd", choices=("sgd", "adamw", "nadam", "muon"))
+    """sgd, adamw, nadam (Nesterov's Adam, with more momentum for late stages), or muon: orthogonalized updates for
+    dense and convolution kernels (as matrices of height x width x inputs by outputs), Adam with the same learning rate
+    for biases and normalization."""
     learning_rate: float | None = setting(None, least=0, help=f"Largest learning rate. {_default_rates()}")
     schedule: str = setting("steps", choices=("steps", "cosine", "constant"))
     """steps (the rate is divided by 10 at --milestones), cosine (it falls to 0 at the end of the run), or constant."""
@@ -162,7 +164,7 @@ class CommonSettings:
     nesterov: bool = setting(False)
     """[sgd] Nesterov's form of momentum (the paper's authors used it in their code)."""
     weight_decay: float = setting(5e-4, least=0)
-    """Times the weight: added to the gradient with sgd; decoupled with adamw and muon (times the learning rate)."""
+    """Times the weight: added to the gradient with sgd; decoupled with the others (times the learning rate)."""
     clip: float | None = setting(None, above=0)
     """Largest norm of each stage's gradient; a larger gradient is scaled down to it. Default: no clipping."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
@@ -287,6 +289,11 @@ def own_of_model(settings: SharedSettings) -> dict[str, Any]:
 
 def _own(settings: SharedSettings, defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(settings, name) if given(settings, name) else default for name, default in defaults.items()}
+
+
+def titled(settings: TrainSettings) -> str:
+    """Such as ``features replay, K = 4, M = 8``."""
+    return METHODS[settings.method].titled(own_of_method(settings, settings.method), f", K = {settings.K}")
 
 
 def as_json(settings: SharedSettings) -> dict[str, Any]:

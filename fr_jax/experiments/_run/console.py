@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from tqdm import tqdm
 
 from fr_jax.experiments._cli.harness import discard_output
-from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._cli.settings import titled
 from fr_jax.experiments._run.session import Session, stage_work
 from fr_jax.training.metrics_log import MetricsLog
 
@@ -59,7 +59,7 @@ def announce(session: Session, state: Any) -> str:
     share = max(stage_work(session)) / sum(stage_work(session))
     return "\n".join(
         [
-            f"{s.model}, {METHODS[s.method].title}, K = {s.K}; batch {s.batch_size}, "
+            f"{s.model}, {titled(s)}; batch {s.batch_size}, "
             f"learning rate {s.learning_rate:g}, {steps:,} steps ({steps / per_epoch:.4g} epochs of {per_epoch})",
             f"data: {task.source}",
             f"folder: {s.workdir}",

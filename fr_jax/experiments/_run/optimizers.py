@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import optax
 
 from fr_jax.algorithms import staleness
 from fr_jax.experiments._cli.settings import Resolved, own_of_method
+from fr_jax.experiments._methods import METHODS
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "make_optimizers"]
 
@@ -38,27 +40,48 @@ def learning_rate_schedule(settings: Resolved, steps_per_epoch: int) -> optax.Sc
 def make_optimizers(
     settings: Resolved, steps_per_epoch: int
 ) -> optax.GradientTransformation | tuple[optax.GradientTransformation, ...]:
-    """One for all stages, or one each if they have learning rates of their own."""
-    if settings.stage_learning_rates is None:
-        return make_optimizer(settings, steps_per_epoch)
-    each = (dataclasses.replace(settings, learning_rate=rate) for rate in settings.stage_learning_rates)
-    return tuple(make_optimizer(one, steps_per_epoch) for one in each)
+    """One for all stages, or one each if they have learning rates of their own or make up for their delays."""
+    s, card = settings, METHODS[settings.method]
+    delays = card.late and (s.optimizer == "nadam" or own_of_method(s, s.method)["spike_compensation"])
+    if s.stage_learning_rates is None and not delays:
+        return make_optimizer(s, steps_per_epoch)
+    rates = s.stage_learning_rates or (s.learning_rate,) * s.K
+    each = (dataclasses.replace(s, learning_rate=rate) for rate in rates)
+    return tuple(make_optimizer(one, steps_per_epoch, k) for k, one in enumerate(each))
 
 
-def make_optimizer(settings: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The optimizer of every stage; each stage has a state of its own, and clips by the norm of its own gradient.
+def make_optimizer(settings: Resolved, steps_per_epoch: int, k: int = -1) -> optax.GradientTransformation:
+    """The optimizer of stage k = 0..K-1, the last by default; each has a state, and clips by its own gradient's norm.
 
-    ``sgd`` adds the weight decay to the gradient, as in the papers' PyTorch code; ``adamw`` and ``muon`` decouple it.
-    ``muon`` orthogonalizes the updates of weight matrices, the output layer's included; Adam trains the rest, with the
-    same learning rate and no weight decay (:func:`fr_jax.staleness.muon`).
+    ``sgd`` adds the weight decay to the gradient, as in the papers' PyTorch code; the others decouple it. ``muon``
+    orthogonalizes the updates of weight matrices, the output layer's included; Adam trains the rest, with the same
+    learning rate and no weight decay (:func:`fr_jax.staleness.muon`). ``nadam`` and ``spike_compensation`` know how
+    late the stage is.
     """
     s, rate = settings, learning_rate_schedule(settings, steps_per_epoch)
+    own = own_of_method(s, s.method)
     if s.optimizer == "adamw":
         optimizer = optax.adamw(rate, weight_decay=s.weight_decay)
     elif s.optimizer == "muon":
         (optimizer,) = staleness.muon(rate, 1, weight_decay=s.weight_decay, output_layer_by_adam=False)
+    elif s.optimizer == "nadam":
+        options = {"late_b1": own.get("late_b1", 0.9), "weight_decay": s.weight_decay}
+        recipe = lambda K, M: staleness.nadam(rate, K, M, **options)
+        optimizer = _of_stage(s, k, recipe)
     else:
-        optimizer = optax.sgd(rate, momentum=s.momentum or None, nesterov=s.nesterov)
+        if own.get("spike_compensation"):
+            optimizer = _of_stage(s, k, lambda K, M: staleness.spike_compensation(rate, s.momentum, K, M))
+        else:
+            optimizer = optax.sgd(rate, momentum=s.momentum or None, nesterov=s.nesterov)
         if s.weight_decay:
             optimizer = optax.chain(optax.add_decayed_weights(s.weight_decay), optimizer)
     return optimizer if s.clip is None else optax.chain(optax.clip_by_global_norm(s.clip), optimizer)
+
+
+def _of_stage(
+    settings: Resolved, k: int, recipe: Callable[[int, int], Sequence[optax.GradientTransformation]]
+) -> optax.GradientTransformation:
+    """Stage k's of ``recipe(K, M)``, with M micro-batches for one update; that of K = 1 if no gradient is late."""
+    own = own_of_method(settings, settings.method)
+    M = own.get("microbatches", 1) * own.get("accumulate", 1)
+    return recipe(settings.K, M)[k] if METHODS[settings.method].late else recipe(1, M)[0]

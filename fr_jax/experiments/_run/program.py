@@ -16,9 +16,8 @@ from fr_jax.experiments._cli.checks import check, differences
 from fr_jax.experiments._cli.command_line import Program
 from fr_jax.experiments._cli.devices import request_devices
 from fr_jax.experiments._cli.harness import DIVERGED, FINISHED, fail
-from fr_jax.experiments._cli.settings import Resolved, TrainSettings, as_json
+from fr_jax.experiments._cli.settings import Resolved, TrainSettings, as_json, titled
 from fr_jax.experiments._fields import SettingsError
-from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
 from fr_jax.experiments._run.console import Console, announce, show, unread
@@ -208,7 +207,7 @@ def is_over(folder: RunFolder, step: int, settings: Resolved) -> bool:
 def draw(session: Session, folder: RunFolder) -> None:
     """Draws ``curves.png`` from the rows so far."""
     s = session.settings
-    title = f"{s.model} on {s.dataset}, {METHODS[s.method].title}, K = {s.K}"
+    title = f"{s.model} on {s.dataset}, {titled(s)}"
     rows = {f"{s.method.upper()}, K = {s.K}": read_rows(folder.metrics)}
     plot_curves(rows, folder.curves, title=title, data_source=session.task.source, headline=session.task.headline)
 

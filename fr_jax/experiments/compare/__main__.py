@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.checks import check, check_shared
 from fr_jax.experiments._cli.command_line import parse
 from fr_jax.experiments._cli.harness import FINISHED, one_process
+from fr_jax.experiments._cli.per_method import MICROBATCHES_HELP, numbers_of_microbatches
 from fr_jax.experiments._cli.settings import PRESETS, SharedSettings, TrainSettings, belongs, owners
 from fr_jax.experiments._fields import LARGEST_SEED, SettingsError, documented, flag, guard, setting
 from fr_jax.experiments._methods import METHODS, listed
@@ -47,6 +49,7 @@ class Axes:
     """Delete the runs in the folder that are asked for, and start them again."""
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class CompareSettings(SharedSettings, Axes):
     """Train one network by several methods, K and seeds, on the same mini-batches, and compare.
@@ -54,6 +57,8 @@ class CompareSettings(SharedSettings, Axes):
     Seed by seed, all runs start from the same weights. The folder holds a run each, table.md, comparison.json and
     comparison.png. Given again, the command repeats no run that is finished and continues the one that was stopped.
     """
+
+    microbatches: tuple[str, ...] | None = setting(None, help=MICROBATCHES_HELP)
 
 
 class Planned(NamedTuple):
@@ -72,24 +77,35 @@ def plan(settings: CompareSettings) -> list[Planned]:
     """
     check_shared(settings, settings.methods)
     rates, variants = _learning_rates(settings), _variants(settings)
+    numbers = numbers_of_microbatches(settings.microbatches, settings.methods)
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SharedSettings)}
+    shared["microbatches"] = None
     planned = {}
     for seed in settings.seeds:
         for method in settings.methods:
             own = {n: value if belongs(n, method, settings.model) else _unset(n) for n, value in shared.items()}
             own["learning_rate"] = rates.get(method, settings.learning_rate)
-            for K in (1,) if method == "bp" else settings.K:
-                for variant in variants:
-                    changed = {n: value for n, value in variant.items() if belongs(n, method, settings.model)}
-                    words = "".join(f"-{flag(name)[2:]}{value}" for name, value in changed.items())
-                    variant = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
-                    chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
-                    run = TrainSettings(**chosen)
-                    check(run)
-                    # A method without the varied setting has one run for all its values: the same name.
-                    name = f"{method}-K{K}{words}-seed{seed}"
-                    planned[name] = Planned(name, Entry(method, K, variant, seed), run)
+            parts = [{"microbatches": M} for M in numbers.get(method, ())] or [{}]
+            for K, split, variant in itertools.product((1,) if method == "bp" else settings.K, parts, variants):
+                changed = split | {n: value for n, value in variant.items() if belongs(n, method, settings.model)}
+                chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
+                run = TrainSettings(**chosen)
+                check(run)
+                # A method without the varied setting has one run for all its values: the same name.
+                name, entry = _placed(run, changed)
+                planned[name] = Planned(name, entry, run)
     return list(planned.values())
+
+
+def _placed(run: TrainSettings, changed: dict[str, Any]) -> tuple[str, Entry]:
+    """The name of a run's folder, and where it stands, by what sets it apart from others."""
+    own_M = METHODS[run.method].defaults.get("microbatches", 1)
+    varied = dict(changed)
+    M = varied.pop("microbatches", own_M)
+    # Without M where it is the method's own: the folder of a run without the flag.
+    words = f"-M{M}" * (own_M != M) + "".join(f"-{flag(name)[2:]}{value}" for name, value in varied.items())
+    text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in varied.items())
+    return f"{run.method}-K{run.K}{words}-seed{run.seed}", Entry(run.method, run.K, text, run.seed, M)
 
 
 def _unset(name: str) -> Any:

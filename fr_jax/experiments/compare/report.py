@@ -21,23 +21,31 @@ __all__ = ["Entry", "report"]
 
 
 class Entry(NamedTuple):
-    """Where a run stands: its method, K, what was varied (in words, or empty) and seed; seeds share a line."""
+    """Where a run stands: its method, K, what was varied (in words, or empty), seed and M; seeds share a line."""
 
     method: str
     K: int
     variant: str
     seed: int
+    M: int = 1
 
     @property
-    def line(self) -> tuple[str, int, str]:
+    def line(self) -> tuple[str, int, str, int]:
         """What runs of other seeds have in common with it."""
-        return self[:3]
+        return (self.method, self.K, self.variant, self.M)
 
     @property
     def label(self) -> str:
         """The line, for people."""
-        text = METHODS[self.method].title + ("" if self.method == "bp" else f", K = {self.K}")
+        text = METHODS[self.method].titled({"microbatches": self.M}, "" if self.method == "bp" else f", K = {self.K}")
         return f"{text}, {self.variant}" if self.variant else text
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Entry:
+        """From JSON; an earlier version left M out, which was the method's own."""
+        entry = cls(*values)
+        own_M = METHODS[entry.method].defaults.get("microbatches", 1)
+        return entry if len(values) == len(cls._fields) else entry._replace(M=own_M)
 
 
 class Run(NamedTuple):
@@ -100,7 +108,7 @@ def _earlier(home: Path) -> dict[str, Entry]:
     """The runs of the comparison that the folder holds, by the names of their folders."""
     try:
         saved = json.loads((home / "comparison.json").read_text(encoding="utf-8"))["runs"]
-        return {name: Entry(*values) for name, values in saved.items()}
+        return {name: Entry.of(values) for name, values in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # none yet, or none that can be read: it is written anew
 
@@ -131,6 +139,7 @@ def _row(members: Sequence[Run], headline: Headline) -> dict[str, Any]:
     return {
         "method": entry.method,
         "K": entry.K,
+        "microbatches": entry.M,
         "variant": entry.variant,
         "label": entry.label,
         "seeds": [run.entry.seed for run in members],

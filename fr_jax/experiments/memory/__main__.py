@@ -22,8 +22,9 @@ from tqdm import tqdm
 import fr_jax as fr
 from fr_jax.diagnostics.memory.activations import closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
+from fr_jax.experiments._bench.contestants import shared_settings
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.checks import check_own
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
@@ -61,8 +62,8 @@ class MemorySettings:
     )
     batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images."""
-    microbatches: int = setting(4, least=1)
-    """GPipe's; with it they must divide the batch."""
+    microbatches: int | None = setting(None, least=1)
+    """Of every method that has micro-batches. Default: each method's own, which is 1 but for gpipe and 2bw."""
     output: Path | None = None
     """A folder for memory.json and memory.png; without it only the table is printed."""
     overwrite: bool = False
@@ -76,8 +77,8 @@ def refusal(settings: MemorySettings) -> str | None:
         if (L := len(fr.models.MODELS[model]())) < max(settings.K):
             return f"--K {max(settings.K)}: {model} has {L} layers, so K can be 1 to {L}."
     for method in settings.methods:
-        if "microbatches" in (METHODS[method].defaults if method in METHODS else ()):
-            check_parts(settings.batch_size, settings.microbatches, method)
+        if method in METHODS:
+            check_own(shared_settings(settings), method, max(settings.K))
     return None
 
 
@@ -110,29 +111,29 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
     batch = Batch(images, jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32))  # type: ignore
     costs = fr.layer_costs(layers, images)
 
-    def report(method: str, stages: Sequence[Stage]) -> tuple[MemoryReport, float]:
+    def report(method: str, stages: Sequence[Stage], M: int | None) -> tuple[MemoryReport, float]:
         say = lambda function: bar.set_postfix_str(f"{model}, K = {len(stages)}, {method}: compiling {function}")
         one = CONTESTANTS[method].one_device
         placement = fr.placement(len(stages), jax.devices()[:1] if one else None)
-        common: dict[str, Any] = {"placement": placement, "donate": True, "microbatches": settings.microbatches}
+        common: dict[str, Any] = {"placement": placement, "donate": True, "microbatches": M}
         algorithm = CONTESTANTS[method].make(stages, cross_entropy, optax.sgd(0.01, momentum=0.9), **common)
         start = time.perf_counter()
         found = step_memory(algorithm, batch, progress=say, analyses=analyses)
         bar.update()
         return found, time.perf_counter() - start
 
-    plain, plain_seconds = report("bp", fr.partition(layers, ()))
+    plain, plain_seconds = report("bp", fr.partition(layers, ()), None)
     rows = []
     for K in settings.K:
         cuts = fr.balance(costs, K)
         stages = fr.partition(layers, cuts)
         activations = stage_activations(stages, images)
         for method in settings.methods:
-            if K == 1 and CONTESTANTS[method].backprop_at_one:
+            if K == 1 and CONTESTANTS[method].is_backprop(settings.microbatches):
                 found, seconds = plain, plain_seconds
                 bar.update()
             else:
-                found, seconds = report(method, stages)
+                found, seconds = report(method, stages, settings.microbatches)
             form = closed_form(CONTESTANTS[method].form, activations, whole=plain.activations)
             row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
             rows.append(row | _numbers(found, plain, form))

@@ -102,26 +102,32 @@ class Contestant(NamedTuple):
 
     Attributes:
       title: its name for people.
-      make: ``(stages, loss_fn, optimizer, *, placement, donate, microbatches) -> Algorithm``.
+      make: ``(stages, loss_fn, optimizer, *, placement, donate, microbatches) -> Algorithm``, with its
+        own ``microbatches`` for None.
       form: its closed form in ``fr_jax.diagnostics.memory.activations``.
       one_device: whether all stages share a device.
-      backprop_at_one: whether it is plain back-propagation with K = 1.
+      is_backprop: ``microbatches -> bool``, whether it is plain back-propagation with K = 1.
     """
 
     title: str
     make: Callable[..., Algorithm]
     form: str
     one_device: bool = True
-    backprop_at_one: bool = True
+    is_backprop: Callable[[int | None], bool] = lambda microbatches: True
 
 
 def _over_devices(card: Method) -> Contestant:
-    def make(stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int, **common: Any) -> Algorithm:
-        own = card.defaults | ({"microbatches": microbatches} if split else {})
-        return card.make(own, stages, loss_fn, optimizer, TrainingSet(EXAMPLES, CLASSES), **common)
+    def own(microbatches: int | None) -> dict[str, Any]:
+        given = microbatches is not None and "microbatches" in card.defaults
+        return card.defaults | ({"microbatches": microbatches} if given else {})
 
-    split = "microbatches" in card.defaults
-    return Contestant(f"{card.title}, K devices", make, card.memory, one_device=False, backprop_at_one=not split)
+    def make(
+        stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int | None, **common: Any
+    ) -> Algorithm:
+        return card.make(own(microbatches), stages, loss_fn, optimizer, TrainingSet(EXAMPLES, CLASSES), **common)
+
+    whole = lambda microbatches: own(microbatches).get("microbatches", 1) == 1
+    return Contestant(f"{card.title}, K devices", make, card.memory, one_device=False, is_backprop=whole)
 
 
 def _unsplit(method: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
@@ -134,7 +140,9 @@ def _checkpoint(stages: Sequence[Stage], *arguments: Any, **common: Any) -> Algo
 
 CONTESTANTS = {
     **{name: _over_devices(card) for name, card in METHODS.items()},
-    "checkpoint": Contestant("jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", backprop_at_one=False),
+    "checkpoint": Contestant(
+        "jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", is_backprop=lambda microbatches: False
+    ),
     "recompute": Contestant("recomputing back-propagation, one device", _unsplit(recomputing), "recompute"),
     "fr-one-device": Contestant("features replay, one device", _unsplit(fr.features_replay), "fr-one-device"),
 }

@@ -25,14 +25,14 @@ from fr_jax.experiments._bench.contestants import shared_settings
 from fr_jax.experiments._bench.pinned import cores_by_process
 from fr_jax.experiments._bench.turns import quietly
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.checks import check_own, check_parts
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
-from fr_jax.experiments._methods import DATA_PARALLEL
-from fr_jax.experiments.prediction.methods import CHOICES, ONE, Prediction, choose, own_of, prepare, title_of
+from fr_jax.experiments._methods import DATA_PARALLEL, METHODS
+from fr_jax.experiments.prediction.methods import CHOICES, ONE, Prediction, choose, prepare, title_of
 from fr_jax.plotting.gantt import gantt_figure
 from fr_jax.plotting.style import png
 
@@ -58,8 +58,8 @@ class PredictionSettings:
     """A name from fr_jax.models.MODELS."""
     batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    microbatches: int = setting(4, least=1)
-    """Of GPipe."""
+    microbatches: int | None = setting(None, least=1)
+    """Of every method that has micro-batches. Default: each method's own, which is 1 but for gpipe."""
     rounds: int = setting(5, least=1)
     """How many times everything is measured; medians count."""
     steps: int = setting(8, least=1)
@@ -77,8 +77,10 @@ def refusal(settings: PredictionSettings) -> str | None:
     check_fields(settings)
     shared = shared_settings(settings)
     for name in settings.methods:
-        parts = settings.K if name == DATA_PARALLEL else own_of(name, shared).get("microbatches", 1)
-        check_parts(settings.batch_size, parts, name)
+        if name == DATA_PARALLEL:
+            check_parts(settings.batch_size, settings.K, name)
+        elif name in METHODS:
+            check_own(shared, name, settings.K)
     layers = len(fr.models.MODELS[settings.model]())
     if layers < settings.K:
         return f"--K {settings.K}: {settings.model} has {layers} layers. Use at most that many."

@@ -23,6 +23,7 @@ from fr_jax.experiments._bench.contestants import (
     make_entry,
     method_settings,
     shared_costs,
+    unsplit,
 )
 from fr_jax.experiments._bench.turns import Contestant
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
@@ -56,9 +57,16 @@ def own_of(name: str, shared: SharedSettings) -> dict[str, Any]:
     return own_of_method(shared, name) if name in METHODS else {}
 
 
-def timer_of(name: str) -> str:
+def microbatches_of(name: str, shared: SharedSettings) -> int:
+    """M of one of :data:`COMPARED`."""
+    return own_of(name, shared).get("microbatches", 1)
+
+
+def timer_of(name: str, shared: SharedSettings) -> str:
     """How the parts of a method are timed: alone, all devices at once, or in their places in the method's own step."""
-    return "at once" if name in METHODS and METHODS[name].decoupled else f"{COMPARED[name].title}'s step"
+    M = microbatches_of(name, shared)
+    at_once = name in METHODS and METHODS[name].decoupled
+    return f"at once, M = {M}" if at_once and M > 1 else "at once" if at_once else f"{COMPARED[name].title}'s step"
 
 
 def choose(shared: SharedSettings, layers: Sequence[Stage], K: int) -> tuple[int, ...]:
@@ -73,22 +81,24 @@ def prepare(
 ) -> tuple[dict[str, Prediction], dict[str, Callable[[], Measured]]]:
     """The methods, back-propagation on one device first, and the timers of their parts."""
     timers = _timers(shared, layers, methods, K, cuts)
-    bp = make_entry(shared, layers, "bp", 1).contestant
-    found = {ONE: Prediction(_schedule_of("bp", K, own_of("bp", shared)), ONE, bp)}
+    bp = make_entry(unsplit(shared), layers, "bp", 1).contestant
+    found = {ONE: Prediction(_schedule_of("bp", K, 1), ONE, bp)}
     for name in methods:
         if name == LOCKSTEP:
             contestant = _lockstep(shared, layers, K, cuts)
         else:
             places = () if name == DATA_PARALLEL else cuts
             contestant = make_entry(shared, layers, name, K, cuts=places).contestant
-        found[name] = Prediction(_schedule_of(name, K, own_of(name, shared)), timer_of(name), contestant)
+        found[name] = Prediction(
+            _schedule_of(name, K, microbatches_of(name, shared)), timer_of(name, shared), contestant
+        )
     return found, timers
 
 
-def _schedule_of(name: str, K: int, own: dict[str, Any]) -> Callable[[Measured, int], tuple[Task, ...]]:
+def _schedule_of(name: str, K: int, M: int) -> Callable[[Measured, int], tuple[Task, ...]]:
     schedule = COMPARED[name].schedule
     if schedule is not None:
-        return lambda measured, steps: schedule(measured.times, steps, own.get("microbatches", 1))
+        return lambda measured, steps: schedule(measured.times, steps, M)
     return lambda measured, steps: data_parallel(
         measured.times.stages[0].last, K, steps, all_reduce=measured.times.all_reduce
     )
@@ -100,18 +110,20 @@ def _timers(
     batch, spread = host_batch(shared.batch_size or 128), fr.placement(K)
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
     timers = {ONE: stage_timer(["bp"], whole, cross_entropy, OPTIMIZER, batch, placement=fr.placement(1))}
-    alone = [name for name in methods if timer_of(name) == "at once"]
-    if alone:
-        own: dict[str, Any] = {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
-        timers["at once"] = stage_timer(alone, stages, cross_entropy, OPTIMIZER, batch, placement=spread, **own)
+    sharing: dict[str, list[str]] = {}
     for name in methods:
-        if name == DATA_PARALLEL:
+        sharing.setdefault(timer_of(name, shared), []).append(name)
+    for timer, names in sharing.items():
+        if DATA_PARALLEL in names:
             (split,) = fr.placement(1, data_parallel=K)
-            timers[timer_of(name)] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
-        elif name not in alone:
-            M = own_of(name, shared).get("microbatches", 1)
-            options: dict[str, Any] = {"in_step": True, "placement": spread, "microbatches": M}
-            timers[timer_of(name)] = stage_timer([name], stages, cross_entropy, OPTIMIZER, batch, **options)
+            timers[timer] = data_parallel_timer(whole[0], cross_entropy, OPTIMIZER, batch, placement=split)
+            continue
+        options: dict[str, Any] = {"placement": spread, "microbatches": microbatches_of(names[0], shared)}
+        if timer.startswith("at once"):
+            options |= {"synthesizers": fr.models.synthesizer(), "synthesizer_optimizer": optax.adam(1e-3)}
+        else:
+            options["in_step"] = True
+        timers[timer] = stage_timer(names, stages, cross_entropy, OPTIMIZER, batch, **options)
     return timers
 
 

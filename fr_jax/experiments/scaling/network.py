@@ -26,9 +26,9 @@ STEP = 3.0
 
 
 def own_of(name: str, microbatches: int) -> dict[str, Any]:
-    """The own settings of one of :data:`COMPARED`, with this many micro-batches if it has them."""
+    """The own settings of one of :data:`COMPARED`, with this many micro-batches if it needs some."""
     own = METHODS[name].defaults if name in METHODS else {}
-    return own | ({"microbatches": microbatches} if "microbatches" in own else {})
+    return own | ({"microbatches": microbatches} if own.get("microbatches", 1) > 1 else {})
 
 
 class Stages(NamedTuple):
@@ -139,7 +139,7 @@ def schedule(name: str, network: Network, K: int, ratio: float, M: int, steps: i
       network: what it trains.
       K: devices.
       ratio: seconds in which mean features cross a cut, over those of a step of back-propagation on one device.
-      M: microbatches of GPipe.
+      M: micro-batches of the methods that need some.
       steps: how many.
     """
     mean_transfer, card, own = ratio * STEP, COMPARED[name], own_of(name, M)

@@ -36,12 +36,13 @@ from fr_jax.experiments._bench.contestants import (
 from fr_jax.experiments._bench.pinned import placed_on, start_pinned
 from fr_jax.experiments._bench.turns import as_rows, in_turns, quietly
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_cuts, check_parts
+from fr_jax.experiments._cli.checks import check_cuts, check_own, check_parts
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
+from fr_jax.experiments._cli.per_method import MICROBATCHES_HELP, numbers_of_microbatches
 from fr_jax.experiments._cli.results import check_file, write_beside
-from fr_jax.experiments._cli.settings import own_of_method
+from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, listed
@@ -77,8 +78,7 @@ class SpeedSettings:
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16."""
-    microbatches: int = setting(4, least=1)
-    """Of GPipe."""
+    microbatches: tuple[str, ...] | None = setting(None, help=MICROBATCHES_HELP)
     rounds: int = setting(9, least=1)
     """How many times each contestant has its turn."""
     steps: int = setting(8, least=1)
@@ -104,18 +104,27 @@ def check(settings: SpeedSettings) -> None:
             f"--K 1 --methods {' '.join(settings.methods)}: with one stage every method is back-propagation, which is "
             "timed anyway. Use --K 2 or more, or drop --methods."
         )
-    common = shared_settings(settings)
-    for method in settings.methods if settings.K > 1 else ():
-        parts = settings.K if method == DATA_PARALLEL else own_of_method(common, method).get("microbatches", 1)
-        check_parts(settings.batch_size, parts, method)
+    for method, shared in timed(settings):
+        if method == DATA_PARALLEL:
+            check_parts(settings.batch_size, settings.K, method)
+        else:
+            check_own(shared, method, settings.K)
     if not settings.pinned:
         one_process("speed without --pinned measures in one process.")
     check_file(settings.output, overwrite=settings.overwrite)
 
 
+def timed(settings: SpeedSettings) -> list[tuple[str, SharedSettings]]:
+    """What is timed on K devices: methods with the settings of a run, one for each number of micro-batches."""
+    methods = tuple(dict.fromkeys(settings.methods))
+    numbers = numbers_of_microbatches(settings.microbatches, methods)
+    each = [(name, shared_settings(settings, microbatches=M)) for name in methods for M in numbers.get(name, (None,))]
+    return each if settings.K > 1 else []
+
+
 def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
     """All contestants, in the order of the table."""
-    common = shared_settings(settings)
+    common = shared_settings(settings, microbatches=None)
     example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
     entries = [
         plain(layers, make_batch(settings.batch_size, fr.placement(1)[0])),
@@ -126,9 +135,9 @@ def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry
     if settings.cuts is None and settings.balance != "uniform" and settings.K > 1:
         quietly(f"costs of the layers: {settings.balance}")
         costs = shared_costs(method_settings(common, "bp", settings.K, None), layers, example)
-    for method in dict.fromkeys(settings.methods) if settings.K > 1 else ():
+    for method, shared in timed(settings):
         known = costs if method == DATA_PARALLEL or METHODS[method].at_cut is None else None
-        entries.append(make_entry(common, layers, method, settings.K, cuts=settings.cuts, costs=known))
+        entries.append(make_entry(shared, layers, method, settings.K, cuts=settings.cuts, costs=known))
     return entries
 
 

@@ -25,7 +25,7 @@ import fr_jax as fr
 from fr_jax.experiments._bench.contestants import Entry, make_batch, make_entry, method_settings, plain, shared_settings
 from fr_jax.experiments._bench.turns import TakesTurns, as_rows, in_turns, quietly
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_parts
+from fr_jax.experiments._cli.checks import check_own
 from fr_jax.experiments._cli.devices import set_xla_flags
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
@@ -64,8 +64,8 @@ class ThroughputSettings:
     """Stages."""
     batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
-    microbatches: int = setting(4, least=1)
-    """Of GPipe."""
+    microbatches: int | None = setting(None, least=1)
+    """Of every method that has micro-batches. Default: each method's own, which is 1 but for gpipe and 2bw."""
     pytorch: tuple[str, ...] = setting(("default", "reduce-overhead"), choices=(*pytorch_peer.MODES, "none"))
     """Modes of torch.compile to time, max-autotune and eager (not compiled) among them; or none."""
     patience: float = setting(900.0, above=0)
@@ -84,8 +84,7 @@ def check(settings: ThroughputSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
     check_fields(settings)
     for method in settings.methods:
-        own = own_of_method(shared_settings(settings), method)
-        check_parts(settings.batch_size, own.get("microbatches", 1), method)
+        check_own(shared_settings(settings), method, 1 if method == "bp" else settings.K)
     if modes(settings):
         pytorch_peer.check_pytorch(settings.models)
     one_process("throughput times one device from one process.")
@@ -119,7 +118,7 @@ def makers_of(settings: ThroughputSettings, model: str, dtype: str) -> list[Call
 
     def of_method(method: str) -> Entry:
         K = 1 if method == "bp" else settings.K
-        name = METHODS[method].title + ("" if K == 1 else f", K = {K} on it")
+        name = METHODS[method].titled(own_of_method(shared, method), "" if K == 1 else f", K = {K} on it")
         return make_entry(shared, layers, method, K, name=name, devices=one)
 
     def compiled(make: Callable[[], Entry]) -> Entry:

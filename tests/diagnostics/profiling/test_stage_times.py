@@ -50,17 +50,25 @@ def check(measured, below, top):
 def test_every_method_with_a_schedule_has_a_timer():
     assert set(KINDS) == set(STEPS) == set(SCHEDULES)
     assert {method: set.union(*kinds) for method, kinds in KINDS.items()} == {
-        method: set(schedule.kinds) for method, schedule in SCHEDULES.items()
+        method: set(schedule.kinds()) for method, schedule in SCHEDULES.items()
     }
 
 
-@pytest.mark.parametrize("method", ["bp", "gpipe", "fr-lockstep"])
-def test_the_parts_of_a_step_are_those_of_the_schedule(method):
-    options = {"placement": fr.placement(K), "microbatches": 2, "repeats": 1, "hops": 1}
+@pytest.mark.parametrize(
+    ("method", "M"),
+    [
+        *(("bp", 1), ("gpipe", 2), ("fr-lockstep", 1), ("fr", 2)),
+        *(pytest.param(method, 2, marks=pytest.mark.slow) for method in ("bp", "ddg")),
+    ],
+)
+def test_the_parts_of_a_step_are_those_of_the_schedule(method, M):
+    options = {"placement": fr.placement(K), "microbatches": M, "repeats": 1, "hops": 1}
     measured = stage_timer([method], *SETTING, in_step=True, **options)()
-    check(measured, *KINDS[method])
-    schedule = SCHEDULES[method](measured.times, 4, 2 if method == "gpipe" else 1)
+    below, top = KINDS[method] if M == 1 else (KINDS[method][0] | {"update"}, {"gradient", "update"})
+    check(measured, below, top)
+    schedule = SCHEDULES[method](measured.times, 2 * K, M)
     assert 0 < summarise(simulate(schedule)).step_seconds < 10
+    assert set(SCHEDULES[method].kinds(M)) == below | top
 
 
 def test_what_several_methods_need_is_timed_at_once():
@@ -124,6 +132,7 @@ def test_transfers_alone():
         (["fr"], {"repeats": 0}, "repeats = 0"),
         (["fr"], {"hops": 0}, "hops = 0"),
         (["gpipe"], {"microbatches": 0}, "microbatches = 0"),
+        (["fr", "dni"], {"microbatches": 2}, r"have \[1, 2\] micro-batches; measure them one by one"),
         (["fr"], {"placement": fr.placement(2)}, "2 entries for K = 3"),
     ],
 )

@@ -79,6 +79,13 @@ def test_closed_forms(K):
     assert step["dni"] == pytest.approx(NETWORK / K if K == 1 else 4 / K)
     balanced = ideal(K, last_stage_weight=3 / 4)
     assert step_of(schedules.features_replay(balanced, steps)) == pytest.approx(12 / (3 * K + 1))
+    for M in (2, 3 * K):  # what waits with one micro-batch waits; each device makes one update of 0.1 s
+        for name in ("bp", "ddg", "fr"):
+            times = ideal(K, last_stage_weight=3 / 4 if name == "fr" else 1.0, parts=M)
+            times = times._replace(stages=tuple(one._replace(update=0.1) for one in times.stages))
+            made = step_of(SCHEDULES[name](times, steps, M))
+            one = 12 / (3 * K + 1) if name == "fr" else step[name]
+            assert made == pytest.approx(one + 0.1), (name, M)
     for M in (1, 3, 8):
         timeline = simulate(gpipe(ideal(K, parts=M), 4, M))
         assert summarise(timeline).step_seconds == pytest.approx(NETWORK * (M + K - 1) / (K * M))
@@ -203,7 +210,7 @@ def test_a_schedule_that_goes_on():
 def test_a_schedule_says_what_it_reads():
     for name, make in SCHEDULES.items():
         tasks = make(uneven(3, seed=1), 4, 2 if make is gpipe else 1)
-        assert set(make.kinds) == {task.kind for task in tasks}, name
+        assert set(make.kinds()) == {task.kind for task in tasks}, name
 
 
 def test_no_device_starts_a_phase_before_all_have_ended_the_one_before():

@@ -91,6 +91,8 @@ def test_defaults_by_data_set(dataset, examples, steps_per_epoch, epochs, batch_
         (TrainSettings(method="bp", learning_rate=0.3), 0.3),
         (TrainSettings(learning_rate=0.0), 0.0),
         (TrainSettings(method="gpipe"), 0.1),
+        (TrainSettings(method="2bw"), 0.05),
+        (TrainSettings(optimizer="nadam"), 0.001),
         (TrainSettings(method="ddg", model="mlp"), 0.01),  # without batch normalisation
     ],
 )
@@ -224,10 +226,13 @@ def test_differences_in_cuts_and_how_to_train_longer():
     [
         (
             {"method": "frr"},
-            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe. Did you mean fr\?",
+            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe, 2bw. Did you mean fr\?",
         ),
         ({"model": "resnet2"}, rf"--model resnet2 is unknown; it can be {', '.join(MODELS)}"),
-        ({"optimizer": "adam"}, r"--optimizer adam is unknown; it can be sgd, adamw, muon. Did you mean adamw\?"),
+        (
+            {"optimizer": "adam"},
+            r"--optimizer adam is unknown; can be sgd, adamw, nadam, muon. Did you mean adamw\?",
+        ),
         ({"schedule": "linear"}, "--schedule linear is unknown; it can be steps, cosine, constant"),
         (
             {"schedule": "cosine", "milestones": (1.0, 2.0)},
@@ -265,6 +270,44 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"accumulate": 0}, "--accumulate 0"),
         ({"method": "gpipe", "microbatches": 0}, "--microbatches 0 is out of range; it must be at least 1"),
         (
+            {"method": "2bw", "K": 9},
+            "--microbatches 8 .* the --K 9 stages of 2bw, .* Use --microbatches 9",
+        ),
+        ({"batch_size": 100, "microbatches": 8}, "a mini-batch of 100 cannot be split into 8 equal parts, .* Try 96"),
+        (
+            {"dataset": "digits", "microbatches": 8, "data_parallel": 3},
+            "mini-batch of 64 .* 24 equal parts, .* Try 48",
+        ),
+        ({"replay_weights": "old"}, "--replay-weights old is unknown; it can be current, stashed"),
+        (
+            {"method": "gpipe", "pipeline_schedule": "1f2b"},
+            "--pipeline-schedule 1f2b is unknown; it can be",
+        ),
+        ({"prediction_momentum": 0.9}, "--prediction-momentum 0.9 .* is off. Add --weight-prediction 1"),
+        (
+            {"prediction_momentum": 1.1},
+            "--prediction-momentum 1.1 is out of range; .* at most 1",
+        ),
+        (
+            {"discrepancy_decay": 0.5, "weight_prediction": 1.0},
+            "--weight-prediction 1.0 and --discrepancy-decay 0.5",
+        ),
+        (
+            {"discrepancy_decay": 0.5, "replay_weights": "stashed"},
+            "--discrepancy-decay 0.5 and --replay-weights stash",
+        ),
+        ({"rescheduling": -1}, "--rescheduling -1 is out of range; it must be at least 0"),
+        ({"late_b1": 0.95}, "--late-b1 0.95 is a setting of --optimizer nadam, not of sgd. Drop"),
+        (
+            {"spike_compensation": True, "optimizer": "adamw"},
+            "--spike-compensation is a setting of --optimizer sgd",
+        ),
+        (
+            {"spike_compensation": True, "nesterov": True},
+            "--spike-compensation .* --nesterov is a form of it",
+        ),
+        ({"spike_compensation": True, "momentum": 0.0}, "--spike-compensation .* --momentum 0 leaves it nothing"),
+        (
             {"model": "mlp", "dropout_rate": 1.0},
             "--dropout-rate 1.0 is out of range; it must be at least 0 and below 1",
         ),
@@ -293,7 +336,14 @@ def test_check_says_what_is_valid(change, complaint):
         ("h_learning_rate", 0.1),
         ("cache", True),
         ("h_every", 1),
-        ("microbatches", 2),
+        ("microbatches", 8),
+        ("replay_weights", "stashed"),
+        ("pipeline_schedule", "1f1b"),
+        ("rescheduling", 100),
+        ("discrepancy_decay", 0.5),
+        ("spike_compensation", True),
+        ("prediction_momentum", 1.0),
+        ("late_b1", 0.99),
     ],
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
@@ -338,10 +388,12 @@ def test_own_settings_are_filled_in_for_the_method_alone(method):
 
 def test_a_run_from_before_a_setting_existed_can_be_resumed():
     old = config()
-    for name in ("accumulate", "weight_prediction", "microbatches", "depth", "cache"):
+    own = METHODS["fr"].defaults
+    for name in (*(own.keys() - {"batch_stats"}), "pipeline_schedule", "depth", "cache"):
         del old[name]
     assert differences(old, config()) == []
     assert differences(old, config(accumulate=2)) == ["--accumulate is 2 and was 1"]
+    assert differences(old, config(microbatches=4)) == ["--microbatches is 4 and was 1"]
     back = config(method="bp")
     assert differences(back | {"batch_stats": "play"}, back) == []  # written when every run had the setting
 
