@@ -1,10 +1,14 @@
 """The cards of the methods, against the simulated schedules and the tables of ``algorithms.md``."""
 
+import inspect
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import optax
 import pytest
 
+import fr_jax as fr
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
 from fr_jax.diagnostics.simulation.times import balanced_shares, times_of_costs
 from fr_jax.experiments._methods import METHODS, REFERENCES, Method, listed
@@ -38,6 +42,40 @@ def test_bounds_are_the_closed_forms():
 def test_work_of_the_last_stage():
     weights = {name: card.last_stage_weight(4, own_of(card)) for name, card in METHODS.items() if card.schedule}
     assert weights == {"fr": 3 / 4, "bp": 1, "ddg": 1, "dni": 1, "gpipe": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "factory", "given", "expected"),
+    [
+        ("bp", "backprop", {"microbatches": 4}, {"microbatches": 4}),
+        ("fr", "features_replay", {"microbatches": 4, "replay_weights": "stashed"}, {"replay_weights": "stashed"}),
+        ("fr", "features_replay", {"discrepancy_decay": 0.5}, {"discrepancy_decay": 0.5, "microbatches": 1}),
+        ("ddg", "ddg", {"weight_prediction": 1.0, "prediction_momentum": 0.9}, {"prediction_momentum": 0.9}),
+        ("gpipe", "gpipe", {"pipeline_schedule": "1f1b"}, {"schedule": "1f1b", "microbatches": 4}),
+        ("2bw", "pipedream_2bw", {}, {"microbatches": 8}),
+    ],
+)
+def test_own_settings_reach_the_method(monkeypatch, method, factory, given, expected):
+    """All arguments are the method's; those that are not given have their defaults."""
+    accepted = inspect.signature(getattr(fr, factory))
+    taken = []
+    monkeypatch.setattr(fr, factory, lambda *args, **own: taken.append(accepted.bind(*args, **own).arguments))
+    stages = fr.partition(fr.models.mlp(depth=2, width=2), (1,))
+    METHODS[method].make(METHODS[method].defaults | given, stages, None, optax.sgd(1.0), None, placement=None)
+    assert expected.items() <= taken[0].items()
+
+
+def test_rescheduling_counts_micro_batches_and_mini_batches_for_one_update(monkeypatch):
+    """Stage 1 of 5 is 4 / (M m) updates late."""
+    monkeypatch.setattr(fr, "features_replay", lambda stages, loss_fn, optimizer, **own: optimizer)
+    card, stages = METHODS["fr"], fr.partition(fr.models.mlp(depth=5, width=2), (1, 2, 3, 4))
+    for own, size in (({}, 1 / 4), ({"microbatches": 2}, 1 / 2), ({"microbatches": 2, "accumulate": 2}, 1.0)):
+        own = card.defaults | {"rescheduling": 10} | own
+        first, *_ = card.make(own, stages, None, optax.sgd(1.0), None)
+        state = first.init(jnp.ones(()))
+        for _ in range(own["accumulate"]):
+            update, state = first.update(jnp.ones(()), state)
+        assert float(update) == pytest.approx(-size), own
 
 
 MADE_UP = """

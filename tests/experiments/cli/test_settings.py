@@ -231,7 +231,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"model": "resnet2"}, rf"--model resnet2 is unknown; it can be {', '.join(MODELS)}"),
         (
             {"optimizer": "adam"},
-            r"--optimizer adam is unknown; can be sgd, adamw, nadam, muon. Did you mean adamw\?",
+            r"--optimizer adam .* sgd, adamw, nadam, muon. Did you mean adamw\?",
         ),
         ({"schedule": "linear"}, "--schedule linear is unknown; it can be steps, cosine, constant"),
         (
@@ -269,44 +269,20 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"weight_prediction": -1.0}, "--weight-prediction -1.0"),
         ({"accumulate": 0}, "--accumulate 0"),
         ({"method": "gpipe", "microbatches": 0}, "--microbatches 0 is out of range; it must be at least 1"),
-        (
-            {"method": "2bw", "K": 9},
-            "--microbatches 8 .* the --K 9 stages of 2bw, .* Use --microbatches 9",
-        ),
+        ({"method": "2bw", "K": 9}, "--microbatches 8 .* the --K 9 stages of 2bw, .* Use --microbatches 9"),
         ({"batch_size": 100, "microbatches": 8}, "a mini-batch of 100 cannot be split into 8 equal parts, .* Try 96"),
-        (
-            {"dataset": "digits", "microbatches": 8, "data_parallel": 3},
-            "mini-batch of 64 .* 24 equal parts, .* Try 48",
-        ),
+        ({"dataset": "digits", "microbatches": 8, "data_parallel": 3}, "mini-batch of 64 .* 24 equal parts, .* Try 48"),
         ({"replay_weights": "old"}, "--replay-weights old is unknown; it can be current, stashed"),
-        (
-            {"method": "gpipe", "pipeline_schedule": "1f2b"},
-            "--pipeline-schedule 1f2b is unknown; it can be",
-        ),
+        ({"method": "gpipe", "pipeline_schedule": "1f2b"}, "--pipeline-schedule 1f2b is unknown; it can be"),
         ({"prediction_momentum": 0.9}, "--prediction-momentum 0.9 .* is off. Add --weight-prediction 1"),
-        (
-            {"prediction_momentum": 1.1},
-            "--prediction-momentum 1.1 is out of range; .* at most 1",
-        ),
-        (
-            {"discrepancy_decay": 0.5, "weight_prediction": 1.0},
-            "--weight-prediction 1.0 and --discrepancy-decay 0.5",
-        ),
-        (
-            {"discrepancy_decay": 0.5, "replay_weights": "stashed"},
-            "--discrepancy-decay 0.5 and --replay-weights stash",
-        ),
+        ({"prediction_momentum": 1.1}, "--prediction-momentum 1.1 is out of range; .* at most 1"),
+        ({"discrepancy_decay": 0.5, "weight_prediction": 1.0}, "--weight-prediction 1.0 and --discrepancy-decay 0.5"),
+        ({"discrepancy_decay": 0.5, "replay_weights": "stashed"}, "--discrepancy-decay 0.5 and --replay-weights stash"),
         ({"rescheduling": -1}, "--rescheduling -1 is out of range; it must be at least 0"),
         ({"late_b1": 0.95}, "--late-b1 0.95 is a setting of --optimizer nadam, not of sgd. Drop"),
-        (
-            {"spike_compensation": True, "optimizer": "adamw"},
-            "--spike-compensation is a setting of --optimizer sgd",
-        ),
-        (
-            {"spike_compensation": True, "nesterov": True},
-            "--spike-compensation .* --nesterov is a form of it",
-        ),
-        ({"spike_compensation": True, "momentum": 0.0}, "--spike-compensation .* --momentum 0 leaves it nothing"),
+        ({"spike_compensation": True, "optimizer": "adamw"}, "--spike-compensation is a setting of --optimizer sgd"),
+        ({"spike_compensation": True, "nesterov": True}, ".* --nesterov is a form of it"),
+        ({"spike_compensation": True, "momentum": 0.0}, ".* --momentum 0 leaves it nothing"),
         (
             {"model": "mlp", "dropout_rate": 1.0},
             "--dropout-rate 1.0 is out of range; it must be at least 0 and below 1",

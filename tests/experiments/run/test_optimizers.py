@@ -1,3 +1,4 @@
+import dataclasses
 import fractions
 
 import jax
@@ -6,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+import fr_jax as fr
 from fr_jax.experiments._cli.checks import differences, resolve
 from fr_jax.experiments._cli.settings import Resolved, TrainSettings, as_json
-from fr_jax.experiments._run.optimizers import learning_rate_schedule, make_optimizer
+from fr_jax.experiments._run.optimizers import learning_rate_schedule, make_optimizer, make_optimizers
 
 
 def resolved(**settings: object) -> Resolved:
@@ -141,6 +143,53 @@ def test_muon_orthogonalizes_kernels_and_trains_the_rest_by_adam():
     sizes = [-step[name] / np.sign(gradient[name]) for name in ("bias", "scale")]  # Adam's first update is a sign
     np.testing.assert_allclose(np.concatenate([size.ravel() for size in sizes]), sizes[1], rtol=1e-3)
     assert sizes[1] > 0.01
+
+
+def same_path(made: optax.GradientTransformation, expected: optax.GradientTransformation) -> None:
+    params, states = [jnp.array([1.5, -2.0])] * 2, [one.init(jnp.zeros(2)) for one in (made, expected)]
+    for gradient in (0.5, -1.0, 2.0):
+        for i, one in enumerate((made, expected)):
+            update, states[i] = one.update(jnp.array([gradient, 1.0]), states[i], params[i])
+            params[i] = optax.apply_updates(params[i], update)
+    np.testing.assert_array_equal(*params)
+
+
+CONSTANT = {"learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe"),
+    [
+        ({"optimizer": "nadam"}, lambda K: fr.staleness.nadam(0.1, K)),
+        ({"optimizer": "nadam", "late_b1": 0.9, "method": "ddg"}, lambda K: fr.staleness.nadam(0.1, K, late_b1=0.9)),
+        ({"optimizer": "nadam", "microbatches": 2, "accumulate": 2}, lambda K: fr.staleness.nadam(0.1, K, 4)),
+        ({"spike_compensation": True}, lambda K: fr.staleness.spike_compensation(0.1, 0.9, K)),
+        ({"spike_compensation": True, "microbatches": 2}, lambda K: fr.staleness.spike_compensation(0.1, 0.9, K, 2)),
+    ],
+)
+def test_optimizers_that_know_how_late_a_stage_is(given, recipe):
+    settings = resolved(K=3, **CONSTANT, **given)
+    made = make_optimizers(settings, steps_per_epoch=3)
+    assert len(made) == 3
+    for one, expected in zip(made, recipe(3), strict=True):
+        same_path(one, expected)
+    own = make_optimizers(dataclasses.replace(settings, stage_learning_rates=(0.1, 0.2, 0.1)), steps_per_epoch=3)
+    same_path(own[0], recipe(3)[0])
+    with pytest.raises(AssertionError):
+        same_path(own[1], recipe(3)[1])
+
+
+@pytest.mark.parametrize("method", ["bp", "gpipe", "2bw"])
+def test_where_no_stage_is_later_than_another_all_have_one_nadam(method):
+    settings = resolved(method=method, K=3, optimizer="nadam", **CONSTANT)
+    same_path(make_optimizers(settings, steps_per_epoch=3), fr.staleness.nadam(0.1, 1)[0])
+    each = dataclasses.replace(settings, stage_learning_rates=(0.1, 0.1, 0.1))
+    same_path(make_optimizers(each, steps_per_epoch=3)[1], fr.staleness.nadam(0.1, 1)[0])
+
+
+def test_the_schedule_counts_mini_batches_whatever_the_micro_batches():
+    plain, split = (learning_rate_schedule(resolved(milestones=(2.0,), microbatches=M), 10) for M in (1, 4))
+    assert [float(split(step)) for step in range(25)] == [float(plain(step)) for step in range(25)]
 
 
 def test_the_length_of_a_run_is_mathematics_with_a_cosine_only():
