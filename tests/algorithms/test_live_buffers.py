@@ -128,16 +128,19 @@ def test_nothing_grows(get, count_new, method, donate):
 
 
 @pytest.fixture
-def calls(monkeypatch, count_new):
-    """``(function, bytes by device, shapes by device)`` of what is alive, for each jitted function that is called."""
-    seen = []
+def calls_of(monkeypatch, count_new):
+    """``(algorithm, state, batch) -> calls`` of one step: ``(function, bytes by device, shapes by device)`` alive then.
+
+    ``algorithm`` must be made after this. Its other steps are not looked at, since every look collects garbage.
+    """
+    seen, looking = [], False
 
     def spied(name, make):
         def make_spied(*args, **kwargs):
             function = make(*args, **kwargs)
 
             def call(*args):
-                if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+                if looking and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                     seen.append((name, *count_new(lambda arrays: (sizes(arrays), shapes(arrays)))))
                 return function(*args)
 
@@ -148,7 +151,17 @@ def calls(monkeypatch, count_new):
     for name in FUNCTIONS:
         room = _training if name == "train" else steps
         monkeypatch.setattr(room, f"make_{name}", spied(name, getattr(room, f"make_{name}")))
-    return seen
+
+    def calls_of(algorithm, state, batch):
+        nonlocal looking
+        gc.collect()
+        gc.freeze()  # what compiling has left is not looked through either
+        looking = True
+        algorithm.step(state, batch)
+        looking = False
+        return seen
+
+    return calls_of
 
 
 @pytest.mark.parametrize(
@@ -156,7 +169,7 @@ def calls(monkeypatch, count_new):
     [(1, False), (K, True), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, True), (K, False)))],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_inside_a_step_nothing_outlives_its_last_use(make, calls, method, devices, donate):
+def test_inside_a_step_nothing_outlives_its_last_use(make, calls_of, method, devices, donate):
     """At every call: exactly what a later call or the caller still needs, as found by tracing the step."""
     algorithm = make(method, devices, donate)
     batch = jax.device_put(new_batch(0), jax.devices()[0])
@@ -164,8 +177,7 @@ def test_inside_a_step_nothing_outlives_its_last_use(make, calls, method, device
     for _ in range(K + 1):
         state, info = algorithm.step(state, jax.tree.map(jnp.copy, batch))
     del info
-    calls.clear()
-    state, _ = algorithm.step(state, batch)
+    calls = calls_of(algorithm, state, batch)
     expected = [call for call in step_memory(algorithm, batch).calls if call.name in FUNCTIONS]
     assert [name for name, _, _ in calls] == [call.name for call in expected]
     surplus = [
@@ -176,14 +188,12 @@ def test_inside_a_step_nothing_outlives_its_last_use(make, calls, method, device
 
 
 @pytest.mark.parametrize("method", ["bp", "gpipe"])
-def test_residuals_hold_no_weights(make, calls, method):
+def test_residuals_hold_no_weights(make, calls_of, method):
     """One array of the shape of module k's weights, and Adam's moments, however many VJPs are waiting."""
     algorithm = make(method, K, True)
     batch = new_batch(0)
     state = algorithm.init(jax.random.key(1), batch)
-    calls.clear()
-    algorithm.step(state, batch)
-    pulls = [found for name, _, found in calls if name == "pull"]
+    pulls = [found for name, _, found in calls_of(algorithm, state, batch) if name == "pull"]
     assert len(pulls) == (K - 1) * (M if method == "gpipe" else 1)
     for k in range(K - 1):
         sums = method == "gpipe" and k == K - 2  # the first stage to go backward
