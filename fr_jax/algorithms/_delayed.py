@@ -84,33 +84,41 @@ def _needed(setup: Setup, told: Told, k: int) -> Told:
     return told if any(setup.takes_loss[: k + 1]) else told._replace(loss=())
 
 
-def played_with(stash: History, current: PyTree, i: int, staleness: int, M: int) -> PyTree:
-    """The weights with which a stage has played micro-batch i - staleness, in sub-iteration i.
+class Versions(NamedTuple):
+    """Which weights a stage of staleness d plays micro-batch i with, as a number that grows with i.
 
-    A stage updates after sub-iteration i if (i + 1 - staleness) mod M = 0, so it plays micro-batch i with the weights
-    of version floor((i - staleness) / M). ``stash`` has the older versions, ``current`` is that of micro-batch i.
+    A stage updates after sub-iteration i if (i + 1 - d) mod M = 0. Predicted weights change with the mini-batch, too:
+    its micro-batches have one more update before them than the last ones of the mini-batch before.
     """
-    return current if (i - 2 * staleness) // M == (i - staleness) // M else stash.entries[0]
 
+    staleness: int
+    M: int
+    predicted: bool
 
-def rotate(stash: History, current: PyTree, i: int, staleness: int, M: int) -> History:
-    """The stash after sub-iteration i: with the version that an update has replaced, without one that none needs.
+    def of(self, i: int) -> int:
+        """The version of micro-batch i."""
+        d, M = self.staleness, self.M
+        return (i - d) // M + (i // M if self.predicted and d % M else 0)
 
-    One entry per version that a micro-batch in flight was played with, and that is not the newest: between steps
-    ceil(2 staleness / M) - ceil(staleness / M).
-    """
-    if (i + 1 - staleness) % M == 0:
-        stash = fifo.push(stash, current)
-    if (i + 1 - 2 * staleness) % M == 0:
-        _, stash = fifo.pop(stash)
-    return stash
+    def nothing_stashed(self, weights: PyTree) -> History:
+        """The stash of a state before the first step: entries that nothing was played with."""
+        return fifo.empty(self.of(0) - self.of(-self.staleness), lambda: weights)
 
+    def replayed(self, stash: History, current: PyTree, i: int) -> PyTree:
+        """In sub-iteration i the weights of micro-batch i - d: the oldest in the stash, or those of micro-batch i."""
+        return current if self.of(i - self.staleness) == self.of(i) else stash.entries[0]
 
-def nothing_stashed(weights: Sequence[PyTree], M: int) -> tuple[History, ...]:
-    """The stashes of a state before the first step, of K-1 stages: entries that nothing was played with."""
-    count = lambda d: -(-2 * d // M) + (-d // M)
-    late = range(len(weights), 0, -1)
-    return tuple(fifo.empty(count(d), lambda one=one: one) for one, d in zip(weights, late, strict=True))
+    def rotate(self, stash: History, current: PyTree, i: int) -> History:
+        """The stash after sub-iteration i: with the version that ends then, without one that no other needs.
+
+        It has one entry for each version in flight that is not the newest: between steps ceil(2d/M) - ceil(d/M), at
+        most ceil(d/M), without prediction.
+        """
+        if self.of(i + 1) != self.of(i):
+            stash = fifo.push(stash, current)
+        if self.of(i + 1 - self.staleness) != self.of(i - self.staleness):
+            _, stash = fifo.pop(stash)
+        return stash
 
 
 def horizon(i: int, staleness: int, M: int) -> int:
@@ -124,6 +132,10 @@ class Remedies(NamedTuple):
     weight_prediction: float = 0.0
     prediction_momentum: float = 1.0
     discrepancy_decay: float = 1.0
+
+    def versions(self, staleness: int, M: int) -> Versions:
+        """The versions of the weights that a stage plays with."""
+        return Versions(staleness, M, self.weight_prediction > 0)
 
 
 def with_remedies(setup: Setup, remedies: Remedies) -> Setup:

@@ -24,6 +24,7 @@ weight stashing, as in PipeDream (Narayanan et al. 2019), whose gradients are th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jax.sharding import Sharding
@@ -70,20 +71,31 @@ class DDGState(NamedTuple):
 
 
 def init(
-    setup: Setup, parts: DDGParts, key: Array, batch: Batch, params: tuple | None, model_state: tuple | None
+    remedies: delayed.Remedies,
+    setup: Setup,
+    parts: DDGParts,
+    key: Array,
+    batch: Batch,
+    params: tuple | None,
+    model_state: tuple | None,
 ) -> DDGState:
     """Weights w^0; deltas are zeros, and the VJPs are those of an input of zeros, which is never applied."""
     stages = init_stages(setup, key, batch, params, model_state)
     history = delayed.vjps_of_zeros(setup, stages, parts.forwards)
     deltas, losses = delayed.nothing_sent(setup, stages)
-    kept = [needed(vjps.entries[0], stages.params[k]) for k, vjps in enumerate(history)]
+    stash = [
+        remedies.versions(len(vjps.entries), setup.microbatches).nothing_stashed(
+            needed(vjps.entries[0], stages.params[k])
+        )
+        for k, vjps in enumerate(history)
+    ]
     return DDGState(
         **stages.fields(),
         history=history,
         deltas=deltas,
         losses=losses,
         sums=delayed.nothing_added(setup, stages),
-        stash=delayed.nothing_stashed(kept, setup.microbatches),
+        stash=tuple(stash),
     )
 
 
@@ -97,7 +109,7 @@ class DDGParts(NamedTuple):
     shared: Shared
 
 
-def make_parts(setup: Setup, remedies: delayed.Remedies) -> DDGParts:
+def make_parts(remedies: delayed.Remedies, setup: Setup) -> DDGParts:
     """Prediction, forward and backward for each stage k < K, and the last stage.
 
     The weights are not donated: those of kept VJPs are in the stash.
@@ -113,7 +125,9 @@ def make_parts(setup: Setup, remedies: delayed.Remedies) -> DDGParts:
     )
 
 
-def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[DDGState, Info]:
+def step(
+    remedies: delayed.Remedies, setup: Setup, parts: DDGParts, state: DDGState, batch: Batch
+) -> tuple[DDGState, Info]:
     """Iteration t. Everything is only issued here, in the order in which each device should work on it."""
     now = Iteration(setup, state, batch, parts.shared, any_size=False)
     K, M = len(setup.stages), setup.microbatches
@@ -143,8 +157,9 @@ def step(setup: Setup, parts: DDGParts, state: DDGState, batch: Batch) -> tuple[
             vjp, history[k] = fifo.pop(history[k])  # also while there is nothing to apply: that of init goes first
             arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
             delta, told = None, arrived_told
-            weights = delayed.played_with(stash[k], kept[k], i, d, M)
-            stash[k] = delayed.rotate(stash[k], kept[k], i, d, M)
+            versions = remedies.versions(d, M)
+            weights = versions.replayed(stash[k], kept[k], i)
+            stash[k] = versions.rotate(stash[k], kept[k], i)
             if i >= d:
                 delta = now.pull(k, parts.pulls[k], vjp, arrived, weights)
             vjp = arrived = weights = None
@@ -218,4 +233,4 @@ def ddg(
     setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
     remedies = delayed.Remedies(weight_prediction, prediction_momentum)
     setup = delayed.with_remedies(setup, remedies)
-    return make_algorithm(setup, init, step, lambda: make_parts(setup, remedies))
+    return make_algorithm(setup, partial(init, remedies), partial(step, remedies), lambda: make_parts(remedies, setup))

@@ -100,7 +100,10 @@ def init(
         deltas=deltas,
         losses=losses,
         sums=delayed.nothing_added(setup, stages),
-        stash=delayed.nothing_stashed(stages.params[:-1] if options.stashed else (), setup.microbatches),
+        stash=tuple(
+            options.remedies.versions(d, setup.microbatches).nothing_stashed(stages.params[k])
+            for k, d in enumerate(late if options.stashed else ())
+        ),
     )
 
 
@@ -175,8 +178,9 @@ def step(
             arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
             delta, told = None, arrived_told
             if options.stashed:
-                weights = delayed.played_with(stash[k], at[k], i, d, M)
-                stash[k] = delayed.rotate(stash[k], at[k], i, d, M)
+                versions = options.remedies.versions(d, M)
+                weights = versions.replayed(stash[k], at[k], i)
+                stash[k] = versions.rotate(stash[k], at[k], i)
             else:
                 weights = parts.back[k](now.params[k], now.opt_state[k], delayed.horizon(i - d, d, M))
             if i >= d:

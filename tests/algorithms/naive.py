@@ -144,12 +144,28 @@ class Run(NamedTuple):
     loss: list[float]
 
 
+def predicted(past: list, i: int, late: int, strength: float, M: int) -> Any:
+    """The weights of micro-batch i, moved on by their last update times the number of updates in the next ``late``.
+
+    A module that is late by that many micro-batches updates after j if (j + 1 - late) mod M = 0.
+    """
+    n = sum((j + 1 - late) % M == 0 for j in range(i, i + late))
+    return jax.tree.map(lambda w, old: w + strength * n * (w - old), past[i], past[max(i - M, 0)])
+
+
 def features_replay(
-    modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, batch_stats, back=lambda k, w: w
+    modules: Sequence[Module],
+    updates: Sequence[Callable],
+    start: Any,
+    batches,
+    batch_stats,
+    back=lambda k, w: w,
+    weight_prediction=0.0,
+    M=1,
 ) -> Run:
     """Algorithm 1; modules count from 1, ``start`` is the library's state before the first step.
 
-    Module k replays with ``back(k, w_k^t)``.
+    Module k replays with ``back(k, w_k^t)``. It plays with predicted weights; ``M`` micro-batches make one update.
     """
     K = len(modules)
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
@@ -162,7 +178,8 @@ def features_replay(
         for k in range(1, K + 1):
             run.h[k - 1].append(x)
             key = jax.random.fold_in(keys[k - 1], t)
-            x, new_state, _ = forward(modules[k - 1], run.w[k - 1][t], state[k - 1], x, key)
+            w = predicted(run.w[k - 1], t, K - k, weight_prediction, M)
+            x, new_state, _ = forward(modules[k - 1], w, state[k - 1], x, key)
             if k == K or batch_stats in ("play", "both"):
                 state[k - 1] = new_state
         targets = np.asarray(batch.targets)
@@ -188,17 +205,14 @@ def features_replay(
     return run
 
 
-def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, weight_prediction=0.0) -> Run:
+def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batches, weight_prediction=0.0, M=1) -> Run:
     """DDG, with every past input, weight and statistic kept: the gradient at w^s of mini-batch s = t+k-K, at t.
 
-    With weight prediction the forward pass, and its gradient, are those at w^s + a (K-k) (w^s - w^{s-1}).
+    With weight prediction the forward pass, and its gradient, are those at predicted weights; ``M`` micro-batches make
+    one update.
     """
     K = len(modules)
-
-    def ahead(k, s):
-        past = run.w[k - 1]
-        return jax.tree.map(lambda w, old: w + weight_prediction * (K - k) * (w - old), past[s], past[max(s - 1, 0)])
-
+    ahead = lambda k, s: predicted(run.w[k - 1], s, K - k, weight_prediction, M)
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
     keys = [stream.key for stream in start.streams]
     run = Run([[w] for w in first[0]], [[s] for s in first[1]], *([[] for _ in modules] for _ in range(2)), [], [])

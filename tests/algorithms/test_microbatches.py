@@ -303,30 +303,37 @@ def test_prediction_looks_ahead_by_the_updates_still_to_come(M):
             assert delayed.horizon(i, d, M) == sum(updates[i : i + d])
 
 
+PREDICTED = [("fr", 4, 3, "adam"), ("ddg", 5, 2, "nesterov"), ("fr-stashed", 3, 4, "adam")]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["ddg", "fr-stashed", "fr"])
-def test_predicted_weights_are_one_version_between_two_updates(naive, make_batches, run, method):
-    """SGD moves by -rate g, so w + n (last update) is known; K = 2, M = 2: one update is still to come for m = 0."""
-    M, rate = 2, 0.1
-    stages = [naive.dense(3).stage, naive.dense(2).stage]
-    batches = make_batches(4, B)
-    algorithm = LOOPS[method][0](
-        stages, naive.squared_error, optax.sgd(rate), microbatches=M, weight_prediction=1.0, return_grads=True
-    )
+@pytest.mark.parametrize(
+    ("method", "K", "M", "optimizer"),
+    [
+        *PREDICTED,
+        *(
+            pytest.param(method, K, M, optimizer, marks=pytest.mark.slow)
+            for method in ("fr", "ddg", "fr-stashed")
+            for K in range(2, 6)
+            for M in range(1, 5)
+            for optimizer in ("sgd", "nesterov", "adam")
+            if (method, K, M, optimizer) not in PREDICTED
+        ),
+    ],
+)
+def test_predicted_weights_are_those_of_the_loop(naive, make_batches, run, method, K, M, optimizer):
+    modules, (ours, theirs), a = modules_of(naive, K), naive.OPTIMIZERS[optimizer], 0.7
+    stages = [naive.stage(module) for module in modules]
+    options = {"microbatches": M, "weight_prediction": a, "return_grads": True}
+    algorithm = LOOPS[method][0](stages, naive.squared_error, ours(), **options)
+    batches = make_batches(STEPS, B)
     states, infos = run(algorithm, batches)
-    for t in (2, 3):
-        # In step t the first micro-batch is played ahead of the update of mini-batch t-1, the second after it.
-        before, after = states[t].params[0], states[t + 1].params[0]
-        last = jax.tree.map(lambda new, old: new - old, before, states[t - 1].params[0])
-        ahead = jax.tree.map(lambda w, u: w + u, before, last)
-        x = np.asarray(batches[t].inputs)
-        played = [stages[0].apply(w, (), x[m::M])[0] for m, w in enumerate((ahead, after))]
-        w_top = states[t].params[1]
-        losses = [
-            naive.squared_error(stages[1].apply(w_top, (), h)[0], np.asarray(batches[t].targets)[m::M])
-            for m, h in enumerate(played)
-        ]
-        np.testing.assert_allclose(infos[t].loss, np.mean(losses), **close)
+    arguments = modules, [accumulating(theirs(), M) for _ in modules], states[0], split(batches, M)
+    if method == "fr":
+        expected = naive.features_replay(*arguments, "play", weight_prediction=a, M=M)
+    else:
+        expected = naive.ddg(*arguments, weight_prediction=a, M=M)
+    assert_same(states, infos, expected, M)
 
 
 class Trend:
@@ -370,18 +377,23 @@ def test_a_correction_of_nothing_is_the_plain_method(naive, make_batches, run):
         chex.assert_trees_all_equal(strip(run(plain, batches)[0]), strip(run(other, batches)[0]))
 
 
+@pytest.mark.parametrize("predicted", [False, True])
 @pytest.mark.parametrize(("d", "M"), [(d, M) for d in range(1, 8) for M in (1, 2, 3, 4, 8, 16)])
-def test_a_stash_holds_each_version_in_flight_once(d, M):
-    """Against the weights that a loop remembers with every micro-batch."""
-    count = lambda i: (i - d) // M  # the version with which micro-batch i is played
-    stash = delayed.nothing_stashed((0,) * d, M)[0]
+def test_a_stash_holds_each_version_in_flight_once(d, M, predicted):
+    """Against a loop that remembers with every micro-batch what it was played with."""
+    versions = delayed.Versions(d, M, predicted)
+    updates = lambda i: sum((j + 1 - d) % M == 0 for j in range(d, i))
+    played = lambda i: (updates(i), delayed.horizon(i, d, M) if predicted else 0)
+    stash = versions.nothing_stashed(None)
     for i in range(6 * M + 2 * d):
-        if i % M == 0:
-            assert len(stash.entries) == -(-2 * d // M) + (-d // M) <= -(-d // M)
+        in_flight = {played(s) for s in range(i - d, i)} - {played(i)}
         if i >= 2 * d:
-            assert delayed.played_with(stash, count(i), i, d, M) == count(i - d)
-        stash = delayed.rotate(stash, count(i), i, d, M)
-        assert len(stash.entries) + 1 <= -(-d // M) + 1
+            assert versions.replayed(stash, played(i), i) == played(i - d)
+        if i >= 2 * d and i % M == 0:
+            assert set(stash.entries) == in_flight and len(in_flight) == len(stash.entries)
+        if i % M == 0 and not predicted:
+            assert len(stash.entries) == -(-2 * d // M) + (-d // M) <= -(-d // M)
+        stash = versions.rotate(stash, played(i), i)
 
 
 @pytest.mark.parametrize("make", [fr.features_replay, fr.ddg, fr.backprop])

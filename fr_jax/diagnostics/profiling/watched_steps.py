@@ -20,7 +20,7 @@ from fr_jax.types import Batch
 
 __all__ = ["STEPS", "Call", "Watched", "is_mine", "microbatches_of", "recorded_calls", "watched_step"]
 
-_REPLAY = features_replay.Options()
+_REPLAY, _NONE = features_replay.Options(), Remedies()
 # (the method's jitted functions, its `init`, its `step`), the two without their first arguments, from its setup.
 STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
     "bp": lambda setup, own: (backprop.make_parts(setup), backprop.init, backprop.step),
@@ -30,7 +30,11 @@ STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
         functools.partial(features_replay.step, _REPLAY),
     ),
     "fr-lockstep": lambda setup, own: (lockstep.make_parts(setup), lockstep.init, lockstep.step),
-    "ddg": lambda setup, own: (ddg.make_parts(setup, Remedies()), ddg.init, ddg.step),
+    "ddg": lambda setup, own: (
+        ddg.make_parts(_NONE, setup),
+        functools.partial(ddg.init, _NONE),
+        functools.partial(ddg.step, _NONE),
+    ),
     "dni": lambda setup, own: (
         dni.make_parts(setup, own),
         functools.partial(dni.init, own),
