@@ -74,9 +74,12 @@ def check_index(index: Any) -> dict[str, Any]:
     return index
 
 
-def check_fit(index: Mapping[str, Any], template: PyTree) -> None:
+def check_fit(index: Mapping[str, Any], template: PyTree, only: Sequence[str] = ()) -> None:
     """A CheckpointError that names the first few differences in names, shapes and dtypes from ``template``."""
-    leaves, entries = _named_leaves(template)[0], index["leaves"]
+    leaves, entries = (
+        {name: one for name, one in found.items() if _is_asked_for(name, only)}
+        for found in (_named_leaves(template)[0], index["leaves"])
+    )
     differences = [
         f"{name} ({entries[name]['kind']}) is only in the checkpoint" for name in entries if name not in leaves
     ]
@@ -107,8 +110,10 @@ def check_arrays(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         raise Damaged(f"the checksum differs for {some(differing)}")
 
 
-def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
-    """The state that was packed, with its arrays where those of ``template`` are.
+def unpack(
+    index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template: PyTree, only: Sequence[str] = ()
+) -> PyTree:
+    """The state that was packed, with its arrays where those of ``template`` are; what is not asked for is from there.
 
     :func:`check_fit` and :func:`check_arrays` come before. In a run of several processes only process 0 has the
     ``arrays``, and all must call this.
@@ -117,12 +122,17 @@ def unpack(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray], template:
     leaves, treedef = _named_leaves(template)
     placed: list[Any] = []
     for window in windows({name: getattr(like, "nbytes", 0) for name, like in leaves.items()}):
-        placed += [_place(entries[name], arrays.get(name), leaves[name]) for name in window]
+        place = lambda name: _place(entries[name], arrays.get(name), leaves[name])
+        placed += [place(name) if _is_asked_for(name, only) else leaves[name] for name in window]
         if jax.process_count() > 1:  # what has arrived no longer occupies process 0's first device
             here = [one for one in placed[-len(window) :] if isinstance(one, jax.Array) and one.addressable_shards]
             jax.block_until_ready(here)
             distributed.group().exchange(None)
     return jax.tree_util.tree_unflatten(treedef, placed)
+
+
+def _is_asked_for(name: str, only: Sequence[str]) -> bool:
+    return not only or name.partition("/")[0] in only
 
 
 def some(items: Sequence[Any], separator: str = ", ") -> str:

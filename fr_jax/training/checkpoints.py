@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,12 +136,14 @@ class Checkpoints:
             raise CheckpointError(self._why_not_written(step, size, error)) from error
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def restore(self, template: PyTree) -> Restored | None:
+    def restore(self, template: PyTree, only: Sequence[str] = ()) -> Restored | None:
         """Reads the newest checkpoint whose checksums hold.
 
         Args:
           template: a state with the structure, shapes and dtypes of the one saved (a fresh one of ``init``). Arrays
             come back where the template's arrays are, NumPy arrays and Python numbers as such.
+          only: fields of the state to read, such as ``("params", "model_state")``; all without it. The others need not
+            be those of the checkpoint, and come back as the template has them.
 
         Returns:
           The state, or None if there is no checkpoint.
@@ -152,22 +154,24 @@ class Checkpoints:
         read: list[Any] = []
 
         def find() -> list[Any]:
-            read.extend(self._newest(template) or ())
+            read.extend(self._newest(template, only) or ())
             return read[:2]
 
         if not (found := distributed.group().from_first(find)):
             return None
         step, index = found
-        return Restored(unpack(index, read[2] if read else {}, template), index["metadata"], step)
+        return Restored(unpack(index, read[2] if read else {}, template, only), index["metadata"], step)
 
-    def _newest(self, template: PyTree) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
+    def _newest(
+        self, template: PyTree, only: Sequence[str]
+    ) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
         """Step, index and arrays of the newest checkpoint that holds."""
         steps = self.steps()
         self._name_leftovers()
         for at in reversed(range(len(steps))):
             step = steps[at]
             try:
-                return step, *self._load(step, template)
+                return step, *self._load(step, template, only)
             except Damaged as damage:
                 self._damaged.add(step)
                 then = f"trying the one of step {steps[at - 1]}" if at else "there is none before it"
@@ -204,12 +208,12 @@ class Checkpoints:
             manager.save(step, args=ocp.args.Composite(**items), force=True)
             manager.wait_until_finished()
 
-    def _load(self, step: int, template: PyTree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _load(self, step: int, template: PyTree, only: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         import orbax.checkpoint as ocp
 
         try:
             index = check_index(self._read(step, index=ocp.args.JsonRestore()).index)
-            check_fit(index, template)
+            check_fit(index, template, only)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.directory} cannot be used: {error}"

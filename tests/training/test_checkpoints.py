@@ -11,6 +11,7 @@ import textwrap
 import threading
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -102,6 +103,20 @@ def test_round_trip_is_bit_identical_and_in_place(tmp_path):
     assert_identical(restored.state, state)
     assert type(restored.state.step) is int
     assert (restored.step, restored.metadata) == (7, metadata)
+
+
+def test_only_some_fields_are_read(tmp_path):
+    """What is in flight may have another form there."""
+    saved = {"params": (jnp.arange(3.0),), "in_flight": jnp.ones((2, 2)), "step": 5}
+    template = {"params": (jnp.zeros(3),), "in_flight": jnp.zeros(4), "more": jnp.zeros(1), "step": 0}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, saved, {})
+        with pytest.raises(CheckpointError, match="in_flight is"):
+            checkpoints.restore(template)
+        found = checkpoints.restore(template, only=("params", "step")).state
+        with pytest.raises(CheckpointError, match="params/0 is"):
+            checkpoints.restore(template | {"params": (jnp.zeros(2),)}, only=("params",))
+    chex.assert_trees_all_equal(found, template | {"params": saved["params"], "step": 5})
 
 
 def test_float64_and_numpy_scalars(tmp_path, x64):

@@ -48,7 +48,9 @@ def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[An
         )
     cuts = config["resolved_cuts"]
     with Checkpoints(RunFolder(path).checkpoints) as checkpoints:
-        restored = checkpoints.restore(_template(other, cuts, session, data))
+        restored = checkpoints.restore(
+            _template(other, cuts, session, data), only=("params", "model_state", "opt_state")
+        )
     if restored is None:
         raise SettingsError(f"--init-from {path} has no checkpoint yet. Wait for the first, or give another folder.")
     if restored.step >= here.steps:
