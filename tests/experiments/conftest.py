@@ -40,7 +40,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 pipelines: dict[Any, InputPipeline] = {}
 layer_flops = functools.cache(fr.layer_flops)  # of the same layers, which the same call of a model makes
 digits, synthetic = functools.cache(image_sets._digits), functools.cache(image_sets._synthetic)
-mlp = functools.cache(fr.models.mlp)
+models = {name: functools.cache(fr.models.MODELS[name]) for name in ("mlp", "gpt")}
 
 
 def same_pipeline(dataset: image_sets.Dataset, batch_size: int, **options: Any) -> InputPipeline:
@@ -60,7 +60,8 @@ def shared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sets, "_digits", digits)
         patch.setattr(image_sets, "_synthetic", synthetic)
-        patch.setitem(fr.models.MODELS, "mlp", mlp)
+        for name, model in models.items():
+            patch.setitem(fr.models.MODELS, name, model)
         patch.setattr(fr, "layer_flops", lambda layers, inputs: layer_flops(tuple(layers), inputs))
         patch.setattr(classification, "input_pipeline", same_pipeline)
         yield

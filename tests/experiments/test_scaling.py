@@ -11,14 +11,14 @@ from fr_jax.experiments.scaling.network import STEP, Network, ideal, schedule, s
 
 SMALL = [
     *("--model", "mlp", "--depth", "5", "--width", "16", "--batch-size", "8", "--K", "1", "2", "4", "8"),
-    *("--microbatches", "4", "--ratios", "0.1", "0.001", "--ratio-K", "3", "--timelines", "2", "8"),
+    *("--microbatches", "4", "--ratios", "0.1", "0.001", "--ratio-K", "3", "--timelines", "2", "6"),
 ]
 
 
 def test_writes_numbers_and_pictures(tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "folder"
     assert scaling.main([*SMALL, "--output", str(output)]) == 0
-    names = ["scaling.json", "scaling.png", "timeline-K2-mlp.png", "timeline-K2.png", "timeline-K8.png"]
+    names = ["scaling.json", "scaling.png", "timeline-K2-mlp.png", "timeline-K2.png", "timeline-K6.png"]
     assert sorted(path.name for path in output.iterdir()) == names
     assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in names[1:])
     result = json.loads((output / "scaling.json").read_text())
