@@ -1,13 +1,19 @@
-"""A card per model that has settings of its own."""
+"""A card per model that has settings of its own, and random mini-batches of what models read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fr_jax.experiments._fields import Own, own_setting
+import jax
+import numpy as np
 
-__all__ = ["MODEL_CARDS", "ModelCard"]
+from fr_jax.experiments._fields import Own, own_setting
+from fr_jax.types import Batch
+
+__all__ = ["MODEL_CARDS", "ModelCard", "example_inputs", "random_batch"]
+
+CLASSES = 10
 
 
 class ModelCard(NamedTuple):
@@ -50,3 +56,20 @@ MODEL_CARDS: dict[str, ModelCard] = {
         batch_size=16,
     ),
 }
+
+
+def random_batch(model: str, size: int) -> Batch:
+    """Random inputs and targets of a model, NumPy arrays: 32x32x3 images and labels, or bytes and those that follow."""
+    rng = np.random.default_rng(0)
+    context = MODEL_CARDS[model].defaults.get("context") if model in MODEL_CARDS else None
+    if context is not None:
+        text = rng.integers(0, 256, (size, context + 1)).astype(np.int32)
+        return Batch(text[:, :-1], text[:, 1:])  # type: ignore[arg-type]
+    images = rng.standard_normal((size, 32, 32, 3)).astype(np.float32)
+    return Batch(images, rng.integers(0, CLASSES, size).astype(np.int32))  # type: ignore[arg-type]
+
+
+def example_inputs(model: str, size: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the inputs of a mini-batch."""
+    inputs = random_batch(model, 1).inputs
+    return jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype)

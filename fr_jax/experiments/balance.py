@@ -14,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-
 import fr_jax as fr
 from fr_jax.distributed import is_first
 from fr_jax.experiments._bench.contestants import make_entry, method_settings, shared_costs, shared_settings
@@ -32,6 +29,7 @@ from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import METHODS, listed
+from fr_jax.experiments._models import example_inputs
 from fr_jax.experiments._run.cuts import choose_cuts, stage_costs
 from fr_jax.plotting.style import COLOURS, page, plain_axes, png
 
@@ -55,7 +53,7 @@ class BalanceSettings:
     model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
     batch_size: int = setting(128, least=1)
-    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes (random; only shapes matter here)."""
     rounds: int = setting(5, least=1)
     """How many times each choice has its turn."""
     steps: int = setting(4, least=1)
@@ -102,7 +100,7 @@ def measure(settings: BalanceSettings) -> dict[str, Any]:
     """Costs of the layers, the cuts they choose, and a step's time for all cuts."""
     placed = placed_on(settings.pinned, settings.K)
     layers = fr.models.MODELS[settings.model]()
-    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    example = example_inputs(settings.model, settings.batch_size)
     all_cuts = choices_of_cuts(settings, len(layers))
     shared = SharedSettings(model=settings.model, batch_size=settings.batch_size)
     own = method_settings(shared, settings.method, settings.K, None)

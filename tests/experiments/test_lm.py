@@ -18,6 +18,7 @@ import pytest
 from fr_jax.experiments import cifar, lm
 from fr_jax.experiments._cli.checks import check, resolve
 from fr_jax.experiments._cli.command_line import parse
+from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.console import Console
 from fr_jax.experiments._run.tasks import kind_of
 from fr_jax.experiments.compare.__main__ import main as compare
@@ -87,6 +88,13 @@ def test_the_network_of_the_gpu_preset():
     assert (settings.dtype, settings.context, settings.K) == ("bfloat16", 1024, 8)
     layers = kind_of("gpt").layers(resolve(settings, "python", 10**6), None)
     assert len(layers) == 2 * 18 + 2
+
+
+def test_micro_batches_are_for_methods_that_have_them():
+    for method in METHODS:
+        settings = parse("lm", lm.LM.defaults, ["--method", method])
+        check(settings)
+        assert settings.microbatches == (4 if "microbatches" in METHODS[method].defaults else None)
 
 
 def test_a_length_in_epochs_replaces_that_of_the_preset():

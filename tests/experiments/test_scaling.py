@@ -80,7 +80,7 @@ def test_speedups_are_those_of_a_long_run(K):
     ("arguments", "message"),
     [
         (["--model", "resnet20x"], "--model resnet20x is unknown; it can be mlp, resnet8"),
-        (["--depth", "3"], "--depth is a setting of --model mlp, not of resnet110"),
+        (["--depth", "3"], "--depth is a setting of --model mlp and gpt, not of resnet110"),
         (["--model", "mlp", "--depth", "1"], "--depth 1 leaves nothing to cut; give 2 or more"),
         (["--K", "4", "2"], "--K 4 2: give increasing whole numbers"),
         (["--timelines", "0"], "--timelines 0: give increasing whole numbers, each 1 or more"),

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Sharding
 
@@ -17,6 +16,7 @@ from fr_jax.distributed import group
 from fr_jax.experiments._bench.turns import Contestant
 from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings, own_of_method
 from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, REFERENCES, TrainingSet
+from fr_jax.experiments._models import CLASSES, example_inputs, random_batch
 from fr_jax.experiments._run.cuts import NetworkCosts, choose_cuts, network_costs
 from fr_jax.partitioning.costs import LayerCost
 from fr_jax.training.classification import cross_entropy
@@ -25,7 +25,6 @@ from fr_jax.types import Algorithm, Array, Batch, Stage
 __all__ = [
     "BASELINE",
     "Entry",
-    "host_batch",
     "make_batch",
     "make_entry",
     "plain",
@@ -34,7 +33,6 @@ __all__ = [
 ]
 
 BASELINE = "back-propagation, 1 device"
-CLASSES = 10
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
 
@@ -54,19 +52,11 @@ class Entry(NamedTuple):
     bound: float | None
 
 
-def host_batch(size: int) -> Batch:
-    """Random 32x32x3 images and their labels, NumPy arrays, the same in every process."""
-    rng = np.random.default_rng(0)
-    images: Any = rng.standard_normal((size, 32, 32, 3)).astype(np.float32)
-    labels: Any = rng.integers(0, CLASSES, size).astype(np.int32)
-    return Batch(images, labels)
-
-
-def make_batch(size: int, sharding: Sharding) -> Batch:
-    """The same on the devices of ``sharding``."""
-    images, labels, _ = host_batch(size)
+def make_batch(model: str, size: int, sharding: Sharding) -> Batch:
+    """A :func:`fr_jax.experiments._models.random_batch` on the devices of ``sharding``."""
+    inputs, targets, _ = random_batch(model, size)
     # jit places an array on a device of another process, where device_put refuses.
-    return Batch(*jax.jit(lambda *arrays: arrays, out_shardings=sharding)(images, labels))
+    return Batch(*jax.jit(lambda *arrays: arrays, out_shardings=sharding)(inputs, targets))
 
 
 def shared_costs(settings: TrainSettings, layers: Sequence[Stage], example: jax.ShapeDtypeStruct) -> NetworkCosts:
@@ -114,7 +104,7 @@ def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
         return (optax.apply_updates(params, updates), model_state, opt_state), loss
 
     def init(key: Array) -> tuple:
-        params, model_state = network.init(key, jnp.zeros(batch.inputs.shape))
+        params, model_state = network.init(key, jnp.zeros(batch.inputs.shape, batch.inputs.dtype))
         return params, model_state, OPTIMIZER.init(params)
 
     jitted = jax.jit(step, donate_argnums=0)
@@ -153,7 +143,7 @@ def make_entry(
         settings = method_settings(shared, method, stages_K, cuts)
     places = fr.placement(stages_K, devices, K if method == DATA_PARALLEL else 1)
     if stages_K > 1 and cuts is None:
-        example = jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32)
+        example = example_inputs(shared.model, size)
         if costs is None and settings.balance != "uniform":
             costs = shared_costs(settings, layers, example)
         settings = dataclasses.replace(settings, cuts=choose_cuts(settings, layers, example, costs))
@@ -163,7 +153,7 @@ def make_entry(
     algorithm: Algorithm = METHODS[settings.method].make(
         own, stages, cross_entropy, OPTIMIZER, data, placement=places, donate=True
     )
-    batch = make_batch(size, places[0])
+    batch = make_batch(shared.model, size, places[0])
 
     def run(state: Any) -> tuple[Any, Array]:
         state, info = algorithm.step(state, batch)

@@ -62,10 +62,11 @@ LANGUAGE_MODEL: dict[str, Any] = {
     "clip": 1.0,
 }
 PRESETS["lm"] = LANGUAGE_MODEL | {
+    "width": 64,
     "steps": 1000,
     "batch_size": 16,
     "learning_rate": 0.003,
-    "warmup": 100,
+    "warmup": 200,
     "eval_every": 100,
     "test_examples": 512,
 }

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._models import example_inputs, random_batch
 from fr_jax.experiments.memory.methods import CONTESTANTS
 from fr_jax.experiments.memory.picture import figure
 from fr_jax.plotting.style import png
@@ -107,9 +107,10 @@ def measure(settings: MemorySettings) -> dict[str, Any]:
 
 def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict[str, Any]]:
     layers, analyses = fr.models.MODELS[model](), {}
-    images = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
-    batch = Batch(images, jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32))  # type: ignore
-    costs = fr.layer_costs(layers, images)
+    inputs = example_inputs(model, settings.batch_size)
+    targets = random_batch(model, settings.batch_size).targets
+    batch = Batch(inputs, jax.ShapeDtypeStruct(targets.shape, targets.dtype))  # type: ignore[arg-type]
+    costs = fr.layer_costs(layers, inputs)
 
     def report(method: str, stages: Sequence[Stage], M: int | None) -> tuple[MemoryReport, float]:
         say = lambda function: bar.set_postfix_str(f"{model}, K = {len(stages)}, {method}: compiling {function}")
@@ -127,7 +128,7 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
     for K in settings.K:
         cuts = fr.balance(costs, K)
         stages = fr.partition(layers, cuts)
-        activations = stage_activations(stages, images)
+        activations = stage_activations(stages, inputs)
         for method in settings.methods:
             if K == 1 and CONTESTANTS[method].is_backprop(settings.microbatches):
                 found, seconds = plain, plain_seconds

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fr_jax as fr
@@ -18,7 +17,6 @@ from fr_jax.diagnostics.simulation.schedules import data_parallel
 from fr_jax.diagnostics.simulation.timeline import Task
 from fr_jax.experiments._bench.contestants import (
     OPTIMIZER,
-    host_batch,
     make_batch,
     make_entry,
     method_settings,
@@ -28,6 +26,7 @@ from fr_jax.experiments._bench.contestants import (
 from fr_jax.experiments._bench.turns import Contestant
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
 from fr_jax.experiments._methods import COMPARED, DATA_PARALLEL, LOCKSTEP, METHODS
+from fr_jax.experiments._models import example_inputs, random_batch
 from fr_jax.experiments._run.cuts import choose_cuts
 from fr_jax.training.classification import cross_entropy
 from fr_jax.types import Array, Stage
@@ -72,7 +71,7 @@ def timer_of(name: str, shared: SharedSettings) -> str:
 def choose(shared: SharedSettings, layers: Sequence[Stage], K: int) -> tuple[int, ...]:
     """The cuts for features replay, by measured times."""
     own = method_settings(shared, "fr", K, None)
-    example = jax.ShapeDtypeStruct((shared.batch_size or 128, 32, 32, 3), jnp.float32)
+    example = example_inputs(shared.model, shared.batch_size or 128)
     return choose_cuts(own, layers, example, shared_costs(own, layers, example))
 
 
@@ -107,7 +106,7 @@ def _schedule_of(name: str, K: int, M: int) -> Callable[[Measured, int], tuple[T
 def _timers(
     shared: SharedSettings, layers: Sequence[Stage], methods: Sequence[str], K: int, cuts: tuple[int, ...]
 ) -> dict[str, Callable[[], Measured]]:
-    batch, spread = host_batch(shared.batch_size or 128), fr.placement(K)
+    batch, spread = random_batch(shared.model, shared.batch_size or 128), fr.placement(K)
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
     timers = {ONE: stage_timer(["bp"], whole, cross_entropy, OPTIMIZER, batch, placement=fr.placement(1))}
     sharing: dict[str, list[str]] = {}
@@ -130,7 +129,7 @@ def _timers(
 def _lockstep(shared: SharedSettings, layers: Sequence[Stage], K: int, cuts: tuple[int, ...]) -> Contestant:
     placement = fr.placement(K)
     method = lockstep(fr.partition(layers, cuts), cross_entropy, OPTIMIZER, placement=placement)
-    batch = make_batch(shared.batch_size or 128, placement[0])
+    batch = make_batch(shared.model, shared.batch_size or 128, placement[0])
 
     def run(state: Any) -> tuple[Any, Array]:
         state, info = method.step(state, batch)

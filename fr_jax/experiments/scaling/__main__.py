@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from fr_jax.diagnostics.simulation.timeline import Timeline, simulate
 from fr_jax.experiments._cli import harness
 from fr_jax.experiments._cli.harness import one_process
@@ -24,6 +22,7 @@ from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import COMPARED
+from fr_jax.experiments._models import MODEL_CARDS, example_inputs
 from fr_jax.experiments.scaling import picture as scaling_picture
 from fr_jax.experiments.scaling.network import STEP, Network, described, ideal, own_of, schedule, speedups
 from fr_jax.models import MODELS
@@ -71,8 +70,9 @@ def refusal(settings: ScalingSettings) -> str | None:
     if settings.model not in MODELS:
         return f"--model {settings.model} is unknown; it can be {', '.join(MODELS)}."
     for name in ("depth", "width"):
-        if getattr(settings, name) is not None and settings.model != "mlp":
-            return f"--{name} is a setting of --model mlp, not of {settings.model}. Drop the flag."
+        if getattr(settings, name) is not None and settings.model not in MODEL_CARDS:
+            having = " and ".join(MODEL_CARDS)
+            return f"--{name} is a setting of --model {having}, not of {settings.model}. Drop the flag."
     for name in ("K", "timelines"):
         numbers = getattr(settings, name)
         if (name == "K" and not numbers) or any(K < 1 for K in numbers) or list(numbers) != sorted(set(numbers)):
@@ -97,7 +97,7 @@ def make_network(settings: ScalingSettings) -> Network:
     """The network, with the costs of its layers."""
     own = {name: getattr(settings, name) for name in ("depth", "width") if getattr(settings, name) is not None}
     layers = MODELS[settings.model](**own)
-    inputs = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), "float32")
+    inputs = example_inputs(settings.model, settings.batch_size)
     return described(layers, inputs, settings.costs)
 
 

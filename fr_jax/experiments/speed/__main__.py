@@ -25,7 +25,6 @@ from fr_jax.experiments._bench.contestants import (
     BASELINE,
     OPTIMIZER,
     Entry,
-    host_batch,
     make_batch,
     make_entry,
     method_settings,
@@ -46,6 +45,7 @@ from fr_jax.experiments._cli.settings import SharedSettings
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
 from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, listed
+from fr_jax.experiments._models import example_inputs, random_batch
 from fr_jax.experiments.speed.picture import speed_figure
 from fr_jax.plotting.style import png
 from fr_jax.training.classification import cross_entropy
@@ -75,7 +75,7 @@ class SpeedSettings:
     model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
     batch_size: int = setting(128, least=1)
-    """Examples of a mini-batch of 32x32x3 images (random numbers; only shapes matter here)."""
+    """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes (random; only shapes matter here)."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16."""
     microbatches: tuple[str, ...] | None = setting(None, help=MICROBATCHES_HELP)
@@ -125,9 +125,9 @@ def timed(settings: SpeedSettings) -> list[tuple[str, SharedSettings]]:
 def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
     """All contestants, in the order of the table."""
     common = shared_settings(settings, microbatches=None)
-    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    example = example_inputs(settings.model, settings.batch_size)
     entries = [
-        plain(layers, make_batch(settings.batch_size, fr.placement(1)[0])),
+        plain(layers, make_batch(settings.model, settings.batch_size, fr.placement(1)[0])),
         make_entry(common, layers, "bp", 1, name=BASELINE),
         make_entry(common, layers, "fr", 1),
     ]
@@ -146,7 +146,7 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
     if not cuts:
         return []
     placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
-    batch = host_batch(settings.batch_size)
+    batch = random_batch(settings.model, settings.batch_size)
     timer = stage_timer((), stages, cross_entropy, OPTIMIZER, batch, placement=placement, hops=HOPS)
     timer()
     found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])

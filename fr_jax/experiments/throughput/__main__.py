@@ -34,6 +34,7 @@ from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._models import example_inputs
 from fr_jax.experiments._run.cuts import network_costs, stage_costs
 from fr_jax.experiments.throughput import pytorch_peer
 from fr_jax.experiments.throughput.picture import throughput_figure
@@ -127,7 +128,7 @@ def makers_of(settings: ThroughputSettings, model: str, dtype: str) -> list[Call
         quietly(f"compiled: {model}, {dtype}, {entry.contestant.name}")
         return entry._replace(contestant=contestant)
 
-    batch = make_batch(settings.batch_size, fr.placement(1, one)[0])
+    batch = make_batch(model, settings.batch_size, fr.placement(1, one)[0])
     made = [lambda: plain(layers, batch), *(lambda method=method: of_method(method) for method in settings.methods)]
     return [lambda make=make: compiled(make) for make in made]
 
@@ -137,7 +138,7 @@ def work_of(settings: ThroughputSettings, model: str, entry: Entry) -> float | N
     if entry.method not in METHODS or not entry.cuts:
         return 1.0
     layers = fr.models.MODELS[model]()
-    example = jax.ShapeDtypeStruct((settings.batch_size, 32, 32, 3), jnp.float32)
+    example = example_inputs(model, settings.batch_size)
     shared = SharedSettings(model=model, batch_size=settings.batch_size)
     own, whole = (method_settings(shared, method, settings.K, entry.cuts) for method in (entry.method, "bp"))
     costs = network_costs(own, layers, example)
