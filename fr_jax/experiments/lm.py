@@ -16,7 +16,7 @@ from fr_jax.experiments._run import program
 __all__ = ["LM", "main", "run"]
 
 # With a gradient that is K-1 updates late such a run learns little; four micro-batches per update make that one.
-LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"], microbatches=4))
+LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"] | {"microbatches": 4}))
 
 
 def run(settings: TrainSettings) -> int:

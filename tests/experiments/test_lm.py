@@ -133,7 +133,7 @@ def test_files_of_a_run(finished):
 
 def test_what_a_run_prints(finished, texts):
     out = (finished.parent / "stdout").read_text()
-    assert "gpt, features replay, K = 3; batch 4, learning rate 0.003, 12 steps" in out
+    assert "gpt, features replay, K = 3, M = 4; batch 4, learning rate 0.003, 12 steps" in out
     assert f"held-out bytes (1 of 12 files) from {texts}; windows of 8 bytes" in out
     assert "test bits per byte" in out and "tokens/s" in out
     sample = load(finished / "summary.json")["sample"]
