@@ -27,6 +27,7 @@ OWN = {
     "dni": ["--label-conditioning"],
     "blockprop": ["--cache", "--h-every", "2"],
     "gpipe": ["--microbatches", "2"],
+    "2bw": ["--microbatches", "2"],
 }
 
 
@@ -60,26 +61,51 @@ def test_the_network_of_blockprops_figure_2():
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("bp", "gpipe", "ddg", "blockprop") else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("bp", "gpipe", "ddg", "blockprop", "2bw") else ())
         for name in METHODS
     ],
 )
 def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
     """From the checkpoint of step 10 on; stages on devices of their own."""
-    arguments = ["--method", method, "--K", "2", *QUICK, *OWN.get(method, [])]
-    code, out, err = program(*arguments, "--workdir", tmp_path / "whole")
-    assert code == 0, err
+    out = train_and_resume(program, tmp_path, "--method", method, "--K", "2", *QUICK, *OWN.get(method, []))
     assert f"mlp, {METHODS[method].title}, K = 2" in out
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
-    (tmp_path / "again" / "summary.json").unlink()
-    code, out, err = program(*arguments, "--workdir", tmp_path / "again", "--resume")
+
+
+# What else a state can hold between steps, with four micro-batches for each of four stages.
+IN_FLIGHT = [
+    ["bp"],
+    ["fr", "--weight-prediction", "1", "--prediction-momentum", "0.9", "--spike-compensation"],
+    ["fr", "--rescheduling", "20", "--discrepancy-decay", "0.3"],
+    ["fr", "--replay-weights", "stashed", "--optimizer", "nadam"],
+    ["ddg", "--rescheduling", "20", "--accumulate", "2"],
+    ["gpipe", "--pipeline-schedule", "1f1b"],
+    ["2bw"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", IN_FLIGHT, ids=" ".join)
+def test_a_resumed_run_with_micro_batches_is_bit_identical(program, tmp_path, own):
+    split = ["--K", "4", "--depth", "4", "--microbatches", "4"]
+    out = train_and_resume(program, tmp_path, *QUICK, "--method", *own, *split)
+    assert f"mlp, {METHODS[own[0]].title}, K = 4, M = 4; batch 16" in out
+
+
+def train_and_resume(program, folder: pathlib.Path, *arguments: str) -> str:
+    """Trains, and again from the checkpoint of step 10; what the first run said."""
+    code, said, err = program(*arguments, "--workdir", folder / "whole")
+    assert code == 0, err
+    shutil.copytree(folder / "whole", folder / "again")
+    shutil.rmtree(folder / "again" / "checkpoints" / "12")
+    (folder / "again" / "summary.json").unlink()
+    code, out, err = program(*arguments, "--workdir", folder / "again", "--resume")
     assert code == 0 and "Resuming after step 10" in out, err
-    assert checksums(tmp_path / "again") == checksums(tmp_path / "whole")
+    assert checksums(folder / "again") == checksums(folder / "whole")
     losses = [
-        [row.get("train_loss") for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("whole", "again")
+        [row.get("train_loss") for row in read_rows(folder / run / "metrics.jsonl")] for run in ("whole", "again")
     ]
     assert losses[0] == losses[1]
+    return said
 
 
 @pytest.mark.slow

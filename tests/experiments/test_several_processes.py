@@ -102,6 +102,19 @@ def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["fr", "2bw"])
+def test_micro_batches_on_two_processes_give_the_bits_of_one(start, tmp_path, method):
+    words = ["--method", method, "--microbatches", 4, "--steps", 6]
+    assert wait(start(*words, "--workdir", tmp_path / "group")) == 0
+    assert here(*words, "--workdir", tmp_path / "alone") == 0
+    assert checksums(tmp_path / "group") == checksums(tmp_path / "alone")
+    assert [row.get("train_loss") for row in rows(tmp_path / "group")] == [
+        row.get("train_loss") for row in rows(tmp_path / "alone")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_finished_run_is_refused_by_all(run, tmp_path):
     words = [*LAUNCH, *PROGRAM, *SMALL, "--steps", 1, "--workdir", tmp_path / "run"]
     first, again = run(*words), run(*words)
