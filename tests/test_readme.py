@@ -24,6 +24,7 @@ TINY = "--dataset synthetic --model mlp --depth 4 --width 8 --batch-size 16 --st
 ADDED = {  # what makes a command small enough for a test; a flag that is given twice has its last value
     "cifar": TINY,
     "mnist": TINY,
+    "lm": "--depth 2 --width 8 --heads 2 --context 8 --steps 3 --test-examples 16 --sample-bytes 4".split(),  # noqa: SIM905
     "sufficient_direction": [*TINY, "--every", "2", "--gradient-batches", "2"],
     "compare": [*TINY, "--methods", "bp", "fr", "ddg", "--seeds", "0", "1"],
     "speed": ["--model", "mlp", "--batch-size", "16", "--rounds", "1", "--steps", "1", "--balance", "flops"],
@@ -74,6 +75,7 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_runs(command, tmp_path, monkeypatch, program_env):
     words, module = shlex.split(command), module_of(command)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FR_JAX_CACHE", str(tmp_path / "cache"))
     if module == "launch" or "--pinned" in words:
         words += ADDED[words[-3].rpartition(".")[2] if module == "launch" else module]
         done = subprocess.run([sys.executable, *words[1:]], env=program_env, capture_output=True, text=True)
