@@ -56,6 +56,77 @@ def test_call_kwargs_win_over_the_flags():
     assert (flags.tolist(), scale) == ([True, False, True], 3)
 
 
+class Noisy(nn.Module):
+    """Dropout and batch norm, in a mode of any name and default."""
+
+    mode: str = "train"
+    given: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False, training=False, is_training=False):
+        on = {"train": train, "training": training, "is_training": is_training, "never": self.given}[self.mode]
+        return nn.BatchNorm(use_running_average=None)(
+            nn.Dropout(0.5)(x, deterministic=not on), use_running_average=not on
+        )
+
+
+class PassesAll(nn.Module):
+    @nn.compact
+    def __call__(self, x, **kwargs):
+        return Noisy()(nn.Dense(3, name="plain")(x, **kwargs), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(Noisy(mode) for mode in ("train", "training", "is_training")),
+        PassesAll(),
+        nn.Sequential([nn.Dense(3), Noisy(), nn.relu, Noisy("training")]),
+        nn.Sequential([nn.Sequential([Noisy()]), nn.Dropout(0.5), nn.BatchNorm()]),
+    ],
+    ids=lambda module: f"{type(module).__name__}-{getattr(module, 'mode', '')}",
+)
+@pytest.mark.filterwarnings("error")
+def test_every_layer_is_told_its_mode(module):
+    stage = fr.from_linen(module)
+    params, state = stage.init(KEY, X)
+    outputs = [stage.apply(params, state, X, key=jax.random.key(n), train=True) for n in (1, 2)]
+    assert not np.array_equal(outputs[0][0], outputs[1][0])
+    moved = jax.tree.map(lambda old, new: bool((old != new).any()), state, outputs[0][1])
+    assert jax.tree.leaves(moved) and all(jax.tree.leaves(moved))
+    still = [stage.apply(params, state, X, key=jax.random.key(n), train=False) for n in (1, 2)]
+    chex.assert_trees_all_equal(*still)
+    chex.assert_trees_all_equal(still[0][1], state)
+
+
+def test_a_layer_that_stays_in_inference_mode_is_named():
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Noisy("never", name="block")(x)
+
+    stage = fr.from_linen(Inner())
+    params, state = stage.init(KEY, X)
+    with pytest.warns(UserWarning, match=r"block/(Dropout|BatchNorm)_0 of Inner is called with .*=True in training"):
+        stage.apply(params, state, X, key=KEY, train=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "stage",
+    [
+        fr.from_linen(nn.Dropout(0.0)),
+        fr.from_linen(nn.Sequential([nn.BatchNorm(use_running_average=True), nn.Dropout(0.5, deterministic=True)])),
+        fr.from_linen(nn.Dropout(0.5), deterministic=True),
+    ],
+)
+def test_inference_mode_on_purpose_is_not_named(stage):
+    params, state = stage.init(KEY, X)
+    y, same = stage.apply(params, state, X, key=KEY, train=True)
+    chex.assert_trees_all_equal(same, state)
+    np.testing.assert_allclose(y, X, rtol=1e-4)
+
+
 def test_linen_state_moves_in_training_only():
     stage = fr.from_linen(nn.BatchNorm(momentum=0.9))
     params, state = stage.init(KEY, X)

@@ -74,7 +74,7 @@ def init_stages(
 
     Raises:
       ValueError: the key is not a key, the batch is not a mini-batch or cannot be split over the devices of a stage, a
-        stage sends something on that has no gradient, or given weights do not fit.
+        stage sends something on that has no gradient or returns a state of another form, or given weights do not fit.
     """
     if not isinstance(key, jax.Array):
         raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
@@ -97,7 +97,8 @@ def init_stages(
             with _named_layer(k, i, h):
                 p, s = _init_or_take(layer, layer_key, h, here, given_params[i], given_states[i], i)
                 # Shapes only: equal layers are traced once, and the network is not run.
-                h, _ = jax.eval_shape(traced_once(layer.apply), p, s, h, key=dropout_key)
+                h, moved = jax.eval_shape(traced_once(layer.apply), p, s, h, key=dropout_key)
+                _check_state(s, moved)
             weights.append(p)
             states.append(s)
         first += len(layers)
@@ -210,6 +211,25 @@ def zeros(spec: PyTree, sharding: Sharding | None) -> PyTree:
 def _jitted_zeros(treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
     """One compilation for all entries of a history."""
     return jax.jit(lambda: _zeros(treedef.unflatten(leaves)), out_shardings=sharding)
+
+
+def _check_state(state: PyTree, moved: PyTree) -> None:
+    """Raises ValueError if a layer returns another kind of state than it was given."""
+    kinds = lambda tree: {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    old, new = kinds(state), kinds(moved)
+    if old != new or jax.tree.structure(state) != jax.tree.structure(moved):
+        differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        shown = "; ".join(
+            f"{name} is {new.get(name, 'missing')} and was {old.get(name, 'missing')}" for name in differ[:3]
+        )
+        raise ValueError(
+            f"this layer's apply() returns a state of another form than it was given: {shown or moved}. It is carried "
+            "from step to step, so structure, shapes and dtypes must stay as init() made them. A Flax module whose "
+            "sow() adds a value each time keeps one with reduce_fn=lambda old, new: new and a matching init_fn."
+        )
 
 
 def _check_feature(h: PyTree, k: int) -> None:

@@ -209,6 +209,12 @@ def check_batch(setup: Setup, spec: BatchSpec, batch: Batch, *, any_size: bool) 
     ``any_size``: nothing is in flight between steps, so the number of examples may be another.
     """
     _check_kind(batch, "step()")
+    layers = tuple(len(stage.layers) for stage in setup.stages)
+    if spec.layers != layers:
+        raise ValueError(
+            f"step() was given a state of K = {len(spec.layers)} stages with {spec.layers} layers; this algorithm has "
+            f"K = {len(layers)} with {layers}. Use a state of its own init(); fr_jax.layer_params carries weights over."
+        )
     inputs, targets = TreeSpec.of(batch.inputs), TreeSpec.of(batch.targets)
     if not (spec.inputs.fits(inputs, any_size=any_size) and spec.targets.fits(targets, any_size=any_size)):
         raise ValueError(

@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,3 +225,45 @@ def test_streams_differ_between_stages_and_count_mini_batches(make):
     for _ in range(4):
         state, _ = algorithm.step(state, BATCH)
     assert [int(stream.count) for stream in state.streams] == [4, 4, 4] and state.step == 4
+
+
+class Sown(nn.Module):
+    reduced: bool
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"reduce_fn": lambda old, new: new, "init_fn": lambda: jnp.zeros(())} if self.reduced else {}
+        self.sow("seen", "mean", x.mean(), **options)
+        return nn.Dense(2)(x)
+
+
+def test_a_state_that_grows_is_refused_at_init(naive):
+    """It would be compiled anew in every step, and no checkpoint of it could be restored."""
+    make = lambda reduced: fr.features_replay([fr.from_linen(Sown(reduced))], naive.squared_error, optax.sgd(0.1))
+    with pytest.raises(
+        ValueError, match=r"state of another form.*\['seen'\]\['mean'\]\[1\] is float32\[\] and was missing"
+    ):
+        make(False).init(KEY, BATCH)
+    algorithm = make(True)
+    state, _ = algorithm.step(algorithm.init(KEY, BATCH), BATCH)
+    np.testing.assert_allclose(state.model_state[0]["seen"]["mean"], BATCH.inputs.mean(), rtol=1e-6)
+
+
+def test_a_state_that_changes_its_type_is_refused_at_init(naive):
+    wide = fr.Stage(
+        lambda key, x: ((), {"n": jnp.zeros(2, jnp.int32)}),
+        lambda p, s, x, *, key=None, train=True: (x, {"n": s["n"].astype(jnp.float32)}),
+    )
+    with pytest.raises(ValueError, match=r"\['n'\] is float32\[2\] and was int32\[2\]") as caught:
+        fr.ddg([naive.dense(2).stage, wide], naive.squared_error, optax.sgd(0.1)).init(KEY, BATCH)
+    assert "layer 1 (from 0) of the network, in stage 2" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("method", [fr.backprop, fr.features_replay, fr.ddg])
+def test_a_state_of_other_stages_is_refused(naive, method):
+    layers = [naive.dense(2).stage] * 3
+    make = lambda cuts: method(fr.partition(layers, cuts), naive.squared_error, optax.sgd(0.1))
+    state = make((1, 2)).init(KEY, BATCH)
+    for cuts in ((1,), (2,), ()):
+        with pytest.raises(ValueError, match=r"a state of K = 3 stages with \(1, 1, 1\) layers"):
+            make(cuts).step(state, BATCH)
