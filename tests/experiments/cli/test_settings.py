@@ -36,9 +36,9 @@ def test_no_flags_are_the_defaults():
 
 def test_flags_of_the_contract():
     flags = (
-        "K method model dataset data-dir epochs steps batch-size learning-rate milestones momentum nesterov "
-        "weight-decay seed dtype balance cuts data-parallel batch-stats devices workdir resume eval-every "
-        "checkpoint-every preset profile"
+        "K method model dataset data-dir epochs steps batch-size microbatches optimizer learning-rate schedule warmup "
+        "milestones momentum nesterov weight-decay clip seed dtype balance cuts data-parallel batch-stats devices "
+        "workdir resume eval-every checkpoint-every preset profile"
     )
     names = {field.name for field in dataclasses.fields(TrainSettings)}
     assert {flag.replace("-", "_") for flag in flags.split()} <= names
