@@ -145,8 +145,8 @@ def held_out_files(sizes: Mapping[str, int]) -> set[str]:
 def _python(log: Log) -> Corpus:
     train, held_out, checksum = _standard_library.joined(held_out_files, log)
     whole, rest = (Text([Piece(path, 0, path.stat().st_size)]) for path in (train, held_out))
-    title = f"Python's standard library ({_standard_library.version()}, source code)"
-    source = f"{title}: {len(whole):,} training and {len(rest):,} held-out bytes, joined in {train.parent}"
+    title = f"source code of Python's standard library ({_standard_library.version()})"
+    source = f"{title}: {len(whole):,} training and {len(rest):,} held-out bytes"
     return Corpus("python", source, whole, rest, checksum, prompt="def ")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __all__ = ["COLOURS", "page", "plain_axes", "png", "set_log_scale", "shades"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is left out, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+CHARACTERS = 14.5  # of a note in an inch
 
 
 def page(width: float, height: float, title: str, note: str) -> tuple[Figure, SubFigure]:
@@ -24,7 +26,7 @@ def page(width: float, height: float, title: str, note: str) -> tuple[Figure, Su
 
     drawing = Figure(figsize=(width, height), layout="constrained")
     drawing.suptitle(title, fontsize=13, fontweight="bold")
-    drawing.supxlabel(note, fontsize=8.5, color="0.35")
+    drawing.supxlabel(textwrap.fill(note, int(CHARACTERS * width)), fontsize=8.5, color="0.35")
     # Without a figure of their own, panels and legend would share the margin with the title, and overlap it.
     space: Any = drawing.subfigures(1, 1)
     return drawing, space

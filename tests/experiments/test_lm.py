@@ -187,7 +187,7 @@ def test_python_without_a_sample(program, tmp_path, monkeypatch):
     monkeypatch.setenv("FR_JAX_CACHE", str(tmp_path / "cache"))
     quick = ["--K", 2, *QUICK, "--steps", 2, "--dtype", "bfloat16", "--method", "ddg", "--sample-bytes", 0]
     code, out, err = program(*quick, "--workdir", tmp_path / "run")
-    assert code == 0 and "data: Python's standard library" in out and "A sample" not in out, err
+    assert code == 0 and "data: source code of Python's standard library" in out and "A sample" not in out, err
     assert "sample" not in load(tmp_path / "run" / "summary.json")
 
 

@@ -52,6 +52,8 @@ def test_what_the_panels_show():
     fast, slow = made_up_rows(scale=0.5), made_up_rows(scale=0.8)
     drawing = figure({"FR": fast, "BP": slow}, title="A title", data_source="real digits")
     assert [text.get_text() for text in drawing.texts] == ["A title", "Data: real digits"]
+    long = figure({"FR": fast}, title="", data_source="a place " * 40).texts[-1].get_text()
+    assert all(len(line) < 165 for line in long.splitlines()) and len(long.split()) == 81
     assert [text.get_text() for text in drawing.subfigs[0].legends[0].get_texts()] == ["FR", "BP", "training", "test"]
     panels = np.reshape(drawing.axes, (2, 2))
     assert [panel.get_ylabel() for panel in panels[:, 0]] == ["loss", "accuracy (%)"]

@@ -138,7 +138,7 @@ class CommonSettings:
     text: tuple[Path, ...] | None = setting(None, free="process", vary=False, owners=("gpt",))
     """[gpt] UTF-8 files to train on, and folders of such files, instead of Python's standard library."""
     prompt: str | None = setting(None, free="process", vary=False, owners=("gpt",))
-    """[gpt] What the text begins with that the model writes after training. Default: 'def ', or a new line."""
+    """[gpt] What the text begins with that the model writes after training. Default: 'def ' for python, a new line for text."""
     temperature: float | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
     """[gpt] Of that text: 1 draws bytes as likely as the model finds them, 0 takes the likeliest. Default: 0.8."""
     sample_bytes: int | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
@@ -148,7 +148,7 @@ class CommonSettings:
     steps: int | None = setting(None, least=1, free="resume")
     """Mini-batches to train for, instead of epochs."""
     batch_size: int | None = setting(None, least=1)
-    """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 128 otherwise."""
+    """Examples of a mini-batch, over all devices of a stage. Default: 64 for digits, 16 for gpt, else 128."""
     optimizer: str = setting("sgd", choices=("sgd", "adamw", "nadam", "muon"))
     """sgd, adamw, nadam (Nesterov's Adam, with more momentum for late stages), or muon: orthogonalized updates for
     dense and convolution kernels (as matrices of height x width x inputs by outputs), Adam with the same learning rate
