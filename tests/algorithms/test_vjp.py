@@ -79,3 +79,40 @@ def test_constants_are_left_out_too():
     grads, delta = make_pull(None, input_gradient=True)(vjp, jnp.ones((3, 4)), needed(vjp, params))
     np.testing.assert_array_equal(grads["w"], [0, 0, 3, 3])
     np.testing.assert_array_equal(delta, np.tile([0, 0, 1, 1], (3, 1)))
+
+
+@pytest.mark.parametrize("given", ["all", "needed"])
+def test_none_in_params_is_not_a_weight(given):
+    """Layers without a bias may have None in its place."""
+    scale = fr.Stage(
+        lambda key, x: ({"bias": None, "kernel": jnp.full((3, 3), 2.0)}, ()),
+        lambda p, s, x, *, key=None, train=True: (x @ p["kernel"], s),
+    )
+    x = jnp.ones((2, 3))
+    params, state = scale.init(jax.random.key(0), x)
+    stream = KeyStream(jax.random.key(0), jnp.zeros((), jnp.int32))
+    _, vjp, _, _ = make_forward(scale, input_gradient=True, keep_weights=False)(params, state, stream, x)
+    weights = params if given == "all" else needed(vjp, params)
+    grads, delta = make_pull(None, input_gradient=True)(vjp, jnp.ones((2, 3)), weights)
+    assert grads["bias"] is None
+    np.testing.assert_array_equal(grads["kernel"], np.full((3, 3), 2.0))
+    np.testing.assert_array_equal(delta, np.full((2, 3), 6.0))
+
+
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit])
+def test_what_a_stage_prints_is_not_repeated(inner):
+    """What is made again in the backward pass is of weights alone: not a callback on zeros."""
+    seen = []
+
+    @inner
+    def apply(w, x):
+        jax.debug.callback(seen.append, x.sum())
+        return jnp.tanh(x @ w.astype(jnp.bfloat16))
+
+    stage = fr.Stage(lambda key, x: (jnp.ones((3, 3)), ()), lambda p, s, x, *, key=None, train=True: (apply(p, x), s))
+    stream, x = KeyStream(jax.random.key(0), jnp.zeros((), jnp.int32)), jnp.ones((2, 3))
+    params, state = stage.init(jax.random.key(0), x)
+    _, vjp, _, _ = make_forward(stage, input_gradient=True, keep_weights=False)(params, state, stream, x)
+    jax.block_until_ready(make_pull(None, input_gradient=True)(vjp, jnp.ones((2, 3)), params))
+    jax.effects_barrier()
+    assert [float(value) for value in seen] == [6.0]
