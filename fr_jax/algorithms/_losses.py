@@ -55,7 +55,10 @@ def _loss_terms(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Terms:
             "(total, weight) of two, whose quotient is the loss. Take the mean of losses by example; give what is to "
             "be reported beside it as metrics_fn."
         )
-    return total, weight if isinstance(weight, tuple) else jax.lax.stop_gradient(weight.astype(total.dtype))
+    if isinstance(weight, tuple):
+        return total, ()
+    exact = wide(total.dtype)  # bfloat16 has no 257, and float16 no 65,536
+    return total.astype(exact), jax.lax.stop_gradient(weight.astype(exact))
 
 
 def quotient(total: Array, weight: Array | tuple[()]) -> Array:
@@ -78,14 +81,15 @@ def score(loss_fn: LossFn, metrics_fn: MetricsFn | None, outputs: PyTree, target
 def combine(parts: Sequence[Scored]) -> tuple[Array, Array | tuple[()], dict[str, Array]]:
     """Loss, weight and metrics of a mini-batch from the terms of its M micro-batches.
 
-    Totals and weights are added up separately, in float32 at least; without weights it is the mean.
+    Totals and weights are added up separately, in float32 at least; without weights it is the mean. What M = 1 part has
+    without a weight is reported as it is.
     """
 
     def mean(terms: Sequence[Terms]) -> tuple[Any, Any]:
         totals, weights = zip(*terms, strict=True)
-        if len(terms) == 1:
-            return quotient(totals[0], weights[0]), weights[0]
-        add = lambda *leaves: sum(leaf.astype(wide(leaf.dtype)) for leaf in leaves)
+        if len(terms) == 1 and isinstance(weights[0], tuple):
+            return totals[0], ()
+        add = lambda *leaves: sum(leaf.astype(wide(leaf.dtype)) for leaf in map(jnp.asarray, leaves))
         weight: Any = () if isinstance(weights[0], tuple) else add(*weights)
         divide = lambda total: total / len(terms) if isinstance(weight, tuple) else quotient(total, weight)
         return jax.tree.map(divide, jax.tree.map(add, *totals)), weight

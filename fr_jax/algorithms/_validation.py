@@ -222,7 +222,7 @@ def check_batch(setup: Setup, spec: BatchSpec, batch: Batch, *, any_size: bool) 
             f"inputs {spec.inputs} and targets {spec.targets}. Features in flight have those shapes: drop or pad a "
             "last partial batch, or call init() with the new shapes."
         )
-    if inputs != spec.inputs:
+    if (inputs, targets) != (spec.inputs, spec.targets):
         check_example(batch, "step()")
         check_split(batch, setup.microbatches, setup.shardings)
 

@@ -274,6 +274,20 @@ def test_without_micro_batches_the_loss_is_the_quotient(naive, make_batches, run
     np.testing.assert_allclose([info.loss for info in a_infos], [info.loss for info in b_infos], **close)
 
 
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_totals_of_low_precision_have_exact_weights(naive, dtype, M):
+    """The number of tokens is no number of such a type: float16 ends at 65,504."""
+    terms = lambda y, t: (((y - t) ** 2).mean().astype(dtype), jnp.int32(65_537))
+    algorithm = fr.backprop(
+        [naive.dense(2).stage], terms, optax.sgd(0.1), microbatches=M, metrics_fn=lambda y, t: {"same": terms(y, t)}
+    )
+    batch = fr.Batch(jnp.zeros((4, 3)), jnp.full((4, 2), 128.0))
+    _, info = algorithm.step(algorithm.init(jax.random.key(0), batch), batch)
+    np.testing.assert_allclose([info.loss, info.metrics["same"]], 16_384.0 / 65_537, rtol=1e-3)
+    assert info.loss.dtype == jnp.float32
+
+
 def test_a_mini_batch_of_padding_changes_nothing(naive, make_batches, run):
     (batch,) = masked_batches(make_batches, 1)
     padding = batch._replace(targets=batch.targets | {"mask": jnp.zeros(B)})
@@ -406,6 +420,17 @@ def test_batches_that_cannot_be_split_are_refused(naive, make_batches, make):
         algorithm.step(algorithm.init(jax.random.key(0), good), bad)
     with pytest.raises(ValueError, match="microbatches = 0 was given"):
         make([naive.dense(2).stage], naive.squared_error, optax.sgd(0.1), microbatches=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}])
+def test_targets_of_another_size_are_refused(naive, make_batches, options):
+    """They might be broadcast to the outputs."""
+    algorithm = fr.backprop([naive.dense(2).stage], naive.squared_error, optax.sgd(0.1), **options)
+    (batch,) = make_batches(1, 8)
+    state = algorithm.init(jax.random.key(0), batch)
+    few = batch._replace(targets=batch.targets[: options.get("microbatches", 1)])
+    with pytest.raises(ValueError, match="must have the same number of examples"):
+        algorithm.step(state, few)
 
 
 def test_2bw_needs_a_micro_batch_per_stage(naive):
