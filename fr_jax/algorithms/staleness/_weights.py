@@ -209,7 +209,9 @@ def _remember_mean(optimizer: optax.GradientTransformation, g: float) -> optax.G
 
 
 def corrected(params: PyTree, opt_state: RememberTrendState, tau: float) -> PyTree:
-    """The weights as they were about ``tau`` updates ago: w - tau d, for the backward pass.
+    """The weights as they were about ``tau`` mini-batches ago: w - n d, n the updates since then, for the backward pass.
+
+    n is ``tau``, under :func:`accumulate` ceil((tau - count) / m): its last update was ``count`` mini-batches ago.
 
     PipeMare's T2 (:func:`remember_trend`). A gradient should be taken at one set of weights, and stage k's forward pass
     is over by tau_k updates: what is corrected are the weights of the backward pass, back towards those of the forward
@@ -219,7 +221,7 @@ def corrected(params: PyTree, opt_state: RememberTrendState, tau: float) -> PyTr
     Args:
       params: w.
       opt_state: state of a :func:`remember_trend`, the outermost wrapper.
-      tau: updates to go back, 0 or more: :func:`mean_delay` of the stage.
+      tau: mini-batches to go back, 0 or more: :func:`mean_delay` of the stage.
 
     Returns:
       New arrays like ``params``; for ``tau = 0`` the same, whatever the state.
@@ -234,7 +236,7 @@ def corrected(params: PyTree, opt_state: RememberTrendState, tau: float) -> PyTr
       >>> float(staleness.corrected(jnp.array(3.0), state, tau=2))
       4.0
     """
-    check_between("tau", tau, 0, math.inf, "the updates to go back")
+    check_between("tau", tau, 0, math.inf, "the mini-batches to go back")
     if tau == 0:
         return params
     if not isinstance(opt_state, RememberTrendState):
@@ -242,5 +244,7 @@ def corrected(params: PyTree, opt_state: RememberTrendState, tau: float) -> PyTr
             f"corrected() was given an opt_state of type {type(opt_state).__name__}, without a mean of updates. Wrap "
             "the optimizers: fr_jax.staleness.remember_trend(optimizers, decay, K), outermost."
         )
-    back = lambda w, d: (w.astype(d.dtype) - tau * d).astype(w.dtype)
+    found = accumulation(opt_state.inner_state)
+    n = tau if found is None else jnp.ceil(jnp.maximum(tau - found.count, 0) / found.period.mini_batches)
+    back = lambda w, d: (w.astype(d.dtype) - jnp.asarray(n, d.dtype) * d).astype(w.dtype)
     return jax.tree.map(back, params, opt_state.trend)

@@ -104,6 +104,18 @@ def test_under_accumulation_the_trend_moves_with_the_updates():
     np.testing.assert_array_equal(trends, [0, 0.5, 0.5, 0.75, 0.75])
 
 
+@pytest.mark.usefixtures("x64")
+def test_under_accumulation_only_the_updates_since_then_are_taken_back():
+    optimizer, start = staleness.accumulate(optax.sgd(0.1), 3), jnp.array([1.0, -2.0])
+    optimizer = staleness.remember_trend(optimizer, 0.1, K=2)[0]
+    w, state = [start], optimizer.init(start)
+    for step in range(63):
+        u, state = optimizer.update(jnp.array([3.0, 0.5]), state)
+        w.append(w[-1] + u)
+        for tau in range(6) if step >= 60 else ():
+            np.testing.assert_allclose(staleness.corrected(w[-1], state, tau), w[-1 - tau], rtol=1e-9)
+
+
 def test_a_trend_of_narrow_weights_is_wide():
     w = jnp.ones(2, jnp.bfloat16)
     optimizer = staleness.remember_trend(optax.sgd(1.0), 0.5, K=2)[0]
