@@ -138,7 +138,7 @@ class CommonSettings:
     text: tuple[Path, ...] | None = setting(None, free="process", vary=False, owners=("gpt",))
     """[gpt] UTF-8 files to train on, and folders of such files, instead of Python's standard library."""
     prompt: str | None = setting(None, free="process", vary=False, owners=("gpt",))
-    """[gpt] What the text begins with that the model writes after training. Default: 'def ' for python, a new line for text."""
+    """[gpt] Beginning of the text that the model writes after training. Default: 'def ' for python, else a new line."""
     temperature: float | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
     """[gpt] Of that text: 1 draws bytes as likely as the model finds them, 0 takes the likeliest. Default: 0.8."""
     sample_bytes: int | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
