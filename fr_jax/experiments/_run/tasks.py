@@ -49,6 +49,11 @@ class Kind(NamedTuple):
     task: Callable[[Resolved, Any, Sharding], Task]
 
 
+def _images(settings: CommonSettings, *, preferred: str, **options: Any) -> image_sets.Dataset:
+    preferred = preferred if preferred in image_sets.DATASETS else IMAGES.auto  # a program for text has another
+    return image_sets.load(settings.dataset, settings.data_dir, preferred=preferred, **options)
+
+
 def _image_layers(settings: Resolved, dataset: image_sets.Dataset) -> list[Stage]:
     own, dtype = own_of_model(settings), jnp.dtype(settings.dtype)
     return fr.models.MODELS[settings.model](num_classes=dataset.num_classes, dtype=dtype, **own)
@@ -62,8 +67,7 @@ def _image_task(settings: Resolved, dataset: image_sets.Dataset, sharding: Shard
 
 IMAGES = Kind(
     auto="cifar10",
-    # Looked up when it is called: tests and notebooks replace it.
-    load=lambda settings, **options: image_sets.load(settings.dataset, settings.data_dir, **options),
+    load=_images,
     examples=lambda settings, dataset: len(dataset.train_labels),
     layers=_image_layers,
     task=_image_task,
