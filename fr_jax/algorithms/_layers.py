@@ -7,10 +7,15 @@ from typing import Any
 import jax
 import optax
 
+from fr_jax._arrays import place
 from fr_jax._placement import default_sharding
 from fr_jax.types import PyTree, State
 
-__all__ = ["carry_over", "layer_params"]
+__all__ = ["DifferentStatesError", "carry_over", "layer_params"]
+
+
+class DifferentStatesError(ValueError):
+    """Two states are of different networks or optimizers, so that nothing can be carried over."""
 
 
 def layer_params(state: State) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
@@ -56,27 +61,27 @@ def carry_over(source: Any, fresh: Any) -> Any:
     optimizer keeps once per stage, such as a count of updates, comes from the stage in which the layers start.
 
     Args:
-      source: a state of any method.
-      fresh: a state of any method for the same layers and kinds of optimizers, of ``init``.
+      source: a state of any method, on devices of this process; in a group every process has the same.
+      fresh: a state of any method for the same layers and kinds of optimizers, of ``init``; on any devices.
 
     Returns:
       A state like ``fresh``.
 
     Raises:
-      ValueError: the two networks or their optimizers differ.
+      DifferentStatesError: the two networks or their optimizers differ; a ValueError.
     """
     moved = {}
     for name in ("params", "model_state", "opt_state"):
         parts = _split_optimizers(source) if name == "opt_state" else _by_layer(source, getattr(source, name))
         like = _split_optimizers(fresh) if name == "opt_state" else _by_layer(fresh, getattr(fresh, name))
         if _shapes(parts) != _shapes(like):
-            raise ValueError(
+            raise DifferentStatesError(
                 f"the {name} of the two states differ, layer by layer; both must have the same layers and the same "
                 "kind of optimizer."
             )
         join = _join_optimizers if name == "opt_state" else _by_stage
         joined = join(fresh, parts)
-        moved[name] = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), joined, getattr(fresh, name))
+        moved[name] = jax.tree.map(lambda x, to: place(x, to.sharding), joined, getattr(fresh, name))
     return fresh._replace(**moved)
 
 

@@ -115,6 +115,33 @@ def test_micro_batches_on_two_processes_give_the_bits_of_one(start, tmp_path, me
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_init_from_a_run_of_another_K_on_two_processes_gives_the_bits_of_one(run, tmp_path):
+    """Weights, momentum and step come along from one process to two, and from a run of two to one."""
+    program = ["-m", "fr_jax.experiments.mnist", "--dataset", "digits", "--depth", "4", "--width", "16"]
+    program += ["--batch-size", "32", "--log-every", "1", "--test-examples", "64", "--milestones", "0.5"]
+
+    def train(folder: str, K: int, steps: int, *more: object, launched: bool) -> str:
+        words = [*program, "--K", K, "--steps", steps, "--workdir", tmp_path / folder, *more]
+        ended = run(*(LAUNCH if launched else ()), *words)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    train("first", 2, 12, launched=False)
+    printed = train("group", 4, 20, "--init-from", tmp_path / "first", launched=True)
+    line = f"Going on from step 12 of {tmp_path / 'first'} (K = 2): weights, statistics and optimizer state"
+    assert printed.count(line) == 1  # process 0 alone says so
+    train("alone", 4, 20, "--init-from", tmp_path / "first", launched=False)
+    assert checksums(tmp_path / "group") == checksums(tmp_path / "alone")
+    assert rows(tmp_path / "group") == rows(tmp_path / "alone")
+    # Three stages: the second lies elsewhere than in the run of four. Another optimizer: only weights come along.
+    words = ["--optimizer", "adamw", "--init-from", tmp_path / "group"]
+    assert "weights and statistics (another optimizer)" in train("back", 3, 24, *words, launched=True)
+    train("back_alone", 3, 24, *words, launched=False)
+    assert checksums(tmp_path / "back") == checksums(tmp_path / "back_alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_finished_run_is_refused_by_all(run, tmp_path):
     words = [*LAUNCH, *PROGRAM, *SMALL, "--steps", 1, "--workdir", tmp_path / "run"]
     first, again = run(*words), run(*words)

@@ -12,16 +12,19 @@ import numpy as np
 
 import fr_jax as fr
 from fr_jax import distributed
-from fr_jax._arrays import put
-from fr_jax.algorithms._layers import carry_over
+from fr_jax._arrays import place, put
+from fr_jax._placement import replicated
+from fr_jax.algorithms._layers import DifferentStatesError, carry_over
 from fr_jax.experiments._cli.settings import Resolved, TrainSettings, own_of_model
 from fr_jax.experiments._fields import SettingsError, flag
 from fr_jax.experiments._run.session import Session, make_algorithm, make_layers
 from fr_jax.experiments._run.tasks import Data, resolve_for
-from fr_jax.training.checkpoints import Checkpoints
+from fr_jax.training.checkpoints import Checkpoints, Restored
 from fr_jax.training.run_folder import RunFolder
 
 __all__ = ["start_from"]
+
+_CARRIED = ("params", "model_state", "opt_state")
 
 
 def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[Any, str]:
@@ -46,11 +49,7 @@ def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[An
             f"--init-from {path} is a run of --model {there} on {config['dataset']}; this run has another network or "
             "data set. Use these, or the folder of another run."
         )
-    cuts = config["resolved_cuts"]
-    with Checkpoints(RunFolder(path).checkpoints) as checkpoints:
-        restored = checkpoints.restore(
-            _template(other, cuts, session, data), only=("params", "model_state", "opt_state")
-        )
+    restored = _restore(path, _template(other, config["resolved_cuts"], session, data))
     if restored is None:
         raise SettingsError(f"--init-from {path} has no checkpoint yet. Wait for the first, or give another folder.")
     if restored.step >= here.steps:
@@ -61,7 +60,7 @@ def start_from(path: Path, session: Session, state: Any, data: Data) -> tuple[An
     what = "weights, statistics and optimizer state"
     try:
         state = carry_over(restored.state, state)
-    except ValueError:  # the networks are the same, so that the optimizers differ
+    except DifferentStatesError:  # the networks are the same, so that the optimizers differ
         what = "weights and statistics (another optimizer)"
         key, batch = jax.random.key(here.seed), session.task.pipeline.train_batch(0)
         state = session.algorithm.init(key, batch, *fr.layer_params(restored.state))
@@ -81,10 +80,25 @@ def _settings(config: Mapping[str, Any]) -> TrainSettings:
 
 
 def _template(other: Resolved, cuts: Sequence[int], session: Session, data: Data) -> Any:
-    """A state of the other run, all of it on the first device."""
+    """A state of the other run, all of it on this process's first device."""
     # This run may have fewer devices than the other had; each layer is moved to its stage afterwards.
-    placement = fr.placement(other.K, jax.devices()[:1])
+    placement = fr.placement(other.K, jax.local_devices()[:1])
     algorithm = make_algorithm(other, fr.partition(make_layers(other, data), cuts), placement, session.task)
     batch = session.task.pipeline.train_batch(0)
     like = lambda x: np.zeros((other.batch_size, *x.shape[1:]), x.dtype)
     return algorithm.init(jax.random.key(0), put(jax.tree.map(like, batch), placement[0]))
+
+
+def _restore(path: Path, template: Any) -> Restored | None:
+    """The newest sound checkpoint of the run in ``path``: what is carried over, where the template's arrays are."""
+    # Process 0 alone reads the folder, but each process needs all layers to take those of its stages from.
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    [placement] = fr.placement(1, [*firsts.values()], data_parallel=len(firsts))
+    shared = {name: place(getattr(template, name), replicated(placement)) for name in _CARRIED}
+    with Checkpoints(RunFolder(path).checkpoints) as checkpoints:
+        restored = checkpoints.restore(template._replace(**shared), only=_CARRIED)
+    if restored is None:
+        return None
+    read = {name: getattr(restored.state, name) for name in _CARRIED}
+    mine = jax.tree.map(lambda array: array.addressable_data(0), read)
+    return restored._replace(state=restored.state._replace(**mine))
