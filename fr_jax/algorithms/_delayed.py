@@ -104,6 +104,10 @@ class Versions(NamedTuple):
         """The stash of a state before the first step: entries that nothing was played with."""
         return fifo.empty(self.of(0) - self.of(-self.staleness), lambda: weights)
 
+    def turn(self, stash: History, current: PyTree, i: int) -> tuple[PyTree, History]:
+        """Sub-iteration i of a stage that plays with ``current``: weights of micro-batch i - d, and the next stash."""
+        return self.replayed(stash, current, i), self.rotate(stash, current, i)
+
     def replayed(self, stash: History, current: PyTree, i: int) -> PyTree:
         """In sub-iteration i the weights of micro-batch i - d: the oldest in the stash, or those of micro-batch i."""
         return current if self.of(i - self.staleness) == self.of(i) else stash.entries[0]

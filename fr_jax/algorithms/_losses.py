@@ -52,8 +52,8 @@ def _loss_terms(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Terms:
         given = f"a tuple of {', '.join(map(kind, loss))}" if isinstance(loss, tuple) else kind(loss)
         raise ValueError(
             f"loss_fn returned {given}; it must be one floating-point number, the mean over the mini-batch, or a pair "
-            "(total, weight) of two, whose quotient is the loss. Take the mean of losses by example; give what is to "
-            "be reported beside it as metrics_fn."
+            "(total, weight) of arrays of shape (), whose quotient is the loss. Take the mean of losses by example; "
+            "give what is to be reported beside it as metrics_fn."
         )
     if isinstance(weight, tuple):
         return total, ()

@@ -111,11 +111,11 @@ class Iteration:
         return top.delta
 
     def conclude(self, stages: slice = LAST) -> Told:
-        """After the last micro-batch: the loss of the mini-batch and the update of ``stages``; for M = 1 they are made.
+        """After each micro-batch: with the last of M > 1, the loss of the mini-batch and the update of ``stages``.
 
-        Returns what the updates of the stages below need.
+        Returns what the updates of the stages below need, once the mini-batch is complete.
         """
-        if self._scored:
+        if len(self._scored) == self.setup.microbatches:
             self.loss, weight, metrics = self._shared.combine(*self._scored)
             self.told, self._scored = Told(self.loss, weight), []
             self.metrics |= metrics

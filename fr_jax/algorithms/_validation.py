@@ -199,7 +199,7 @@ def check_split(batch: Batch, M: int, shardings: Sequence[Sharding]) -> None:
         raise ValueError(
             f"a batch of {B} examples cannot be split into microbatches = {M} equal parts, each over data_parallel = "
             f"{D} device(s); the batch size must be a multiple of {M} * {D} = {M * D}. Change the batch size or the "
-            "number of microbatches; drop or pad a last partial batch."
+            "number of micro-batches; drop or pad a last partial batch."
         )
 
 

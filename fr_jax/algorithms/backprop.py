@@ -90,14 +90,12 @@ def step(setup: Setup, parts: BackpropParts, state: BackpropState, batch: Batch)
 
         # Nothing here keeps alive what has been used.
         delta, h, targets, vjp = now.train(parts.last, h, targets, slice(below, None)), None, None, None
-        last = (i + 1) % M == 0
-        if last:
-            now.conclude(slice(below, None))
+        now.conclude(slice(below, None))
 
         # Backward, each as soon as delta arrives; a VJP is popped, so that its activations are free after it.
         for k in reversed(range(below)):
             delta = now.pull(k, parts.pulls[k], vjps.pop(), now.send(delta, k), now.params[k])
-            if last:
+            if (i + 1) % M == 0:
                 now.update(k, now.told_for(k))
 
     return now.finish(state)

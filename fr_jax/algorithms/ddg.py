@@ -53,7 +53,8 @@ class DDGState(NamedTuple):
         one more inside a step. Their leaves are the stored activations, without weights.
       deltas: delta_k^i for k < K, as sent by stage k+1 at i-1; zeros before the first arrives.
       losses: of the last whole mini-batch of ``deltas``, what the update of a stage needs (:class:`Told`).
-      sums: the gradients that stage k has so far of a mini-batch of which some are missing; ``()`` if none are.
+      sums: the gradients that stage k has so far of a mini-batch of which the last (K-k) mod M micro-batches are
+        missing, added up; None if none are.
       stash: the weights, older than ``params``, that the VJPs need: K-k versions for M = 1, else at most ceil((K-k)/M).
     """
 
@@ -149,7 +150,7 @@ def step(
 
         # Stage K: forward and backward in one pass. Nothing here keeps alive what has been used.
         delta, h, targets, vjp = now.train(parts.last, h, targets), None, None, None
-        told = now.conclude() if delayed.is_whole(i, M) else now.told
+        told = now.conclude()
 
         # The others: gradient by the oldest VJP, update, send. delta_k was sent at i-1; delta is for i+1.
         for k in reversed(range(K - 1)):
@@ -157,9 +158,7 @@ def step(
             vjp, history[k] = fifo.pop(history[k])  # also while there is nothing to apply: that of init goes first
             arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
             delta, told = None, arrived_told
-            versions = remedies.versions(d, M)
-            weights = versions.replayed(stash[k], kept[k], i)
-            stash[k] = versions.rotate(stash[k], kept[k], i)
+            weights, stash[k] = remedies.versions(d, M).turn(stash[k], kept[k], i)
             if i >= d:
                 delta = now.pull(k, parts.pulls[k], vjp, arrived, weights)
             vjp = arrived = weights = None
@@ -193,7 +192,7 @@ def ddg(
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. The
         paper's optimizers are SGD, its Algorithm 1, and Adam, its Algorithm 2. A learning-rate schedule counts a
-        stage's own updates, so stage k follows it K-k iterations late: by mini-batch, as back-propagation would.
+        stage's own updates, one per mini-batch: stage k follows it as back-propagation would, K-k micro-batches late.
       microbatches: M. Micro-batch m = 0..M-1 has the examples m, m+M, m+2M, ... of the mini-batch. Each stage makes one
         update per mini-batch, with the mean of their gradients, which are at most ceil((K-k)/M) updates late. 1 is the
         method of the paper; train with M >= K. B is a multiple of M, and of M D with D devices per stage.

@@ -63,7 +63,8 @@ class FeaturesReplayState(NamedTuple):
         micro-batches between steps, and one more, the paper's K-k+1, inside a step.
       deltas: delta_k^i for k < K, as sent by stage k+1 at i-1; zeros before the first arrives.
       losses: of the last whole mini-batch of ``deltas``, what the update of a stage needs (:class:`Told`).
-      sums: the gradients of a mini-batch that stage k has so far, of (K-k) mod M micro-batches missing; ``()`` if none.
+      sums: the gradients that stage k has so far of a mini-batch of which it has yet to replay the last (K-k) mod M
+        micro-batches, added up; None if it has replayed all.
       stash: the weights, older than ``params``, with which ``history`` was played; empty unless they are stashed.
     """
 
@@ -169,7 +170,7 @@ def step(
 
         # Lines 6, 9 and 11-14 of stage K, in one pass. h is dropped: its buffer is donated, or free once it is read.
         delta, h, targets = now.train(parts.last, h, targets), None, None
-        told = now.conclude() if delayed.is_whole(i, M) else now.told
+        told = now.conclude()
 
         # Lines 10-15 of the others: replay, gradient, update, send. delta_k was sent at i-1; delta is for i+1.
         for k in reversed(range(K - 1)):
@@ -178,9 +179,7 @@ def step(
             arrived, arrived_told = delayed.receive(now, k, i - d, delta, told, deltas, losses)
             delta, told = None, arrived_told
             if options.stashed:
-                versions = options.remedies.versions(d, M)
-                weights = versions.replayed(stash[k], at[k], i)
-                stash[k] = versions.rotate(stash[k], at[k], i)
+                weights, stash[k] = options.remedies.versions(d, M).turn(stash[k], at[k], i)
             else:
                 weights = parts.back[k](now.params[k], now.opt_state[k], delayed.horizon(i - d, d, M))
             if i >= d:
@@ -218,17 +217,17 @@ def features_replay(
         is the loss: totals and weights of micro-batches are added up separately.
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``, of the gradient's mini-batch. A
-        learning-rate schedule counts a stage's own updates, so stage k follows it K-k iterations late: by mini-batch,
-        as back-propagation would.
+        learning-rate schedule counts a stage's own updates, one per mini-batch, so stage k follows it as
+        back-propagation would, K-k micro-batches late.
       microbatches: M. Micro-batch m = 0..M-1 has the examples m, m+M, m+2M, ... of the mini-batch. Each stage makes one
         update per mini-batch, with the mean of their gradients, which are at most ceil((K-k)/M) updates late. 1 is the
         method of the paper; train with M >= K. B is a multiple of M, and of M D with D devices per stage.
       replay_weights: ``"current"``, the paper's, or ``"stashed"``: stage k replays with the weights with which the
         micro-batch was played, and so has the gradients of :func:`fr_jax.ddg` for the memory of features replay and
         at most ceil((K-k)/M) old copies of its weights.
-      batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once per mini-batch;
-        ``"replay"``, once per replayed mini-batch; ``"both"``, as the authors' code does. Both passes normalise
-        with the statistics of the micro-batch in every case. Stage K has one pass only.
+      batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once per
+        micro-batch; ``"replay"``, once per replayed micro-batch; ``"both"``, as the authors' code does. Both passes
+        normalise with the statistics of the micro-batch in every case. Stage K has one pass only.
       weight_prediction: a. Stage k < K plays with its weights moved on by a n times its last update, with n the number
         of updates until the replay, K-k for M = 1. That is SpecTrain's prediction of the weights of the replay for
         a = 1 (:func:`fr_jax.staleness.predicted`); replay and update act on today's weights. 0 is plain features

@@ -1,23 +1,23 @@
-"""GPipe (Huang et al. 2019, arXiv:1811.06965): back-propagation over K stages, with the mini-batch in M microbatches.
+"""GPipe (Huang et al. 2019, arXiv:1811.06965): back-propagation over K stages, with the mini-batch in M micro-batches.
 
-At iteration t, for stages k = 1..K with weights w_k, microbatches m = 0..M-1 and inputs h_{k-1,m} (h_{0,m} = x_m):
+At iteration t, for stages k = 1..K with weights w_k, micro-batches m = 0..M-1 and inputs h_{k-1,m} (h_{0,m} = x_m):
 
     forward   h_{k,m}^t = F_k(h_{k-1,m}^t; w_k^t),  sent to stage k+1;                  for all m
     send      delta_{k-1,m}^t = (dh_{k,m}^t / dh_{k-1,m}) . delta_{k,m}^t  to stage k-1;  then for all m
     gradient  g_k^t = 1/M sum_m (dh_{k,m}^t / dw_k) . delta_{k,m}^t
     update    w_k^{t+1} = w_k^t - gamma_t g_k^t,  once
 
-delta_{K,m} is the gradient of the loss of microbatch m. Stages work on different microbatches at the same time, and
+delta_{K,m} is the gradient of the loss of micro-batch m. Stages work on different micro-batches at the same time, and
 are idle only while the pipeline fills and empties: with f and b the time of a forward and a backward pass of one
-microbatch through one stage, an iteration takes (M+K-1)(f+b), a speedup over one device of KM/(M+K-1). g_k^t is the
+micro-batch through one stage, an iteration takes (M+K-1)(f+b), a speedup over one device of KM/(M+K-1). g_k^t is the
 gradient of back-propagation, with which the method is identical but for batch normalisation.
 
-Stage K does both of its passes over microbatch m at once, which takes no longer. The others keep M VJPs inside a
+Stage K does both of its passes over micro-batch m at once, which takes no longer. The others keep M VJPs inside a
 step, without weights, which do not change until its end; nothing between steps.
 
 The schedule 1F1B (PipeDream-Flush, Narayanan et al. 2021, arXiv:2006.09503) does the same work in another order: stage
-k goes backward over microbatch m-(K-k) as soon as it has gone forward over microbatch m. The numbers are the same, and
-so is the time, but a stage keeps at most K-k+1 VJPs.
+k goes backward over micro-batch m-(K-k) as soon as it has gone forward over micro-batch m. The numbers are the same,
+and so is the time, but a stage keeps at most K-k+1 VJPs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["GPipeState", "gpipe"]
 class GPipeState(NamedTuple):
     """The fields of every state (:class:`fr_jax.types.State`): nothing is in flight between steps.
 
-    ``streams`` count microbatches, t M between steps; ``batch_spec`` is that of a whole mini-batch.
+    ``streams`` count micro-batches, t M between steps; ``batch_spec`` is that of a whole mini-batch.
     """
 
     step: int
@@ -82,7 +82,7 @@ def make_parts(setup: Setup) -> GPipeParts:
 
 
 def all_forward_first(K: int, M: int) -> Iterator[tuple[bool, int, int]]:
-    """GPipe's order of issue, ``(forward?, stage, microbatch)``. Stage K goes backward with its forward pass."""
+    """GPipe's order of issue, ``(forward?, stage, micro-batch)``. Stage K goes backward with its forward pass."""
     yield from ((True, k, m) for m in range(M) for k in range(K))
     yield from ((False, k, m) for m in range(M) for k in reversed(range(K - 1)))
 
@@ -112,10 +112,9 @@ def step(schedule: str, setup: Setup, parts: GPipeParts, state: GPipeState, batc
             h, vjp = now.forward(k, parts.forwards[k], h)
             vjps[k].append(vjp)
             h = now.send(h, k + 1)
-        elif forward:  # stage K: backward too, and with the last microbatch its update
+        elif forward:  # stage K: backward too, and with the last micro-batch its update
             delta, h, targets = now.train(parts.last, h, targets), None, None
-            if m == M - 1:
-                now.conclude()
+            now.conclude()
         else:
             delta = now.pull(k, parts.pulls[k], vjps[k].pop(0), deltas[k].pop(0), now.params[k])
             if m == M - 1:
@@ -139,33 +138,33 @@ def gpipe(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
 ) -> Algorithm:
-    """GPipe (Huang et al. 2019, arXiv:1811.06965): M microbatches forward, then backward, then one update.
+    """GPipe (Huang et al. 2019, arXiv:1811.06965): M micro-batches forward, then backward, then one update.
 
-    With g_{k,m} the gradient of microbatch m for stage k: w_k^{t+1} = w_k^t - gamma_t 1/M sum_m g_{k,m}, which is
+    With g_{k,m} the gradient of micro-batch m for stage k: w_k^{t+1} = w_k^t - gamma_t 1/M sum_m g_{k,m}, which is
     the update of :func:`fr_jax.backprop` wherever the examples of a batch do not meet.
 
-    - Dropout draws a mask of its own for every microbatch.
-    - Batch normalisation uses the statistics of the microbatch, and running statistics move M times an iteration.
+    - Dropout draws a mask of its own for every micro-batch.
+    - Batch normalisation uses the statistics of the micro-batch, and running statistics move M times an iteration.
 
     Args:
       stages: the K stages. K = 1 is the accumulation of gradients.
-      loss_fn: ``(outputs, targets) -> scalar``, the mean over a microbatch, whose mean over the microbatches is the
+      loss_fn: ``(outputs, targets) -> scalar``, the mean over a micro-batch, whose mean over the micro-batches is the
         loss, or ``(total, weight)``, whose quotient is the loss: totals and weights are added up separately.
       optimizer: one optax transformation for all stages, or a sequence of K. Each stage runs its own: a global norm to
         clip by is that of the stage's gradient. ``update`` receives ``value=loss``.
-      microbatches: M. Microbatch m = 0..M-1 has the examples m, m+M, m+2M, ... of the batch, whose ``inputs`` and
+      microbatches: M. Micro-batch m = 0..M-1 has the examples m, m+M, m+2M, ... of the batch, whose ``inputs`` and
         ``targets`` are ``(B, ...)``; B is a multiple of M, and of M D with D devices per stage.
       schedule: ``"gpipe"``, all forward passes first, or ``"1f1b"``: the same numbers in the same time, with the
-        activations of at most K-k+1 microbatches in stage k = 1..K instead of M.
+        activations of at most K-k+1 micro-batches in stage k = 1..K instead of M.
       placement: one sharding per stage (:func:`fr_jax.placement`); None puts all on the default device, where nothing
         runs at the same time.
-      return_grads: also return each stage's gradient, the mean over the microbatches, in ``Info.grads``.
+      return_grads: also return each stage's gradient, the mean over the micro-batches, in ``Info.grads``.
       donate: reuse the buffers of the old weights and optimizer states; the old state is then invalid after ``step``.
-      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of a microbatch, computed by stage K. Reported
-        are their means over the microbatches, as for the loss.
+      metrics_fn: ``(outputs, targets) -> dict`` of further metrics of a micro-batch, computed by stage K. Reported
+        are their means over the micro-batches, as for the loss.
 
     Returns:
-      The algorithm. Inside a step, stages k < K keep the activations of all M microbatches, or of K-k+1.
+      The algorithm. Inside a step, stages k < K keep the activations of all M micro-batches, or of K-k+1.
 
     Raises:
       ValueError: on a wrong number of stages, optimizers or shardings, ``microbatches`` that is not a whole number

@@ -115,7 +115,7 @@ def step(
 
         # Stage K: forward and backward in one pass. Nothing here keeps alive what has been used.
         delta, h, targets, vjp = now.train(parts.last, h, targets, params=at[-1:]), None, None, None
-        told = now.conclude() if delayed.is_whole(i, M) else now.told
+        told = now.conclude()
 
         # The others: gradient by the oldest VJP, update, send. delta_k was sent at i-1; delta is for i+1.
         for k in reversed(range(K - 1)):

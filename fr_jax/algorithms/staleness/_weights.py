@@ -209,9 +209,10 @@ def _remember_mean(optimizer: optax.GradientTransformation, g: float) -> optax.G
 
 
 def corrected(params: PyTree, opt_state: RememberTrendState, tau: float) -> PyTree:
-    """The weights as they were about ``tau`` mini-batches ago: w - n d, n the updates since then, for the backward pass.
+    """The weights as they were about ``tau`` mini-batches ago, w - n d, for the backward pass.
 
-    n is ``tau``, under :func:`accumulate` ceil((tau - count) / m): its last update was ``count`` mini-batches ago.
+    n is the number of updates since then: ``tau``, or under :func:`accumulate`, whose last update was ``count``
+    mini-batches ago, ceil((tau - count) / m).
 
     PipeMare's T2 (:func:`remember_trend`). A gradient should be taken at one set of weights, and stage k's forward pass
     is over by tau_k updates: what is corrected are the weights of the backward pass, back towards those of the forward

@@ -135,7 +135,7 @@ def simulated(settings: ScalingSettings, network: Network) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     own = result["settings"]
-    parts = [f"Speedup over back-propagation on one device, simulated; GPipe with {own['microbatches']} microbatches."]
+    parts = [f"Speedup over back-propagation on one device, simulated; GPipe with {own['microbatches']} micro-batches."]
     titles = {"bounds": "closed forms", "ideal": "ideal network", "model": f"{own['model']}, by {own['costs']}"}
     for which, title in titles.items():
         transfers = "" if which == "bounds" else f", transfer/compute ratio {own['ratio']:g}"
