@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BalanceSettings", "main", "run"]
 
 MEASURES = ("time", "flops", "uniform")
-MOST_CHOICES = 200
+MOST_CHOICES = 200  # each is compiled, and its state stays in memory
 
 
 @documented
@@ -114,6 +114,7 @@ def measure(settings: BalanceSettings) -> dict[str, Any]:
             predicted[name] = [stage_costs(by, costs, cuts) for cuts in all_cuts]
     entries = [make_entry(shared, layers, settings.method, settings.K, cuts=cuts) for cuts in all_cuts]
     named = [entry.contestant._replace(name=",".join(map(str, entry.cuts))) for entry in entries]
+    # Stages begin to update up to K-1 steps late: only after the warm-up is everything compiled.
     turns = in_turns(named, rounds=settings.rounds, steps=settings.steps, warm_up=2 * settings.K + 1, log=quietly)
     rows = as_rows(turns)
     for i, (row, cuts) in enumerate(zip(rows.values(), all_cuts, strict=True)):
@@ -121,7 +122,7 @@ def measure(settings: BalanceSettings) -> dict[str, Any]:
     best = min(rows.values(), key=lambda row: row["seconds_median"])
     picked = {}
     for name, cuts in chosen.items():
-        row = rows.get(",".join(map(str, cuts)))
+        row = rows.get(",".join(map(str, cuts)))  # None: outside of --first and --last
         over = None if row is None else row["seconds_median"] / best["seconds_median"]
         picked[name] = {"cuts": list(cuts), "times_the_best": over}
     return {
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
 
     def work(settings: BalanceSettings) -> Any:
-        check(settings)
+        check(settings)  # before other processes start, which would each refuse
         code = start_pinned("balance", BalanceSettings(), settings)
         return run(settings) if code is None else code
 

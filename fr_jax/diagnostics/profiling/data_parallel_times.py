@@ -87,6 +87,7 @@ def data_parallel_timer(
         calls.append(call)
 
     def measure() -> Measured:
+        # To warm up. Then all processes measure at the same time, as they work in a step.
         for call in calls:
             call.seconds()
         group().exchange(None)
@@ -136,8 +137,10 @@ def _all_reduce_timer(
         return time.perf_counter() - start
 
     def measure(part_seconds: float) -> float:
+        # Not timed: the first call compiles.
         for run in (work, reduce):
             seconds(run, CALIBRATION)
+        # The products before all of the all-reduces together take as long as a device's share of the step.
         rounds = math.ceil(part_seconds / (_slowest(seconds(work, CALIBRATION)) / CALIBRATION))
         turns = [(seconds(work, rounds), seconds(reduce, rounds), seconds(reduce, 0)) for _ in range(repeats)]
         alone, both, sums = (_slowest(statistics.median(column)) for column in zip(*turns, strict=True))

@@ -144,6 +144,7 @@ def _alone(
         for _, call in jobs:  # to warm up
             call.seconds()
         group().exchange(None)  # all processes measure at the same time, as they work in a step
+        # Round after round, and the median of each function: what disturbs one round does not count.
         rounds = [[call.seconds() for _, call in jobs] for _ in range(repeats)]
         found = defaultdict(list)
         for (watched, _), column in zip(jobs, zip(*rounds, strict=True), strict=True):
@@ -213,6 +214,7 @@ def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[f
     """The seconds of one way, and the share of them for which the processors at the ends are busy."""
     if here == there:
         return 0.0, 0.0
+    # Not timed: the first transfer between two processes may have to connect them.
     put(put(h, there), here)
     group().exchange(None)
     start, busy = time.perf_counter(), time.process_time()
@@ -228,6 +230,7 @@ def _ping_pong(h: PyTree, here: Sharding, there: Sharding, hops: int) -> tuple[f
     busy = time.process_time() - busy if on_cpu and takes_part else 0.0
     found = group().exchange([seconds, busy])
     total = next(one for one, _ in found if not math.isnan(one))
+    # Both ends are busy: one end's share is half of the sum.
     return total / (2 * hops), min(1.0, sum(busy for _, busy in found) / 2 / total)
 
 

@@ -81,6 +81,7 @@ def lines_of(s: BlockPropSettings) -> Iterator[Line]:
             yield Line("choices", label, (first, second), own(penalty, 1))
         return
     yield Line("baseline", "back-propagation", (rate, rate))
+    # Without h-steps h is b_1(x): the gluing loss is 0, and block 1 never moves.
     yield Line("frozen", "block 1 frozen ($N_h = 0$)", (rate, rate), own(1.0, 0))
     for h_steps in s.h_steps or ():
         yield Line("h_steps", f"$N_h = {h_steps}$", (rate, rate), own(1.0, h_steps))
@@ -101,6 +102,7 @@ def settings_of_run(line: Line, seed: int, s: BlockPropSettings) -> TrainSetting
     if s.figure == 2:
         common |= {"depth": 2, "width": s.width}
     equal = line.rates[0] == line.rates[1]
+    # Back-propagation is cut only if its two blocks have different step sizes.
     settings = TrainSettings(
         method=line.method,
         K=1 if equal and not line.own else 2,

@@ -83,6 +83,7 @@ def plan(settings: CompareSettings) -> list[Planned]:
     planned = {}
     for seed in settings.seeds:
         for method in settings.methods:
+            # What belongs to other methods keeps its default, since a run refuses settings that are not its own.
             own = {n: value if belongs(n, method, settings.model) else _unset(n) for n, value in shared.items()}
             own["learning_rate"] = rates.get(method, settings.learning_rate)
             parts = [{"microbatches": M} for M in numbers.get(method, ())] or [{}]
@@ -145,6 +146,7 @@ def _variants(settings: CompareSettings) -> list[dict[str, Any]]:
         raise SettingsError(
             f"--vary {settings.vary[0]} is a setting of {' and '.join(owners(name))}, not compared here. Drop it."
         )
+    # The default and the preset's value were not given by the user, and give way to --vary.
     preset = PRESETS.get(settings.preset or "", {}).get(name)
     if getattr(settings, name) not in (_unset(name), preset) or (name == "learning_rate" and settings.learning_rates):
         raise SettingsError(f"{flag(name)} and --vary {settings.vary[0]} were both given. Drop one of them.")

@@ -123,6 +123,7 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
         bar.update()
         return found, time.perf_counter() - start
 
+    # The yardstick of every row: the network as one function on one device.
     plain, plain_seconds = report("bp", fr.partition(layers, ()), None)
     rows = []
     for K in settings.K:
@@ -130,11 +131,13 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
         stages = fr.partition(layers, cuts)
         activations = stage_activations(stages, inputs)
         for method in settings.methods:
+            # With one stage most methods issue what the yardstick does, which is known.
             if K == 1 and CONTESTANTS[method].is_backprop(settings.microbatches):
                 found, seconds = plain, plain_seconds
                 bar.update()
             else:
                 found, seconds = report(method, stages, settings.microbatches)
+            # Scaled to XLA's plan for the yardstick, which keeps less than JAX's VJPs store.
             form = closed_form(CONTESTANTS[method].form, activations, whole=plain.activations)
             row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
             rows.append(row | _numbers(found, plain, form))
@@ -200,6 +203,7 @@ def run(settings: MemorySettings) -> int:
     spread = [name for name in settings.methods if not CONTESTANTS[name].one_device]
     alone = [name for name, method in CONTESTANTS.items() if method.one_device]
     instead = f"leave {', '.join(spread)} out of --methods (of one device are {', '.join(alone)}), "
+    # Nothing runs, but buffers are counted on the devices for which the functions are compiled.
     take_devices(max(settings.K) if spread else 1, each=True, instead=instead)
     result = measure(settings)
     print(table(result), flush=True)

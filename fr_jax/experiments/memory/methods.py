@@ -56,6 +56,7 @@ def recomputing(
     common: dict[str, Any] = {"return_grads": False, "donate": donate}
     plays = [steps.make_play(stages[k], placement[k], update_stats=True, donate=donate) for k in range(K - 1)]
     replays = [
+        # The play has moved the running statistics already; the replay belongs to the same step.
         steps.make_replay(
             stages[k], optimizer, placement[k], staleness=0, input_gradient=k > 0, update_stats=False, **common
         )

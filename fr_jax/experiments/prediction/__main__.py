@@ -120,6 +120,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
         methods[name] = methods[name]._replace(contestant=contestant)
         return took.seconds
 
+    # Stages begin to update up to K-1 steps late: only then is everything compiled, and every history full.
     for name in methods:
         turn(name, 2 * K + 1)
     found: dict[str, list[Measured]] = {name: [] for name in timers}
@@ -130,6 +131,7 @@ def measure(settings: PredictionSettings) -> tuple[dict[str, Any], bytes]:
             found[name].append(timer())
         for name, one in methods.items():
             rows[name]["measured"].append(turn(name, steps))
+            # From this round's times: what slows the machine down for a while hits both numbers.
             rows[name]["predicted"].append(predicted(one, found[one.timer][-1], K, steps))
     parts = {name: median(all_rounds) for name, all_rounds in found.items()}
     timelines = {  # what counts of them, the second half, are whole cycles of K steps
@@ -172,6 +174,7 @@ def _summary(row: dict[str, list[float]], steady: Any) -> dict[str, Any]:
 def _as_json(measured: Measured) -> dict[str, Any]:
     modules = [{k: v for k, v in one._asdict().items() if v == v} for one in measured.times.stages]  # without NaN
     features = list(measured.times.features)
+    # "modules" for stages: the name in the files of earlier measurements.
     found = {"modules": modules, "transfer_seconds": features, "transfer_share": measured.transfer_share}
     return found | ({"all_reduce_seconds": all_reduce} if (all_reduce := measured.times.all_reduce) else {})
 

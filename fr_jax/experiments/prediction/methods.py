@@ -63,6 +63,7 @@ def microbatches_of(name: str, shared: SharedSettings) -> int:
 
 def timer_of(name: str, shared: SharedSettings) -> str:
     """How the parts of a method are timed: alone, all devices at once, or in their places in the method's own step."""
+    # stage_times.py says why: a function of a method with locking is slower in its step than alone.
     M = microbatches_of(name, shared)
     at_once = name in METHODS and METHODS[name].decoupled
     return f"at once, M = {M}" if at_once and M > 1 else "at once" if at_once else f"{COMPARED[name].title}'s step"
@@ -109,6 +110,7 @@ def _timers(
     batch, spread = random_batch(shared.model, shared.batch_size or 128), fr.placement(K)
     whole, stages = fr.partition(layers, ()), fr.partition(layers, cuts)
     timers = {ONE: stage_timer(["bp"], whole, cross_entropy, OPTIMIZER, batch, placement=fr.placement(1))}
+    # Methods whose functions are timed in the same way share a timer, which times equal functions once.
     sharing: dict[str, list[str]] = {}
     for name in methods:
         sharing.setdefault(timer_of(name, shared), []).append(name)

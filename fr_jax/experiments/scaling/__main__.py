@@ -110,6 +110,7 @@ def simulated(settings: ScalingSettings, network: Network) -> dict[str, Any]:
       ``by_ratio`` (``ratio``, ``ideal``, ``model``). ``model`` is None where K exceeds the number of layers.
     """
     M = settings.microbatches
+    # The same weights: data parallelism's all-reduce takes as long in both.
     perfect = ideal(network.weights)
     by_K, by_ratio = [], []
     for K in settings.K:
@@ -156,10 +157,12 @@ def _speedups(first: str, rows: list[dict[str, Any]], which: str) -> str:
 
 def timelines(settings: ScalingSettings, network: Network, K: int) -> tuple[dict[str, Timeline], float]:
     """The timeline of every method, by title, and how far to draw them."""
+    # With many devices a step is short: less time shows as many steps.
     until = 3 * STEP if K <= 8 else 1.5 * STEP
     made = {}
     for name, card in COMPARED.items():
         own = own_of(name, settings.microbatches)
+        # Enough steps to fill the chart if the method reaches its bound, and a few more.
         fastest = STEP / max(1.0, card.speedup(K, own) or K)
         steps = 4 + math.ceil(until / fastest)
         if card.decoupled:  # half of them, which the chart's title is about, are whole cycles of K steps

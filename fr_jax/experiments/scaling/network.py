@@ -108,8 +108,10 @@ def described(layers: Sequence[Stage], inputs: jax.ShapeDtypeStruct, measure: Li
         weights += _bytes(params)
         h, _ = jax.eval_shape(_train(layer), params, state, h)
         features.append(h)
+    # The last layer's output crosses no cut.
     features.pop()
     mean = statistics.fmean(map(_bytes, features)) if features else math.nan
+    # By shape: a residual network has many features and few shapes, and each synthesizer is compiled.
     of_shape: dict[Any, float] = {}
     for h in features:
         if (h.shape, h.dtype) not in of_shape:
@@ -144,10 +146,12 @@ def schedule(name: str, network: Network, K: int, ratio: float, M: int, steps: i
     """
     mean_transfer, card, own = ratio * STEP, COMPARED[name], own_of(name, M)
     if card.schedule is None:
+        # The size is given in the seconds in which it crosses a link, so the bandwidth is 1.
         all_reduce = ring_all_reduce_seconds(network.weights * mean_transfer, K, bandwidth=1.0)
         return data_parallel(STEP / K, K, steps, all_reduce)
     parts = own.get("microbatches", 1)
     stages = network.cut(K, card.last_stage_weight(K, own))
+    # The times of one micro-batch, which has 1/M of the work and of the bytes.
     times = times_of_costs(
         [cost / parts for cost in stages.costs],
         [size * mean_transfer / parts for size in stages.sizes],

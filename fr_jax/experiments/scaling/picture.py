@@ -69,6 +69,7 @@ def _draw_by_K(axes: Axes, rows: list[dict[str, Any]], which: str) -> None:
         axes.plot([row["K"] for row in rows], bounds, color=colour, linestyle="--", linewidth=1, alpha=0.8)
         there = [row for row in rows if row[which] is not None]
         values = [row[which][name] for row in there]
+        # Points alone: without transfers they lie on the closed forms, whose lines are there already.
         line = "none" if which == "ideal" else "-"
         axes.plot([row["K"] for row in there], values, color=colour, marker=marker, markersize=5, linestyle=line)
     axes.set_xscale("log", base=2)

@@ -53,7 +53,7 @@ from fr_jax.types import Stage
 
 __all__ = ["SpeedSettings", "main", "run"]
 
-HOPS = 20
+HOPS = 20  # there and back in one measurement: a single crossing is too short to time
 TRANSFER_ROUNDS = 3
 
 
@@ -131,6 +131,7 @@ def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry
         make_entry(common, layers, "bp", 1, name=BASELINE),
         make_entry(common, layers, "fr", 1),
     ]
+    # The layers are timed once for all methods, except those with networks of their own at the cuts.
     costs = None
     if settings.cuts is None and settings.balance != "uniform" and settings.K > 1:
         quietly(f"costs of the layers: {settings.balance}")
@@ -152,6 +153,7 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
     found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])
     rows, h = [], jax.ShapeDtypeStruct(batch.inputs.shape, batch.inputs.dtype)
     for cut, stage, seconds in zip(cuts, stages, found.times.features, strict=False):
+        # The size of the feature, from shapes alone.
         params, state = jax.eval_shape(stage.init, jax.random.key(0), h)
         h, _ = jax.eval_shape(stage.apply, params, state, h)
         size = math.prod(h.shape) * h.dtype.itemsize
@@ -171,6 +173,7 @@ def measure(settings: SpeedSettings) -> dict[str, Any]:
         warm_up=2 * settings.K + 1,
         log=quietly,
     )
+    # Medians: a single round that something else on the machine slowed down must not count.
     rows = as_rows(turns)
     baseline = rows[BASELINE]["seconds_median"]
     for entry in entries:
@@ -179,6 +182,7 @@ def measure(settings: SpeedSettings) -> dict[str, Any]:
         row |= {"method": entry.method, "cuts": list(entry.cuts), "speedup": speedup, "bound": entry.bound}
         row["share_of_bound"] = None if entry.bound is None else speedup / entry.bound
         row["host_share_of_step"] = row["host_seconds_median"] / row["seconds_median"]
+    # Each method may have its own cuts. Transfers are timed at those of features replay if it is there.
     cut = next((entry.cuts for entry in entries if entry.method == "fr" and entry.cuts), ())
     cut = cut or next((entry.cuts for entry in entries if entry.cuts), ())
     return {
@@ -247,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 0, 1 if a file cannot be written, 2 for bad arguments."""
 
     def work(settings: SpeedSettings) -> Any:
-        check(settings)
+        check(settings)  # before other processes start, which would each refuse
         code = start_pinned("speed", SpeedSettings(), settings)
         return run(settings) if code is None else code
 

@@ -94,12 +94,14 @@ class Watcher:
             self._pending = self._measure(state, self._session.task.pipeline.train_batch(state.step))
 
     def _measure(self, state: Any, batch: Batch) -> Measurement:
+        # Only its directions are kept. It donates nothing, so that training goes on from the same state.
         one_step = self._inspected.step(state, batch)[1].grads
         assert one_step is not None
         pipeline = self._session.task.pipeline
         first = SAMPLED_EPOCH * pipeline.steps_per_epoch
         sample = self._gradient(state, (pipeline.train_batch(first + number) for number in range(self._count)))
         is_whole = self._count == pipeline.steps_per_epoch
+        # Over a whole epoch the gradient is exact, and there is no noise of a sample to take out.
         gradients: Sequence[PyTree] | SampledGradient = sample.mean if is_whole else sample
         own = self._gradient(state, [batch]).mean
         return Measurement(state.step, directions(gradients, one_step), directions(gradients, own))

@@ -182,6 +182,8 @@ def describe(
       ``halves_differ``, that of the halves' mean of E||grad f||^2; and the ``curves`` over T (left, right, with each
       iteration's own E||g||^2, with the proved M) and over t.
     """
+    # Extremes of sampled means are biased by their noise: they are taken from one half of the replicas, and the left
+    # side from the other.
     start, windows = K - 1, known is None
     source = halves[0] if known is None else known
     measured = halves[1] if known is None else Moments(*(np.mean(pair, axis=0) for pair in zip(*halves, strict=True)))
@@ -197,12 +199,14 @@ def describe(
         curves["proved"] = sides(measured.gradient[late], rates[late], proved)[1]
     if known is not None:
         curves["left_exact"] = sides(known.gradient[late], rates[late], given)[0]
+    # (13): E f(w^{t+1}) - E f(w^t) <= -sigma gamma_t E||grad f(w^t)||^2 + gamma_t^2 L M / 2.
     change = np.diff(measured.excess)[late]
     bound = -given.sigma * rates * measured.gradient + np.square(rates) * given.lipschitz * given.second_moment / 2
     end = slice(-(len(rates) // 8), None)
     kept = np.unique(np.geomspace(1, len(left), POINTS).round().astype(int)) - 1
     at_t = {name: getattr(source, name)[late][kept] for name in ("gradient", "inner", "second")}
     against = np.mean([half.against for half in halves], axis=0)[late]
+    # Means from each kept iteration up to the next: the share in a single iteration is noisy.
     at_t["against"] = np.add.reduceat(against, kept) / np.diff([*kept, len(against)])
     return {
         **given._asdict(),

@@ -90,11 +90,13 @@ def measure(
         state = method.init(jax.random.key(0), batch) if state is None else state
         params = state.params
         state, info = method.step(state, batch)
+        # None: a stage that has nothing to replay yet does not move.
         pairs = zip(info.grads or (), params, strict=True)
         grads = tuple(jax.tree.map(jnp.zeros_like, p) if g is None else g for g, p in pairs)
         found.append(statistics(params, grads))
         advanced()
     assert state is not None
+    # f(w^T), after the last step; the other quantities of this row are left out below.
     found.append(statistics(state.params, jax.tree.map(jnp.zeros_like, state.params)))
     series = np.stack([np.asarray(one) for one in jax.device_get(found)], axis=-1)  # (half, quantity, T + 1)
     first, second = (Moments(half[0], *half[1:, :-1]) for half in series)
@@ -168,9 +170,11 @@ def exact(problem: Problem, K: int, rates: np.ndarray, batch_size: int) -> Momen
     mean[:d] = problem.start.reshape(-1) - best
     second = np.outer(mean, mean)
     excess, rows = [], []
+    # One round more, which only reads off f(w^T).
     for rate in [*rates, 0.0]:
         spread = second[:d, :d]
         slope = gram @ spread @ gram
+        # E[(x_i'v + r_i)^2] of every example; then E[G q'], and the second moments of (q, G) as blocks.
         weights = np.einsum("ni,ij,nj->n", x, spread, x) + 2 * r * (x @ mean[:d]) + np.square(r)
         cross = gram @ second[:d]
         whole = np.block(

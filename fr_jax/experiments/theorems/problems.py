@@ -195,6 +195,7 @@ def sine_bounds(amplitude: float, gain: float, c_sum: float, noise: float) -> tu
     for row in range(LAYERS):
         reach[row, row] = 1.0
         reach[row, :row] = [amplitude * gain * rho ** (row - 1 - column) for column in range(row)]
+    # a rho^(4-l): J^2 is the sum of its squares, and v_4 the sum over l of it times (row l)^2.
     above = amplitude * rho ** np.arange(LAYERS - 1, -1, -1.0)
     J2 = float(np.square(above).sum())
     Q = float(np.linalg.eigvalsh(reach.T @ (above[:, None] * reach))[-1])

@@ -124,6 +124,7 @@ def makers_of(settings: ThroughputSettings, model: str, dtype: str) -> list[Call
 
     def compiled(make: Callable[[], Entry]) -> Entry:
         entry = make()
+        # Stages begin to update up to K-1 steps late: only then is everything compiled.
         contestant, _ = entry.contestant.take_turn(2 * settings.K + 1)
         quietly(f"compiled: {model}, {dtype}, {entry.contestant.name}")
         return entry._replace(contestant=contestant)
@@ -154,6 +155,7 @@ def measure(settings: ThroughputSettings, keep: Callable[[dict[str, Any]], Any])
     names = ("batch_size", "K", "rounds", "steps")
     result = {name: getattr(settings, name) for name in names} | machine()
     result |= {"pytorch": {}, "failures": {}, "results": []}
+    # Threads are enough for JAX's contestants: XLA compiles without Python's lock.
     with peers_of(settings) as peers, ThreadPoolExecutor(AT_ONCE) as pool:
         deadline = time.monotonic() + settings.patience
         coming = {one: [pool.submit(make) for make in makers_of(settings, *one)] for one in networks}

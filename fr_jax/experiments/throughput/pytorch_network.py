@@ -56,6 +56,7 @@ def _stem(features: int) -> Any:
 
     from torch import nn
 
+    # BatchNorm2d's defaults are those of models/resnet.py: epsilon 1e-5, momentum 0.1 (0.9 in Flax's terms).
     return nn.Sequential(OrderedDict(conv0=_conv(3, features, 3), norm0=nn.BatchNorm2d(features), relu=nn.ReLU()))
 
 

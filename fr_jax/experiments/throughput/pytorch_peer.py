@@ -18,7 +18,7 @@ __all__ = ["MODES", "Peer", "PeerError", "check_pytorch", "start"]
 
 MODES = ("default", "reduce-overhead", "max-autotune", "eager")
 """Of ``torch.compile``, and without it. ``reduce-overhead`` issues CUDA graphs."""
-WARM_UP = 4
+WARM_UP = 4  # steps: with CUDA graphs the first compiles and the second records
 
 
 class PeerError(RuntimeError):
@@ -140,6 +140,7 @@ def make_step(model: str, dtype: str, batch_size: int, mode: str) -> tuple[Calla
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    # As JAX does: cuDNN's algorithms are chosen by trial, and TF32 is allowed.
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
@@ -157,6 +158,7 @@ def make_step(model: str, dtype: str, batch_size: int, mode: str) -> tuple[Calla
     loss_fn = loss_of if mode == "eager" else torch.compile(loss_of, mode=mode)
 
     def step() -> None:
+        # CUDA graphs may then overwrite the outputs of the step before.
         torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad(set_to_none=True)
         loss_fn(images, targets).backward()
