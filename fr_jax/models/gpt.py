@@ -86,7 +86,8 @@ class Attention(Layer):
         q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         if self.rotary:
             q, k = rotated(q), rotated(k)
-        kernel = ("cudnn" if has_fused_kernel(q.dtype) else "xla") if self.attention == "auto" else self.attention
+        available = "cudnn" if has_fused_kernel(q.dtype, q.shape[-1]) else "xla"
+        kernel = available if self.attention == "auto" else self.attention
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)  # type: ignore[arg-type]
         return h + self.dropout(self.dense(y.reshape(B, T, width), width, width, self.residual_scale), train)
 
@@ -136,12 +137,14 @@ def rotated(x: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def has_fused_kernel(dtype: jnp.dtype) -> bool:
-    """Whether the default device is a GPU whose cuDNN has a fused attention kernel for this dtype."""
+def has_fused_kernel(dtype: jnp.dtype, head_width: int) -> bool:
+    """Whether the default device is a GPU whose cuDNN has a fused attention kernel for such heads."""
     # Operations are counted with a CPU as default device, where the kernel could not be lowered.
     config: Any = jax.config
     device = config.jax_default_device or jax.devices()[0]
     if isinstance(device, str) or device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if head_width % 8 or head_width > 128:
         return False
     capability = getattr(device, "compute_capability", "")  # "9.0"; AMD's is a name
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
@@ -181,9 +184,10 @@ def gpt(
       context: longest sequence, with learned positions; with rotary ones sequences may have any length.
       positions: ``"rotary"``, or ``"learned"`` as in GPT-2.
       dropout_rate: after the embedding and of every residual branch, in [0, 1); attention weights are not dropped.
-      attention: ``"xla"``, ``"cudnn"`` (the fused kernel; needs bfloat16 or float16 and an NVIDIA GPU of compute
-        capability 8 or more), or ``"auto"``: cuDNN's where the default device has it. cuDNN's gradients need not repeat
-        to the last bit unless ``XLA_FLAGS`` has ``--xla_gpu_deterministic_ops=true``.
+      attention: ``"xla"``, ``"cudnn"`` (the fused kernel; needs bfloat16 or float16, heads of 8, 16, .. 128 features,
+        and an NVIDIA GPU of compute capability 8 or more), or ``"auto"``: cuDNN's where the default device has it.
+        cuDNN's gradients need not repeat to the last bit unless ``XLA_FLAGS`` has
+        ``--xla_gpu_deterministic_ops=true``.
       dtype: of the computation and of the features; normalisation, positions and softmax are computed in float32.
       param_dtype: of the weights.
 

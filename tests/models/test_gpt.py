@@ -213,13 +213,14 @@ def test_the_fused_kernel_is_for_half_precision_on_a_recent_gpu(monkeypatch):
         platform, compute_capability = "gpu", "9.0"
 
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert has_fused_kernel(jnp.dtype(jnp.bfloat16))
-    assert not has_fused_kernel(jnp.dtype(jnp.float32))
+    assert has_fused_kernel(jnp.dtype(jnp.bfloat16), 64)
+    assert not has_fused_kernel(jnp.dtype(jnp.float32), 64)
+    assert not any(has_fused_kernel(jnp.dtype(jnp.bfloat16), width) for width in (4, 20, 136))  # cuDNN refuses them
     with jax.default_device(jax.local_devices()[0]):
-        assert not has_fused_kernel(jnp.dtype(jnp.bfloat16))
+        assert not has_fused_kernel(jnp.dtype(jnp.bfloat16), 64)
     for other in ("7.5", "gfx90a", ""):
         monkeypatch.setattr(Device, "compute_capability", other)
-        assert not has_fused_kernel(jnp.dtype(jnp.bfloat16))
+        assert not has_fused_kernel(jnp.dtype(jnp.bfloat16), 64)
 
 
 @pytest.mark.parametrize(
