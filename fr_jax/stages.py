@@ -195,7 +195,13 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
         rngs = None if key is None else {"dropout": key}
         run: Any = functools.partial(module.apply, variables, x, rngs=rngs, **flags(train))
         with nn.intercept_methods(_mode_interceptor(module, train, check=not set(_MODES) & set(dict(call_kwargs)))):
-            return run(mutable=list(state)) if train and state else (run(), state)
+            if not (train and state):
+                return run(), state
+            y, moved = run(mutable=list(state))
+        if jax.tree.structure(moved) == jax.tree.structure(state):
+            # Flax (0.12) makes float32 statistics, and moves them to float64 if the features are.
+            moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
+        return y, moved
 
     return Stage(init, apply)
 

@@ -295,3 +295,12 @@ def test_what_is_no_stage_is_refused():
 def test_an_empty_chain_is_refused():
     with pytest.raises(ValueError, match=r"no stage; a stage needs at least one layer\. Pass one or more"):
         fr.chain()
+
+
+@pytest.mark.usefixtures("x64")
+def test_statistics_keep_the_type_that_init_made():
+    norm = fr.from_linen(nn.BatchNorm())
+    x = jnp.ones((4, 3), jnp.float64)
+    params, state = norm.init(jax.random.key(0), x)
+    _, moved = norm.apply(params, state, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, state)
