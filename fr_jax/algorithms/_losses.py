@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fr_jax.types import Array, LossFn, MetricsFn, PyTree
@@ -46,6 +48,8 @@ def _is_number(x: Any, kind: Any) -> bool:
 def _loss_terms(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Terms:
     loss = loss_fn(outputs, targets)
     total, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, ())
+    if isinstance(weight, numbers.Real | np.generic):  # such as losses.size
+        weight = jnp.asarray(weight)
     # JAX would say so too, about a function of this library and not about the user's.
     if not _is_number(total, jnp.floating) or not (isinstance(weight, tuple) or _is_number(weight, jnp.number)):
         kind = lambda x: f"{x.dtype} of shape {x.shape}" if isinstance(x, jax.Array) else f"a {type(x).__name__}"

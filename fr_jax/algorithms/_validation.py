@@ -17,7 +17,7 @@ from fr_jax._placement import check_placement, data_parallel_size, default_shard
 from fr_jax.stages import check_stages
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
-MICROBATCHES = " It must divide the batch size; 1 is no division. M >= K keeps gradients at most one update late."
+MICROBATCHES = " It must divide the batch size; 1 is no division."
 
 Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
 

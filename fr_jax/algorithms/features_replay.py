@@ -224,7 +224,8 @@ def features_replay(
         method of the paper; train with M >= K. B is a multiple of M, and of M D with D devices per stage.
       replay_weights: ``"current"``, the paper's, or ``"stashed"``: stage k replays with the weights with which the
         micro-batch was played, and so has the gradients of :func:`fr_jax.ddg` for the memory of features replay and
-        at most ceil((K-k)/M) old copies of its weights.
+        at most ceil((K-k)/M) old copies of its weights. (What a stage's state does to its outputs in training, which
+        is nothing in batch normalisation, is that of the replay.)
       batch_stats: which pass moves the running statistics of batch normalisation: ``"play"``, once per
         micro-batch; ``"replay"``, once per replayed micro-batch; ``"both"``, as the authors' code does. Both passes
         normalise with the statistics of the micro-batch in every case. Stage K has one pass only.

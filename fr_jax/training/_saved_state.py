@@ -76,6 +76,11 @@ def check_index(index: Any) -> dict[str, Any]:
 
 def check_fit(index: Mapping[str, Any], template: PyTree, only: Sequence[str] = ()) -> None:
     """A CheckpointError that names the first few differences in names, shapes and dtypes from ``template``."""
+    fields = {*getattr(template, "_fields", ()), *(template if isinstance(template, Mapping) else ())}
+    if isinstance(only, str) or not set(only) <= fields:
+        raise ValueError(
+            f"only = {only!r} was given; it must be a sequence of fields of the state: {', '.join(sorted(fields))}."
+        )
     leaves, entries = (
         {name: one for name, one in found.items() if _is_asked_for(name, only)}
         for found in (_named_leaves(template)[0], index["leaves"])

@@ -288,6 +288,17 @@ def test_totals_of_low_precision_have_exact_weights(naive, dtype, M):
     assert info.loss.dtype == jnp.float32
 
 
+def test_a_weight_may_be_a_python_number(naive, make_batches, run):
+    """``losses.sum(), losses.size`` is how it is written."""
+    stages, batches = [naive.dense(4).stage, naive.dense(2).stage], make_batches(3, B)
+    total = lambda y, t: (((y - t) ** 2).sum(), y.shape[0])
+    pair, scalar = (
+        run(fr.ddg(stages, loss, optax.sgd(0.1), microbatches=2), batches) for loss in (total, naive.squared_error)
+    )
+    chex.assert_trees_all_close(pair[0][-1].params, scalar[0][-1].params, rtol=1e-5)
+    np.testing.assert_allclose([i.loss for i in pair[1]], [i.loss for i in scalar[1]], rtol=1e-5)
+
+
 def test_a_mini_batch_of_padding_changes_nothing(naive, make_batches, run):
     (batch,) = masked_batches(make_batches, 1)
     padding = batch._replace(targets=batch.targets | {"mask": jnp.zeros(B)})
@@ -298,7 +309,7 @@ def test_a_mini_batch_of_padding_changes_nothing(naive, make_batches, run):
 
 
 @pytest.mark.parametrize(
-    "loss", [lambda y, t: (y.mean(), y.mean(), y.mean()), lambda y, t: (y.mean(), 3), lambda y, t: (y, y.mean())]
+    "loss", [lambda y, t: (y.mean(), y.mean(), y.mean()), lambda y, t: (y.mean(), [3]), lambda y, t: (y, y.mean())]
 )
 def test_another_loss_is_refused(naive, make_batches, loss):
     algorithm = fr.features_replay([naive.dense(2).stage], loss, optax.sgd(0.1))
