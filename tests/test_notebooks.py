@@ -33,7 +33,7 @@ SMALL = {
     """,
     "02_features_replay": """
         K, LAYERS, WIDTH, BATCH_SIZE, EPOCHS, SEEDS = 2, 2, 8, 352, 2, (0, 1)
-        LEARNING_RATES, SHORT_EPOCHS, MOST_MODULES = (0.05,), 1, 4
+        LEARNING_RATES, SHORT_EPOCHS, MOST_STAGES = (0.05,), 1, 4
     """,
     "03_compare_methods": """
         K, DEPTH, WIDTH, BATCH, EPOCHS, SEEDS = 2, 4, 16, 128, 1, 1
