@@ -78,21 +78,25 @@ def comparison_figure(
 ) -> Figure:
     """Training loss (smoothed) against epoch and time, and the headline number against epoch; a cross: diverged.
 
-    An accuracy is shown as error in percent. ``time`` says what the rows' seconds are.
+    An accuracy is shown as error in percent. ``time`` says what the rows' seconds are; without any, there is no panel
+    for them.
     """
     if not lines:
         raise ValueError("no runs to compare: give at least one line.")
     widest = max(len(line.label) for line in lines) + 13  # with "(× diverged)"
     columns = max(1, min(len(lines), 190 // (widest + 6)))
     drawing, space = page(14, 5.4 + 0.24 * math.ceil(len(lines) / columns), title, f"Data: {data_source}")
-    loss, clock, error = space.subplots(1, 3)
+    timed = any(row.get("seconds") is not None for line in lines for rows in line.runs for row in rows)
+    loss, *clocks, error = space.subplots(1, 3 if timed else 2)
     unit, seconds = time_unit({str(i): rows for i, rows in enumerate(rows for line in lines for rows in line.runs)})
     for line in reversed(lines):  # the first, the baseline, on top
         _draw(loss, line, "train_loss", "epoch", 1.0, headline)
-        _draw(clock, line, "train_loss", "seconds", seconds, headline)
+        for clock in clocks:
+            _draw(clock, line, "train_loss", "seconds", seconds, headline)
         _draw(error, line, f"test_{headline.name}", "epoch", 1.0, headline)
     _finish(loss, "epoch", "training loss")
-    _finish(clock, f"{time} ({unit})", "training loss")
+    for clock in clocks:
+        _finish(clock, f"{time} ({unit})", "training loss")
     _finish(error, "epoch", f"test {headline.label}")
     handles, labels = (found[::-1] for found in loss.get_legend_handles_labels())
     space.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
