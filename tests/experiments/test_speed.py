@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ import jax
 import pytest
 
 import fr_jax as fr
-from fr_jax.experiments._bench.contestants import BASELINE, make_entry
+from fr_jax.experiments._bench.contestants import BASELINE, OPTIMIZERS, make_entry
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
+from fr_jax.experiments._fields import guard
 from fr_jax.experiments.speed import __main__ as speed
 
 CONTESTANTS = {
@@ -69,6 +71,17 @@ def test_stages_that_share_a_device_have_no_bound():
     entry = make_entry(shared, layers, "fr", 2, cuts=(1,), devices=jax.devices()[:1])
     assert (entry.contestant.name, entry.bound) == ("features replay, K = 2, devices shared", None)
     assert make_entry(shared, layers, "fr", 2, cuts=(1,)).bound == 1.75
+
+
+def test_contestants_train_with_the_optimizer_that_is_asked_for():
+    layers, more = fr.models.mlp(depth=2, width=4), {}
+    for optimizer in ("sgd", "adamw"):
+        shared = SharedSettings(model="mlp", batch_size=8, optimizer=optimizer, balance="uniform")
+        state = make_entry(shared, layers, "fr", 2).contestant.carry
+        more[optimizer] = len(jax.tree.leaves(state.opt_state)) - len(jax.tree.leaves(state.params))
+    assert more["sgd"] == 0 < more["adamw"]  # one momentum; two, and a count
+    of_a_run = next(field for field in dataclasses.fields(SharedSettings) if field.name == "optimizer")
+    assert guard(of_a_run).choices == tuple(OPTIMIZERS)
 
 
 def test_each_number_of_micro_batches_is_timed():

@@ -34,6 +34,13 @@ __all__ = [
 
 BASELINE = "back-propagation, 1 device"
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+OPTIMIZERS = {
+    "sgd": OPTIMIZER,
+    "adamw": optax.adamw(1e-3),
+    "nadam": fr.staleness.nadam(1e-3, 1)[0],
+    "muon": fr.staleness.muon(1e-3, 1, output_layer_by_adam=False)[0],
+}
+"""What the contestants train with; a step takes the same time at any rate."""
 
 
 class Entry(NamedTuple):
@@ -89,7 +96,7 @@ def unsplit(shared: SharedSettings) -> SharedSettings:
     return dataclasses.replace(shared, **whole)
 
 
-def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
+def plain(layers: Sequence[Stage], batch: Batch, optimizer: optax.GradientTransformation = OPTIMIZER) -> Entry:
     """What one writes without this library: a jitted function with value_and_grad and an optax update."""
     network = fr.chain(*layers)
 
@@ -100,12 +107,12 @@ def plain(layers: Sequence[Stage], batch: Batch) -> Entry:
     def step(carry: tuple, batch: Batch) -> tuple[tuple, Array]:
         params, model_state, opt_state = carry
         (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
-        updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), model_state, opt_state), loss
 
     def init(key: Array) -> tuple:
         params, model_state = network.init(key, jnp.zeros(batch.inputs.shape, batch.inputs.dtype))
-        return params, model_state, OPTIMIZER.init(params)
+        return params, model_state, optimizer.init(params)
 
     jitted = jax.jit(step, donate_argnums=0)
     carry = jax.jit(init, out_shardings=batch.inputs.sharding)(jax.random.key(0))
@@ -151,7 +158,7 @@ def make_entry(
     own, data = own_of_method(settings, settings.method), TrainingSet(size, CLASSES)
     stages = fr.partition(layers, chosen)
     algorithm: Algorithm = METHODS[settings.method].make(
-        own, stages, cross_entropy, OPTIMIZER, data, placement=places, donate=True
+        own, stages, cross_entropy, OPTIMIZERS[shared.optimizer], data, placement=places, donate=True
     )
     batch = make_batch(shared.model, size, places[0])
 

@@ -23,7 +23,7 @@ from fr_jax.diagnostics.profiling.stage_times import Measured, median, stage_tim
 from fr_jax.distributed import is_first
 from fr_jax.experiments._bench.contestants import (
     BASELINE,
-    OPTIMIZER,
+    OPTIMIZERS,
     Entry,
     make_batch,
     make_entry,
@@ -78,6 +78,8 @@ class SpeedSettings:
     """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes (random; only shapes matter here)."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16."""
+    optimizer: str = setting("sgd", choices=tuple(OPTIMIZERS))
+    """sgd (with momentum), adamw, nadam or muon, at a constant rate: its update is a part of the step."""
     microbatches: tuple[str, ...] | None = setting(None, help=MICROBATCHES_HELP)
     rounds: int = setting(9, least=1)
     """How many times each contestant has its turn."""
@@ -127,7 +129,11 @@ def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry
     common = shared_settings(settings, microbatches=None)
     example = example_inputs(settings.model, settings.batch_size)
     entries = [
-        plain(layers, make_batch(settings.model, settings.batch_size, fr.placement(1)[0])),
+        plain(
+            layers,
+            make_batch(settings.model, settings.batch_size, fr.placement(1)[0]),
+            OPTIMIZERS[settings.optimizer],
+        ),
         make_entry(common, layers, "bp", 1, name=BASELINE),
         make_entry(common, layers, "fr", 1),
     ]
@@ -148,7 +154,9 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
         return []
     placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
     batch = random_batch(settings.model, settings.batch_size)
-    timer = stage_timer((), stages, cross_entropy, OPTIMIZER, batch, placement=placement, hops=HOPS)
+    timer = stage_timer(
+        (), stages, cross_entropy, OPTIMIZERS[settings.optimizer], batch, placement=placement, hops=HOPS
+    )
     timer()
     found: Measured = median([timer() for _ in range(TRANSFER_ROUNDS)])
     rows, h = [], jax.ShapeDtypeStruct(batch.inputs.shape, batch.inputs.dtype)
