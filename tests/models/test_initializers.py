@@ -66,7 +66,7 @@ def test_a_kernel_compiles_in_half_the_time():
     try:
         for make in (variance_scaling, nn.initializers.variance_scaling):
             init = make(2.0, "fan_out", "normal")
-            now = time.time() % 1000  # a constant of its own, or an earlier run's code is found in the compilation cache
+            now = time.time() % 1000  # a constant of its own, or the code of an earlier run is found in the cache
             run = jax.jit(lambda key, init=init, now=now: init(key, (3, 3, 48, 40)) + now)
             lowered = run.lower(jax.random.key(0))
             start = time.process_time()
