@@ -66,7 +66,7 @@ def _loss_terms(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Terms:
 
 
 def quotient(total: Array, weight: Array | tuple[()]) -> Array:
-    """The loss from its terms; the total where there is no weight, or a weight of 0: all examples are masked."""
+    """The loss from its terms: the total alone without a weight, or if the weight is 0 (all examples are masked)."""
     return total if isinstance(weight, tuple) else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
 
 

@@ -210,7 +210,7 @@ def check_batch(setup: Setup, spec: BatchSpec, batch: Batch, *, any_size: bool) 
     """
     _check_kind(batch, "step()")
     layers = tuple(len(stage.layers) for stage in setup.stages)
-    # 0 layers: the stage is no chain, and can have the weights of one.
+    # 0 layers: the stage is not a chain, but may have the weights of one.
     if len(spec.layers) != len(layers) or any(a and b and a != b for a, b in zip(spec.layers, layers, strict=True)):
         raise ValueError(
             f"step() was given a state of K = {len(spec.layers)} stages with {spec.layers} layers; this algorithm has "

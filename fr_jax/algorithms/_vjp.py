@@ -64,7 +64,7 @@ def without_weights(forward: Callable, params: PyTree, *others: PyTree) -> tuple
     traced, outputs = Traced(_only(closed, left_out)), list(jaxpr_as_fun(closed)(*leaves))
     for i, origin in left_out.items():
         outputs[i] = FromWeights(i, origin, traced)
-    # Unflattened by parts: what stands for a leaf is no leaf itself.
+    # Unflattened by parts: what stands for a leaf is not a leaf itself.
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 

@@ -277,7 +277,7 @@ def test_without_micro_batches_the_loss_is_the_quotient(naive, make_batches, run
 @pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_totals_of_low_precision_have_exact_weights(naive, dtype, M):
-    """The number of tokens is no number of such a type: float16 ends at 65,504."""
+    """Such a type cannot hold the number of tokens: float16 ends at 65,504."""
     terms = lambda y, t: (((y - t) ** 2).mean().astype(dtype), jnp.int32(65_537))
     algorithm = fr.backprop(
         [naive.dense(2).stage], terms, optax.sgd(0.1), microbatches=M, metrics_fn=lambda y, t: {"same": terms(y, t)}

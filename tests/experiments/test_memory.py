@@ -96,7 +96,7 @@ def test_what_recomputes_is_back_propagation(K):
     common = {"placement": fr.placement(K, jax.devices()[:1]), "donate": True}
     loss_fn = lambda y, z: jnp.mean((y - z) ** 2)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    # The wrapped stages are no chains, and would draw other weights.
+    # The wrapped stages are not chains, and would draw other weights.
     plain = fr.backprop(stages, loss_fn, optimizer, **common)
     others = [
         recomputing(stages, loss_fn, optimizer, **common),

@@ -199,12 +199,12 @@ def rescheduled(
 
     j = 0, 1, .. counts the stage's own updates. It is what the optimizer returns that is divided, so that this works
     for Adam too, and weight decay inside the optimizer is divided with the rest. Stages with tau_k = 1 are left alone.
-    PipeMare's own tau is (2(K-k)+1)/M, because there the forward pass takes one micro-batch's time per stage too. In
-    joonkyoo/basis-rotation, which compares with T1, j starts at 1.
+    In joonkyoo/basis-rotation, which compares with T1, j starts at 1. (The paper itself was not at hand: the equation
+    is that of other texts about it.)
 
     Args:
       optimizer: one optax transformation for all stages, or a sequence of K.
-      updates: J, 0 or more; 0 returns the optimizers as they are. The paper takes a few epochs.
+      updates: J, 0 or more; 0 returns the optimizers as they are.
       K: number of stages.
       microbatches: M, as for :func:`delay`.
 

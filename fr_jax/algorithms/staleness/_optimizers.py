@@ -130,7 +130,7 @@ def nadam(
     """
     for name, value in (("b1", b1), ("late_b1", late_b1)):
         check_between(name, value, 0, 1, "a decay of the first moment")
-    check_between("weight_decay", weight_decay, 0, float("inf"), "0 is none")
+    check_between("weight_decay", weight_decay, 0, float("inf"), "0 switches it off")
 
     def one(late: float) -> optax.GradientTransformation:
         b1_k = b1 + (late_b1 - b1) * late
