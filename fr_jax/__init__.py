@@ -7,8 +7,8 @@ functions ``init``, ``step`` and ``predict``.
 - Where to cut: ``cut``; or step by step ``layer_costs``, ``layer_flops``, ``layer_times``, ``balance`` and
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
-- Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``;
-  ``staleness`` has remedies for late gradients.
+- Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``,
+  ``direct_feedback_alignment``; ``staleness`` has remedies for late gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -22,6 +22,7 @@ from fr_jax.algorithms._layers import layer_params
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
 from fr_jax.algorithms.ddg import ddg
+from fr_jax.algorithms.direct_feedback_alignment import direct_feedback_alignment
 from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
@@ -47,6 +48,7 @@ __all__ = [
     "chain",
     "cut",
     "ddg",
+    "direct_feedback_alignment",
     "distributed",
     "dni",
     "features_replay",

@@ -144,3 +144,19 @@ def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Cal
         donate=setup.donate,
         keep_input=keep_input,
     )
+
+
+def make_error(setup: Setup) -> Callable:
+    """``(outputs, targets) -> (e, loss, metrics)`` on the last stage's devices: e is d loss / d outputs."""
+
+    def error(outputs: PyTree, targets: PyTree) -> tuple[PyTree, Array, dict[str, Array]]:
+        def objective(outputs: PyTree) -> tuple[Array, Scored]:
+            scored = score(setup.loss_fn, setup.metrics_fn, outputs, targets)
+            return quotient(*scored.loss), scored
+
+        e, scored = jax.grad(objective, has_aux=True)(outputs)
+        loss, _, metrics = combine([scored])
+        return e, loss, metrics
+
+    here: Any = replicated(setup.shardings[-1])
+    return jax.jit(error, out_shardings=(setup.shardings[-1], here, here))

@@ -199,6 +199,10 @@ def _2bw(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, dat
     return fr.pipedream_2bw(stages, loss_fn, optimizer, **own, **common)
 
 
+def _dfa(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any) -> Algorithm:
+    return fr.direct_feedback_alignment(stages, loss_fn, optimizer, **own, **common)
+
+
 METHODS: dict[str, Method] = {
     "fr": Method(
         short="FR",
@@ -304,6 +308,14 @@ METHODS: dict[str, Method] = {
         bound=lambda K, own: float(K),
         decoupled=True,
         check=_check_2bw,
+    ),
+    "dfa": Method(
+        short="DFA",
+        title="direct feedback alignment",
+        make=_dfa,
+        learning_rate=0.05,
+        # A step is the forward passes of all stages, one after the other, and the backward pass of one.
+        bound=lambda K, own: 3 * K / (K + 2),
     ),
 }
 

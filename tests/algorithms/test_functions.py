@@ -38,6 +38,7 @@ METHODS = {
     "blockprop-cached": cached_blockprop,
     "bp": fr.backprop,
     "ddg": fr.ddg,
+    "dfa": fr.direct_feedback_alignment,
     "dni": dni,
     "fr": fr.features_replay,
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
@@ -54,7 +55,7 @@ METHODS = {
 M = {name: 3 for name, method in METHODS.items() if "microbatches" in getattr(method, "keywords", {})}
 SLOW_BLOCKPROP = pytest.param("blockprop", marks=pytest.mark.slow)  # the cached one goes the same ways
 # Every stage updates from the first iteration on, or at least one holds old weights in flight.
-LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dni", "gpipe", "1f1b"}
+LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dfa", "dni", "gpipe", "1f1b"}
 STASHING = {"ddg", "ddg-M", "fr-stashed", "2bw"}
 K = 3
 # name -> a placement of K stages
@@ -105,7 +106,7 @@ def numbers(state):
 def assert_each_module_is_on_its_devices(state, shardings):
     for k, sharding in enumerate(shardings):
         parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
-        for name in ("history", "deltas", "synthesizers", "cache", "visits"):
+        for name in ("history", "deltas", "synthesizers", "cache", "visits", "feedback"):
             parts += getattr(state, name, ())[k : k + 1]
         assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
 
@@ -113,7 +114,7 @@ def assert_each_module_is_on_its_devices(state, shardings):
 @pytest.mark.parametrize(
     ("method", "placements"),
     [
-        *((method, CROSSED) for method in ("bp", "ddg", "dni", "gpipe", "blockprop-cached")),
+        *((method, CROSSED) for method in ("bp", "ddg", "dfa", "dni", "gpipe", "blockprop-cached")),
         ("fr", (*CROSSED, "2")),
         ("fr-M", (*CROSSED, "2")),
         ("ddg-M", CROSSED),
@@ -146,7 +147,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method, plac
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached"])
+@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dfa", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached"])
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method)
     batches = make_batches(K + 1)
@@ -171,6 +172,7 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         pytest.param("fr-replay", "split over 2", marks=pytest.mark.slow),
         pytest.param("ddg", "default", marks=pytest.mark.slow),
         ("ddg", "split over 2 each"),
+        ("dfa", "split over 2 each"),
         pytest.param("dni", "default", marks=pytest.mark.slow),
         ("dni", "split over 2 each"),
         pytest.param("blockprop", "default", marks=pytest.mark.slow),
@@ -252,6 +254,7 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         ("fr-replay", "split over 2 each", True),
         pytest.param("ddg", "K", False, marks=pytest.mark.slow),
         ("ddg", "split over 2 each", True),
+        ("dfa", "split over 2 each", True),
         pytest.param("dni", "default", True, marks=pytest.mark.slow),
         ("dni", "split over 2 each", True),
         pytest.param("blockprop", "K", True, marks=pytest.mark.slow),

@@ -37,6 +37,7 @@ def test_bounds_are_the_closed_forms():
     assert [gpipe.speedup(K, own_of(gpipe, microbatches=M)) for K, M in ((1, 3), (4, 1), (4, 4))] == [1, 1, 16 / 7]
     assert METHODS["dni"].speedup(1, {}) == METHODS["blockprop"].speedup(1, {}) == 1
     assert METHODS["blockprop"].speedup(2, {}) is None
+    assert [METHODS["dfa"].speedup(K, {}) for K in (1, 2, 4)] == [1, 1.5, 2]
 
 
 def test_work_of_the_last_stage():
@@ -53,6 +54,7 @@ def test_work_of_the_last_stage():
         ("ddg", "ddg", {"weight_prediction": 1.0, "prediction_momentum": 0.9}, {"prediction_momentum": 0.9}),
         ("gpipe", "gpipe", {"pipeline_schedule": "1f1b"}, {"schedule": "1f1b", "microbatches": 4}),
         ("2bw", "pipedream_2bw", {}, {"microbatches": 8}),
+        ("dfa", "direct_feedback_alignment", {}, {"placement": None}),
     ],
 )
 def test_own_settings_reach_the_method(monkeypatch, method, factory, given, expected):
@@ -115,9 +117,12 @@ def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, program_en
     assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
     assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
     assert "[ours] How much of it. Default: 1.5." in said and "0.25 for ours" in said
-    assert "2bw (PipeDream-2BW) or ours (our method)" in said
+    assert "dfa (direct feedback alignment) or ours (our method)" in said
 
 
 def test_titles():
-    assert listed() == "fr (features replay), bp (back-propagation), ddg, dni, blockprop, gpipe or 2bw (PipeDream-2BW)"
+    assert listed() == (
+        "fr (features replay), bp (back-propagation), ddg, dni, blockprop, gpipe, 2bw (PipeDream-2BW) or dfa (direct "
+        "feedback alignment)"
+    )
     assert METHODS["gpipe"].titled({"microbatches": 4}, ", K = 2") == "GPipe, K = 2, M = 4"

@@ -226,7 +226,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
     [
         (
             {"method": "frr"},
-            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe, 2bw. Did you mean fr\?",
+            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe, 2bw, dfa. Did you mean fr\?",
         ),
         ({"model": "resnet2"}, rf"--model resnet2 is unknown; it can be {', '.join(MODELS)}"),
         (
