@@ -8,7 +8,7 @@ functions ``init``, ``step`` and ``predict``.
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
 - Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``,
-  ``direct_feedback_alignment``; ``staleness`` has remedies for late gradients.
+  ``direct_feedback_alignment``, ``proximal_backprop``; ``staleness`` has remedies for late gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -27,6 +27,7 @@ from fr_jax.algorithms.dni import dni
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
 from fr_jax.algorithms.pipedream_2bw import pipedream_2bw
+from fr_jax.algorithms.proximal_backprop import proximal_backprop
 from fr_jax.partitioning.balance import balance, balance_stages
 from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
 from fr_jax.partitioning.cut import cut
@@ -62,5 +63,6 @@ __all__ = [
     "partition",
     "pipedream_2bw",
     "placement",
+    "proximal_backprop",
     "staleness",
 ]

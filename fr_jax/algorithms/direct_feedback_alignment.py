@@ -179,13 +179,12 @@ def step(
     # The error at the outputs goes to all stages.
     e, now.loss, metrics = parts.error(h, now.send(batch.targets, -1))
     now.told, now.metrics = Told(now.loss), now.metrics | metrics
-    h = vjp = None  # nothing here keeps alive what has been used
+    errors, feeds = [now.send(e, k) for k in range(K)], (*parts.feeds, lambda B, e: e)
+    h = vjp = e = None  # nothing here keeps alive what has been used
 
-    # Backward: no stage waits for another's.
+    # Backward: no stage waits for another's. A delta has no name, so that it is free after its stage's pull.
     for k in reversed(range(K)):
-        here = now.send(e, k)
-        delta = here if k == K - 1 else parts.feeds[k](state.feedback[k], here)
-        now.pull(k, parts.pulls[k], vjps.pop(), delta, now.params[k])
+        now.pull(k, parts.pulls[k], vjps.pop(), feeds[k](state.feedback[k], errors.pop()), now.params[k])
         now.update(k, now.told_for(k))
 
     return now.finish(state)

@@ -203,6 +203,12 @@ def _dfa(own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, dat
     return fr.direct_feedback_alignment(stages, loss_fn, optimizer, **own, **common)
 
 
+def _proxprop(
+    own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any
+) -> Algorithm:
+    return fr.proximal_backprop(stages, loss_fn, optimizer, **own, **common)
+
+
 METHODS: dict[str, Method] = {
     "fr": Method(
         short="FR",
@@ -316,6 +322,19 @@ METHODS: dict[str, Method] = {
         learning_rate=0.05,
         # A step is the forward passes of all stages, one after the other, and the backward pass of one.
         bound=lambda K, own: 3 * K / (K + 2),
+    ),
+    "proxprop": Method(
+        short="ProxProp",
+        title="proximal back-propagation",
+        make=_proxprop,
+        learning_rate=0.05,
+        own={
+            own_setting("proximal_step", float, "Length tau of the implicit steps of the weights.", above=0): 1.0,
+            own_setting("cg_steps", int, "Conjugate-gradient steps n that each of them takes.", least=1): 3,
+        },
+        # Each of the n steps is a forward pass and a gradient for the weights, two thirds of a pass.
+        work=lambda k, K, own: StageWork(passes=1 + 2 * own["cg_steps"] / 3),
+        bound=lambda K, own: 3 / (3 + 2 * own["cg_steps"]),
     ),
 }
 

@@ -34,7 +34,7 @@ def pipedream_2bw(stages, loss_fn, optimizer):
 
 
 METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe, pipedream_2bw]
-METHODS += [fr.direct_feedback_alignment]
+METHODS += [fr.direct_feedback_alignment, fr.proximal_backprop]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 

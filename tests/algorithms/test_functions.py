@@ -44,6 +44,7 @@ METHODS = {
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
     "gpipe": functools.partial(fr.gpipe, microbatches=3),
+    "proxprop": fr.proximal_backprop,
     "1f1b": functools.partial(fr.gpipe, microbatches=3, schedule="1f1b"),
     "bp-M": functools.partial(fr.backprop, microbatches=3),
     "fr-M": functools.partial(fr.features_replay, microbatches=3, weight_prediction=0.5),
@@ -55,7 +56,7 @@ METHODS = {
 M = {name: 3 for name, method in METHODS.items() if "microbatches" in getattr(method, "keywords", {})}
 SLOW_BLOCKPROP = pytest.param("blockprop", marks=pytest.mark.slow)  # the cached one goes the same ways
 # Every stage updates from the first iteration on, or at least one holds old weights in flight.
-LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dfa", "dni", "gpipe", "1f1b"}
+LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dfa", "dni", "gpipe", "1f1b", "proxprop"}
 STASHING = {"ddg", "ddg-M", "fr-stashed", "2bw"}
 K = 3
 # name -> a placement of K stages
@@ -114,7 +115,7 @@ def assert_each_module_is_on_its_devices(state, shardings):
 @pytest.mark.parametrize(
     ("method", "placements"),
     [
-        *((method, CROSSED) for method in ("bp", "ddg", "dfa", "dni", "gpipe", "blockprop-cached")),
+        *((method, CROSSED) for method in ("bp", "ddg", "dfa", "dni", "gpipe", "blockprop-cached", "proxprop")),
         ("fr", (*CROSSED, "2")),
         ("fr-M", (*CROSSED, "2")),
         ("ddg-M", CROSSED),
@@ -147,7 +148,9 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method, plac
         np.testing.assert_allclose(outputs["default"], outputs[name], rtol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["bp", "fr", "ddg", "dfa", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached"])
+@pytest.mark.parametrize(
+    "method", ["bp", "fr", "ddg", "dfa", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached", "proxprop"]
+)
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method)
     batches = make_batches(K + 1)
@@ -173,6 +176,7 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         pytest.param("ddg", "default", marks=pytest.mark.slow),
         ("ddg", "split over 2 each"),
         ("dfa", "split over 2 each"),
+        ("proxprop", "split over 2 each"),
         pytest.param("dni", "default", marks=pytest.mark.slow),
         ("dni", "split over 2 each"),
         pytest.param("blockprop", "default", marks=pytest.mark.slow),
@@ -255,6 +259,7 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         pytest.param("ddg", "K", False, marks=pytest.mark.slow),
         ("ddg", "split over 2 each", True),
         ("dfa", "split over 2 each", True),
+        ("proxprop", "split over 2 each", True),
         pytest.param("dni", "default", True, marks=pytest.mark.slow),
         ("dni", "split over 2 each", True),
         pytest.param("blockprop", "K", True, marks=pytest.mark.slow),

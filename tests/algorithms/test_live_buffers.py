@@ -24,6 +24,7 @@ METHODS = {
     "bp": fr.backprop,
     "fr": fr.features_replay,
     "ddg": fr.ddg,
+    "dfa": fr.direct_feedback_alignment,
     "gpipe": functools.partial(fr.gpipe, microbatches=M),
     "1f1b": functools.partial(fr.gpipe, microbatches=M, schedule="1f1b"),
     "2bw": functools.partial(fr.pipedream_2bw, microbatches=M),

@@ -42,7 +42,8 @@ def pipedream_2bw(stages, loss_fn, optimizer, **options):
 
 
 IN_FLIGHT = [fr.features_replay, micro_replay, fr.ddg, pipedream_2bw]
-METHODS = [fr.backprop, *IN_FLIGHT, dni, fr.blockprop, gpipe, fr.direct_feedback_alignment]
+SYNCHRONOUS = [fr.backprop, gpipe, fr.direct_feedback_alignment, fr.proximal_backprop]
+METHODS = [*SYNCHRONOUS, *IN_FLIGHT, dni, fr.blockprop]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 
@@ -188,9 +189,7 @@ def by_loss():
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-@pytest.mark.parametrize(
-    "method", [fr.backprop, gpipe, *IN_FLIGHT, fr.direct_feedback_alignment], ids=lambda method: method.__name__
-)
+@pytest.mark.parametrize("method", [*SYNCHRONOUS, *IN_FLIGHT], ids=lambda method: method.__name__)
 @pytest.mark.parametrize("devices", [1, 3])
 def test_optimizers_receive_the_loss_of_their_mini_batch(method, devices):
     """Stage k moves at iteration t by the loss of mini-batch t+k-K (delayed methods), t-1 (micro-batches) or t."""

@@ -33,6 +33,7 @@ METHODS = {
     "bp": fr.backprop,
     "ddg": fr.ddg,
     "dfa": fr.direct_feedback_alignment,
+    "proxprop": fr.proximal_backprop,
     "dni": lambda *args, **options: fr.dni(*args, fr.models.synthesizer(), optax.adam(0.01), **options),
     "blockprop": functools.partial(fr.blockprop, cache_size=24, h_every=2, h_learning_rate=0.1),
     "gpipe": functools.partial(fr.gpipe, microbatches=2),

@@ -226,7 +226,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
     [
         (
             {"method": "frr"},
-            r"--method frr is unknown; it can be fr, bp, ddg, dni, blockprop, gpipe, 2bw, dfa. Did you mean fr\?",
+            rf"--method frr is unknown; it can be {', '.join(METHODS)}. Did you mean fr\\?",
         ),
         ({"model": "resnet2"}, rf"--model resnet2 is unknown; it can be {', '.join(MODELS)}"),
         (
@@ -320,6 +320,7 @@ def test_check_says_what_is_valid(change, complaint):
         ("spike_compensation", True),
         ("prediction_momentum", 1.0),
         ("late_b1", 0.99),
+        ("cg_steps", 1),
     ],
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
