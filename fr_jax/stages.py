@@ -23,8 +23,9 @@ __all__ = ["chain", "from_linen", "partition", "traced_once"]
 def chain(*stages: Stage) -> Stage:
     """Composes one or more stages: ``chain(a, b).apply`` runs ``a``, then ``b``.
 
-    Layer j is initialised and applied with ``fold_in(key, j)``. Layers that are the same object are traced once for
-    each input shape, so a network of many equal blocks traces in the time of one.
+    Layer j is initialised and applied with ``fold_in(key, j)``. A chain inside a chain is one layer, which counts its
+    own layers from 0: nested chains draw other weights and dropout masks than one flat chain. Layers that are the same
+    object are traced once for each input shape, so a network of many equal blocks traces in the time of one.
 
     Returns:
       A stage whose ``params`` and ``state`` are tuples with one entry per layer; its ``layers`` are the given stages.
@@ -68,14 +69,43 @@ def _init_chain(layers: tuple[Stage, ...], key: Array, x: PyTree) -> tuple[PyTre
 
 
 def _apply_chain(
-    layers: tuple[Stage, ...], params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True
+    layers: tuple[Stage, ...],
+    params: PyTree,
+    state: PyTree,
+    x: PyTree,
+    *,
+    key: Array | None = None,
+    train: bool = True,
+    first: int = 0,
 ) -> tuple[PyTree, PyTree]:
     new_state = []
     for j, layer in enumerate(layers):
-        layer_key = None if key is None else jax.random.fold_in(key, j)
-        x, layer_state = traced_once(layer.apply)(params[j], state[j], x, key=layer_key, train=train)
+        x, layer_state = _apply_layer(layer, params[j], state[j], x, key=key, train=train, number=first + j)
         new_state.append(layer_state)
     return x, tuple(new_state)
+
+
+def _apply_layer(
+    layer: Stage, params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True, number: int
+) -> tuple[PyTree, PyTree]:
+    key = None if key is None else jax.random.fold_in(key, number)
+    return traced_once(layer.apply)(params, state, x, key=key, train=train)
+
+
+def numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages of one network, in which layer i, counted over all of them, is applied with ``fold_in(key, i)``.
+
+    The same key then gives the same dropout masks for every choice of cuts. A stage that is not a chain is a layer.
+    """
+    counted, first = [], 0
+    for stage in stages:
+        if stage.layers:
+            apply = functools.partial(_apply_chain, stage.layers, first=first)
+        else:
+            apply = functools.partial(_apply_layer, stage, number=first)
+        counted.append(stage._replace(apply=apply))
+        first += len(stage.layers) or 1
+    return tuple(counted)
 
 
 @functools.lru_cache(maxsize=1024)  # bounded: it keeps functions, and what they compiled, alive
@@ -255,7 +285,8 @@ def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Stage, ...]
       cuts: increasing positions in ``1 .. len(layers) - 1``; stage k is ``layers[cuts[k-1]:cuts[k]]``. Empty for K = 1.
 
     Returns:
-      K stages, each a chain of its layers. Initial weights depend on the layer's place in the network, not on the cuts.
+      K stages, each a chain of its layers. In a method (:func:`fr_jax.features_replay`, ...) initial weights and
+      dropout masks depend on the layer's place in the network, not on the cuts.
 
     Raises:
       ValueError: a stage would have no layers, or a cut lies outside the list.

@@ -137,7 +137,7 @@ class InitAlgorithm(Protocol):
     """``(key, batch, params=None, model_state=None) -> State``: the state before the first step.
 
     Args:
-      key: a ``jax.random.key``. The weights of layer i depend on the key and on i, not on the cuts.
+      key: a ``jax.random.key``. The weights and dropout masks of layer i depend on the key and on i, not on the cuts.
       batch: a mini-batch; only the shapes and dtypes of its leaves ``(B, ...)`` matter.
       params: weights to start from instead of fresh ones: a tuple of K pytrees, as in a state, or of one pytree per
         layer of the network (:func:`fr_jax.layer_params`). They are copied, and the optimizer states made from them.

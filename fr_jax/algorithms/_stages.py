@@ -20,10 +20,12 @@ from fr_jax.types import Array, Batch, PyTree, Stage
 
 
 class KeyStream(NamedTuple):
-    """A stage's source of dropout keys: micro-batch s draws from ``fold_in(key, s)``, in play and in replay.
+    """A stage's source of dropout keys: layer i draws from ``fold_in(fold_in(key, s), i)`` for micro-batch s.
+
+    So it does in play and in replay. Layers are counted over the whole network (``stages.numbered``).
 
     Attributes:
-      key: the stage's own key.
+      key: the same for all stages, on the stage's devices.
       count: int32 scalar on the stage's device, the number of micro-batches played (of mini-batches for M = 1). It
         stands beside ``State.step`` so that a step transfers nothing from the host.
     """
@@ -69,8 +71,8 @@ def init_stages(
     """Initialises every stage on its devices, from the shapes of ``batch`` alone.
 
     Layer i of the network, counted over all stages, draws its weights from ``fold_in(weights_key, i)``: the same key
-    gives the same weights for every choice of cuts, so that methods and K start from the same point. ``params`` and
-    ``model_state`` are used instead of what would be drawn.
+    gives the same weights for every choice of cuts, so that methods and K start from the same point; and the same
+    dropout masks. ``params`` and ``model_state`` are used instead of what would be drawn.
 
     Raises:
       ValueError: the key is not a key, the batch is not a mini-batch or cannot be split over the devices of a stage, a
@@ -90,7 +92,7 @@ def init_stages(
         here, layers = replicated(sharding), layers_of(stage)
         features.append(h)
         layer_keys = [jax.random.fold_in(weights_key, i) for i in range(first, first + len(layers))]
-        stream = KeyStream(jax.random.fold_in(dropout_key, k), jnp.zeros((), jnp.int32))
+        stream = KeyStream(dropout_key, jnp.zeros((), jnp.int32))
         layer_keys, stream = place((layer_keys, stream), here)  # a jit runs where its arguments are
         weights, states = [], []
         for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):

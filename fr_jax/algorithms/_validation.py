@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._placement import check_placement, data_parallel_size, default_sharding
-from fr_jax.stages import check_stages
+from fr_jax.stages import check_stages, numbered
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
 MICROBATCHES = " It must divide the batch size; 1 is no division."
@@ -100,7 +100,7 @@ def check_setup(
     optimizers = per_stage(optimizer, len(stages))
     shardings = None if placement is None else check_placement(placement, len(stages))
     M = check_count("microbatches", microbatches, why=MICROBATCHES)
-    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M)
+    return Setup(numbered(stages), optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M)
 
 
 def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:

@@ -108,13 +108,21 @@ def stage(module: Module) -> fr.Stage:
     return module[0].stage if len(module) == 1 else fr.chain(*(layer.stage for layer in module))
 
 
-def forward(module: Module, params: Any, state: Any, x: np.ndarray, key: jax.Array) -> tuple:
-    """The forward pass of a module; a chain folds the layer's place into the key."""
+def layer_keys(modules: Sequence[Module], start: Any) -> Callable:
+    """``(k, s) -> keys``, one per layer of module k = 0, 1, .., for micro-batch s; layers count over all modules."""
+    key = start.streams[0].key
+    numbers = iter(range(sum(map(len, modules))))
+    numbered = [[next(numbers) for _ in module] for module in modules]
+    return lambda k, s: [jax.random.fold_in(jax.random.fold_in(key, s), i) for i in numbered[k]]
+
+
+def forward(module: Module, params: Any, state: Any, x: np.ndarray, keys: Sequence[jax.Array | None]) -> tuple:
+    """The forward pass of a module; each layer has a key of its own."""
     if len(module) == 1:
-        return module[0].forward(params, state, x, key)
+        return module[0].forward(params, state, x, keys[0])
     new_state, pulls = [], []
     for j, layer in enumerate(module):
-        x, layer_state, pull = layer.forward(params[j], state[j], x, jax.random.fold_in(key, j))
+        x, layer_state, pull = layer.forward(params[j], state[j], x, keys[j])
         new_state.append(layer_state)
         pulls.append(pull)
 
@@ -169,7 +177,7 @@ def features_replay(
     """
     K = len(modules)
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
-    keys = [stream.key for stream in start.streams]
+    keys = layer_keys(modules, start)
     run = Run([[w] for w in first[0]], [[s] for s in first[1]], *([[] for _ in modules] for _ in range(2)), [], [])
     run = run._replace(delta=[{} for _ in modules], grads=[[] for _ in modules])
     for t, batch in enumerate(batches):
@@ -177,9 +185,8 @@ def features_replay(
         x = np.asarray(batch.inputs)
         for k in range(1, K + 1):
             run.h[k - 1].append(x)
-            key = jax.random.fold_in(keys[k - 1], t)
             w = predicted(run.w[k - 1], t, K - k, weight_prediction, M)
-            x, new_state, _ = forward(modules[k - 1], w, state[k - 1], x, key)
+            x, new_state, _ = forward(modules[k - 1], w, state[k - 1], x, keys(k - 1, t))
             if k == K or batch_stats in ("play", "both"):
                 state[k - 1] = new_state
         targets = np.asarray(batch.targets)
@@ -190,8 +197,8 @@ def features_replay(
                 run.w[k - 1].append(w)
                 run.grads[k - 1].append(None)
                 continue
-            key = jax.random.fold_in(keys[k - 1], s)
-            y, new_state, pull = forward(modules[k - 1], back(k, w), state[k - 1], run.h[k - 1][s], key)
+            h, key = run.h[k - 1][s], keys(k - 1, s)
+            y, new_state, pull = forward(modules[k - 1], back(k, w), state[k - 1], h, key)
             if k < K and batch_stats in ("replay", "both"):
                 state[k - 1] = new_state
             delta = 2 * (y - targets) / len(y) if k == K else run.delta[k - 1][t]
@@ -214,15 +221,14 @@ def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batc
     K = len(modules)
     ahead = lambda k, s: predicted(run.w[k - 1], s, K - k, weight_prediction, M)
     first = jax.tree.map(np.asarray, (start.params, start.model_state))
-    keys = [stream.key for stream in start.streams]
+    keys = layer_keys(modules, start)
     run = Run([[w] for w in first[0]], [[s] for s in first[1]], *([[] for _ in modules] for _ in range(2)), [], [])
     run = run._replace(delta=[{} for _ in modules], grads=[[] for _ in modules])
     for t, batch in enumerate(batches):
         x = np.asarray(batch.inputs)
         for k in range(1, K + 1):
             run.h[k - 1].append(x)
-            key = jax.random.fold_in(keys[k - 1], t)
-            x, new_state, _ = forward(modules[k - 1], ahead(k, t), run.state[k - 1][t], x, key)
+            x, new_state, _ = forward(modules[k - 1], ahead(k, t), run.state[k - 1][t], x, keys(k - 1, t))
             run.state[k - 1].append(new_state)
         targets = np.asarray(batch.targets)
         run.loss.append(squared_error(x, targets))
@@ -232,8 +238,8 @@ def ddg(modules: Sequence[Module], updates: Sequence[Callable], start: Any, batc
                 run.w[k - 1].append(run.w[k - 1][t])
                 run.grads[k - 1].append(None)
                 continue
-            key = jax.random.fold_in(keys[k - 1], s)
-            y, _, pull = forward(modules[k - 1], ahead(k, s), run.state[k - 1][s], run.h[k - 1][s], key)
+            h, key = run.h[k - 1][s], keys(k - 1, s)
+            y, _, pull = forward(modules[k - 1], ahead(k, s), run.state[k - 1][s], h, key)
             grads, dx = pull(2 * (y - targets) / len(y) if k == K else run.delta[k - 1][t])
             if k > 1:
                 run.delta[k - 2][t + 1] = dx

@@ -52,14 +52,14 @@ def naive_blockprop(naive, modules, updates, start, batches, penalty, h_steps, r
     """Algorithms 1 and 2, example by example where they differ; yields weights, statistics, h*, gradients, losses."""
     K = len(modules)
     w, w_state = jax.tree.map(np.asarray, (list(start.params), list(start.model_state)))
-    keys = [stream.key for stream in start.streams]
+    keys = naive.layer_keys(modules, start)
     kept, seen = {}, {}
     for t, batch in enumerate(batches):
         x, y = np.asarray(batch.inputs), np.asarray(batch.targets)
         index = np.asarray(batch.index).tolist() if cached else range(t * len(x), (t + 1) * len(x))
         run = [
             functools.partial(lambda m, w, w_state, key, h: naive.forward(m, w, w_state, h, key), *block)
-            for block in zip(modules, w, w_state, [jax.random.fold_in(key, t) for key in keys], strict=True)
+            for block in zip(modules, w, w_state, [keys(k, t) for k in range(K)], strict=True)
         ]
         p, h = [None], [x]
         for k in range(1, K):
@@ -182,7 +182,7 @@ def test_block_gradients_are_numerical_gradients_of_J(naive, modules, visits, ru
         goals = [*h[1:], np.asarray(batch.targets)]
         for k in range(K):
             leaves, treedef = jax.tree.flatten(jax.tree.map(np.array, state.params[k]))
-            key = jax.random.fold_in(state.streams[k].key, t)
+            key = naive.layer_keys(blocks, state)(k, t)
 
             w_state = jax.tree.map(np.asarray, state.model_state[k])
 
@@ -219,10 +219,10 @@ def test_lemma_B1(naive, network):
 
     def minimum(w):
         h2, h3 = h  # where the search starts does not matter
-        b1 = naive.forward(modules[0], w[0], (), x, None)[0]
+        b1 = naive.forward(modules[0], w[0], (), x, [None])[0]
         while True:
-            b2, _, pull2 = naive.forward(modules[1], w[1], (), h2, None)
-            b3, _, pull3 = naive.forward(modules[2], w[2], (), h3, None)
+            b2, _, pull2 = naive.forward(modules[1], w[1], (), h2, [None])
+            b3, _, pull3 = naive.forward(modules[2], w[2], (), h3, [None])
             slope2 = 2 * penalty[0] * (h2 - b1) + pull2(2 * penalty[1] * (b2 - h3))[1]
             slope3 = 2 * penalty[1] * (h3 - b2) + pull3(2 * (b3 - y))[1]
             if max(abs(slope2).max(), abs(slope3).max()) < 1e-9:

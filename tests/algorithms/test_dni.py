@@ -27,12 +27,11 @@ def naive_dni(naive, modules, update, start, batches, rate):
     w, w_state, M = jax.tree.map(
         np.asarray, (list(start.params), list(start.model_state), [m.params for m in start.synthesizers])
     )
-    keys = [stream.key for stream in start.streams]
+    keys = naive.layer_keys(modules, start)
     for t, batch in enumerate(batches):
         h, features, pulls = np.asarray(batch.inputs), [], []
         for k in range(K):
-            key = jax.random.fold_in(keys[k], t)
-            h, w_state[k], pull = naive.forward(modules[k], w[k], w_state[k], h, key)
+            h, w_state[k], pull = naive.forward(modules[k], w[k], w_state[k], h, keys(k, t))
             features.append(h)
             pulls.append(pull)
         B, targets = len(h), np.asarray(batch.targets)

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -17,20 +18,20 @@ def squared_error(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
 
-def dni(stages, loss_fn, optimizer):
+def dni(stages, loss_fn, optimizer, **common):
     def apply(params, state, h, /, *, key=None, train=True):
         return params * h, state
 
     synthesizer = fr.Stage(lambda key, h: (jnp.ones((), h.dtype), ()), apply)
-    return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.sgd(1e-3))
+    return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.sgd(1e-3), **common)
 
 
-def gpipe(stages, loss_fn, optimizer):
-    return fr.gpipe(stages, loss_fn, optimizer, microbatches=2)
+def gpipe(stages, loss_fn, optimizer, **common):
+    return fr.gpipe(stages, loss_fn, optimizer, microbatches=2, **common)
 
 
-def pipedream_2bw(stages, loss_fn, optimizer):
-    return fr.pipedream_2bw(stages, loss_fn, optimizer, microbatches=4)
+def pipedream_2bw(stages, loss_fn, optimizer, **common):
+    return fr.pipedream_2bw(stages, loss_fn, optimizer, microbatches=4, **common)
 
 
 METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe, pipedream_2bw]
@@ -102,6 +103,34 @@ def test_no_key_is_used_twice(method):
     algorithm = plain(method)
     with jax.debug_key_reuse(True):
         algorithm.step(algorithm.init(jax.random.key(0), batch()), batch())
+
+
+@pytest.mark.parametrize(
+    ("method", "cuts", "data_parallel"),
+    [
+        *((method, (1,), 1) for method in METHODS),
+        (fr.features_replay, (2, 3), 2),
+        *(pytest.param(method, (2, 3), 2, marks=pytest.mark.slow) for method in METHODS),
+    ],
+)
+def test_dropout_masks_do_not_depend_on_the_cuts(naive, make_batches, method, cuts, data_parallel):
+    """The first loss is that of the uncut network, whose layer i draws from ``fold_in(key, i)``."""
+    layers = naive.dense(4), naive.dropout(0.5), naive.dropout(0.3), naive.dense(2)
+    batch = make_batches(1, examples=8)[0]
+    M = {gpipe: 2, pipedream_2bw: 4}.get(method, 1)
+    if method is fr.blockprop:  # of which h-steps change the loss
+        method = functools.partial(method, h_steps=0)
+    stages = fr.partition([layer.stage for layer in layers], cuts)
+    placement = fr.placement(len(stages), jax.devices()[:4], data_parallel)
+    algorithm = method(stages, naive.squared_error, optax.sgd(0.1), placement=placement)
+    state = algorithm.init(KEY, batch)
+    _, info = algorithm.step(state, batch)
+    keys, expected = naive.layer_keys([layers], jax.device_put(state, jax.devices()[0])), []
+    for m in range(M):
+        inputs, targets = (np.asarray(rows)[m::M] for rows in batch[:2])
+        outputs, *_ = naive.forward(layers, *jax.tree.map(np.asarray, fr.layer_params(state)), inputs, keys(0, m))
+        expected.append(naive.squared_error(outputs, targets))
+    np.testing.assert_allclose(info.loss, np.mean(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", [fr.features_replay, fr.ddg])

@@ -18,14 +18,13 @@ close = {"rtol": 1e-10, "atol": 1e-12}
 def naive_gpipe(naive, modules, updates, start, batches, M):
     """Microbatch by microbatch, in NumPy; M = 1 is back-propagation with the whole batch."""
     w, w_state = jax.tree.map(np.asarray, (list(start.params), list(start.model_state)))
-    keys = [stream.key for stream in start.streams]
+    keys = naive.layer_keys(modules, start)
     for t, batch in enumerate(batches):
         microbatches = []
         for m in range(M):
             h, targets, pulls, grads = np.asarray(batch.inputs)[m::M], np.asarray(batch.targets)[m::M], [], []
             for k, module in enumerate(modules):
-                key = jax.random.fold_in(keys[k], t * M + m)
-                h, w_state[k], pull = naive.forward(module, w[k], w_state[k], h, key)
+                h, w_state[k], pull = naive.forward(module, w[k], w_state[k], h, keys(k, t * M + m))
                 pulls.append(pull)
             delta = 2 * (h - targets) / len(h)
             for pull in reversed(pulls):

@@ -131,13 +131,13 @@ def two_buffered(naive, modules, updates, start, batches, M):
     """Yields w^{t+1} and the loss of mini-batch t: the gradient at w^{t-1} moves w^t."""
     w = jax.tree.map(np.asarray, list(start.params))
     previous = w if len(modules) > 1 else None
-    keys, w_state = [stream.key for stream in start.streams], list(start.model_state)
+    keys, w_state = naive.layer_keys(modules, start), list(start.model_state)
     for t, batch in enumerate(batches):
         at, parts = w if previous is None else previous, []
         for m in range(M):
             h, targets, pulls, grads = np.asarray(batch.inputs)[m::M], np.asarray(batch.targets)[m::M], [], []
             for k, module in enumerate(modules):
-                h, _, pull = naive.forward(module, at[k], w_state[k], h, jax.random.fold_in(keys[k], t * M + m))
+                h, _, pull = naive.forward(module, at[k], w_state[k], h, keys(k, t * M + m))
                 pulls.append(pull)
             delta = 2 * (h - targets) / len(h)
             for pull in reversed(pulls):

@@ -14,6 +14,7 @@ from fr_jax._arrays import put
 from fr_jax.algorithms import _functions as steps
 from fr_jax.algorithms._training import make_train
 from fr_jax.experiments._methods import METHODS, Method, TrainingSet
+from fr_jax.stages import numbered
 from fr_jax.types import Algorithm, Batch, Info, LossFn, Stage
 
 EXAMPLES, CLASSES = 50_000, 10  # as CIFAR-10 has; only caches and conditioned synthesizers depend on them
@@ -53,6 +54,7 @@ def recomputing(
     """
     K = len(stages)
     plain = fr.backprop(stages, loss_fn, optimizer, placement=placement)
+    stages = numbered(stages)
     common: dict[str, Any] = {"return_grads": False, "donate": donate}
     plays = [steps.make_play(stages[k], placement[k], update_stats=True, donate=donate) for k in range(K - 1)]
     replays = [

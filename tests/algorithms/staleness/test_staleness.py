@@ -38,7 +38,7 @@ def literal(naive, modules, updates, start, batches, remedy):
     factor, every, weight_prediction = remedy
     K = len(modules)
     w = [[p] for p in jax.tree.map(np.asarray, start.params)]
-    state, keys = start.model_state, [stream.key for stream in start.streams]
+    state, keys = start.model_state, naive.layer_keys(modules, start)
     last = [jax.tree.map(np.zeros_like, w[k][0]) for k in range(K)]
     h, delta, waiting, gradients = ([[] for _ in modules] for _ in range(4))
     delta, loss = [{} for _ in modules], []
@@ -48,7 +48,7 @@ def literal(naive, modules, updates, start, batches, remedy):
             h[k].append(x)
             n = sum((len(waiting[k]) + j) % every == 0 for j in range(1, K - k))
             w_hat = jax.tree.map(lambda w, u, n=n: w + weight_prediction * n * u, w[k][t], last[k])
-            x, _, _ = naive.forward(modules[k], w_hat, state[k], x, jax.random.fold_in(keys[k], t))
+            x, _, _ = naive.forward(modules[k], w_hat, state[k], x, keys(k, t))
         targets = np.asarray(batch.targets)
         loss.append(naive.squared_error(x, targets))
         for k in range(K):
@@ -56,7 +56,7 @@ def literal(naive, modules, updates, start, batches, remedy):
             w[k].append(w[k][t])
             if s < 0:
                 continue
-            y, _, pull = naive.forward(modules[k], w[k][t], state[k], h[k][s], jax.random.fold_in(keys[k], s))
+            y, _, pull = naive.forward(modules[k], w[k][t], state[k], h[k][s], keys(k, s))
             received = 2 * (y - targets) / len(y) if k == K - 1 else factor * delta[k][t]
             g, dx = pull(received)
             if k > 0:
