@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from fr_jax.stages import check_stages, traced_once
 from fr_jax.types import Array, PyTree, Stage
@@ -71,6 +74,9 @@ def stage_cost(costs: Sequence[LayerCost], work: StageWork, start: int, stop: in
 
 def layer_flops(layers: Sequence[Stage], example_inputs: Inputs) -> list[LayerCost]:
     """The floating-point operations of every layer for a mini-batch, as XLA counts them; nothing runs.
+
+    A loop (``lax.scan``, ``nn.scan``, ``nn.RNN``) counts with all its iterations, a ``lax.while_loop`` with one and a
+    warning.
 
     Args: as for :func:`layer_costs`.
 
@@ -212,8 +218,50 @@ def _count_flops(run: Callable, *specs: PyTree) -> float:
             "JAX_PLATFORMS=cuda,cpu), or cut by measured times (balance 'time'), by numbers of layers or by hand."
         ) from error
     with jax.default_device(processor):  # a GPU's backend counts nothing in what is not compiled
-        analysis = jax.jit(run).lower(*specs).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
+        return _flops(run, *specs)
+
+
+def _flops(run: Callable, *specs: PyTree) -> float:
+    """XLA's count, and the iterations of loops that are missing in it: it counts the body of a loop once."""
+    traced = jax.jit(run).trace(*specs)
+    return _counted_once(traced) + _missing_iterations(traced.jaxpr.jaxpr)
+
+
+def _counted_once(traced: Any) -> float:
+    return float((traced.lower().cost_analysis() or {}).get("flops", 0.0))
+
+
+def _missing_iterations(jaxpr: Jaxpr) -> float:
+    missing = 0.0
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, list(_called(eqn))
+        if name == "scan":  # nn.RNN and nn.scan too, lax.map, lax.fori_loop of a number of iterations that is known
+            bind = functools.partial(eqn.primitive.bind, **eqn.params)
+            once = _counted_once(jax.jit(bind).trace(*(_spec(var.aval) for var in eqn.invars)))
+            body = _flops(jaxpr_as_fun(eqn.params["jaxpr"]), *map(_spec, eqn.params["jaxpr"].in_avals))
+            missing += eqn.params["length"] * body - once
+        elif name == "cond":
+            missing += max(map(_missing_iterations, inner))
+        else:
+            if name == "while":
+                warnings.warn(
+                    "a layer has a loop whose number of iterations is not known before it runs (lax.while_loop, or "
+                    "lax.fori_loop with a traced bound); one is counted. Use lax.scan, or measure='time'.",
+                    stacklevel=2,
+                )
+            missing += sum(map(_missing_iterations, inner))
+    return missing
+
+
+def _called(eqn: Any) -> Iterator[Jaxpr]:
+    """The functions in an equation's parameters."""
+    for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+        if isinstance(leaf, Jaxpr | ClosedJaxpr):
+            yield leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf
+
+
+def _spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _ready(run: Callable, specs: tuple, seed: int) -> Callable[[], float]:

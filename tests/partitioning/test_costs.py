@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import flax.linen as nn
@@ -53,6 +54,52 @@ def test_costs_of_stages_are_those_of_the_functions_that_they_run(cuts):
 
     expected = flops(play, params) + flops(replay, params, play(params))
     assert stage_cost(costs, StageWork(plays=1), 0, cuts[0]) == pytest.approx(expected, rel=0.08)
+
+
+def product(params, x):
+    return jnp.tanh(x @ params)
+
+
+def looped(steps, loop):
+    """``steps`` products of ``(B, 8)`` and ``(8, 8)``, one after the other."""
+    apply = lambda params, state, x, *, key=None, train=True: (loop(steps, params, x), state)
+    return fr.Stage(lambda key, x: (jnp.ones((8, 8)), ()), apply)
+
+
+LOOPS = {
+    "python": lambda n, w, x: functools.reduce(lambda h, _: product(w, h), range(n), x),
+    "scan": lambda n, w, x: jax.lax.scan(lambda h, _: (product(w, h), None), x, length=n)[0],
+    "unrolled": lambda n, w, x: jax.lax.scan(lambda h, _: (product(w, h), None), x, length=n, unroll=4)[0],
+    "fori": lambda n, w, x: jax.lax.fori_loop(0, n, lambda _, h: product(w, h), x),
+    "nested": lambda n, w, x: jax.lax.scan(lambda h, _: (LOOPS["scan"](n // 2, w, h), None), x, length=2)[0],
+    "in a branch": lambda n, w, x: jax.lax.cond(
+        w[0, 0] > 0, functools.partial(LOOPS["scan"], n, w), functools.partial(LOOPS["scan"], 1, w), x
+    ),
+    "called": lambda n, w, x: jax.jit(jax.checkpoint(functools.partial(LOOPS["scan"], n)))(w, x),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_all_iterations_of_a_loop_count(loop):
+    (cost,) = fr.layer_flops([looped(10, LOOPS[loop])], jnp.zeros((B, 8)))
+    products = 10 * 2 * B * 8 * 8
+    np.testing.assert_allclose(cost.forward, products, rtol=0.01 if loop != "in a branch" else 0.2)
+    assert 2.9 * products < cost.both_gradients < (3.4 if loop != "called" else 4.4) * products
+
+
+@pytest.mark.slow
+def test_a_recurrent_network_costs_its_time_steps():
+    layer = fr.from_linen(nn.RNN(nn.LSTMCell(32)))
+    few, many = (fr.layer_flops([layer], jnp.ones((8, T, 16)))[0] for T in (4, 256))
+    np.testing.assert_allclose(many, 64 * np.array(few), rtol=1e-3)
+
+
+def test_a_loop_of_unknown_length_counts_once_and_warns():
+    until = lambda n, w, x: jax.lax.while_loop(lambda h: h.sum() < n, functools.partial(product, w), x)
+    stage = looped(10, lambda n, w, x: jax.lax.stop_gradient(until(n, w, x)) + product(w, x))
+    with pytest.warns(UserWarning, match=r"a loop whose number of iterations is not known before it runs .*lax\.scan"):
+        (cost,) = fr.layer_flops([stage], jnp.zeros((B, 8)))
+    assert 2 * 2 * B * 8 * 8 < cost.forward < 3 * 2 * B * 8 * 8
 
 
 def test_cost_of_a_stage_by_hand():
