@@ -3,7 +3,7 @@
 A network is cut into K stages, each placed on its own device, and trained by a method: an ``Algorithm`` of pure
 functions ``init``, ``step`` and ``predict``.
 
-- Stages: ``Stage``, ``from_linen``, ``chain``, ``partition``.
+- Stages: ``Stage``, ``WithLoss``, ``from_linen``, ``chain``, ``partition``.
 - Where to cut: ``cut``; or step by step ``layer_costs``, ``layer_flops``, ``layer_times``, ``balance`` and
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
@@ -32,7 +32,7 @@ from fr_jax.partitioning.balance import balance, balance_stages
 from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
 from fr_jax.partitioning.cut import cut
 from fr_jax.stages import chain, from_linen, partition
-from fr_jax.types import Algorithm, Batch, Info, Stage, State
+from fr_jax.types import Algorithm, Batch, Info, Stage, State, WithLoss
 
 __version__ = "0.2.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "Info",
     "Stage",
     "State",
+    "WithLoss",
     "backprop",
     "balance",
     "balance_stages",

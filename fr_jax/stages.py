@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from fr_jax.types import Array, PyTree, Stage
+from fr_jax.types import Array, PyTree, Stage, WithLoss
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -29,6 +29,7 @@ def chain(*stages: Stage) -> Stage:
 
     Returns:
       A stage whose ``params`` and ``state`` are tuples with one entry per layer; its ``layers`` are the given stages.
+      Losses of the layers' own (:class:`fr_jax.WithLoss`) are added up.
 
     Raises:
       ValueError: no stage was given, or something that is not a Stage.
@@ -44,7 +45,8 @@ def chain(*stages: Stage) -> Stage:
     if not stages:
         raise ValueError("chain() was given no stage; a stage needs at least one layer. Pass one or more stages.")
     check_stages(stages, "layer")
-    return Stage(functools.partial(_init_chain, stages), functools.partial(_apply_chain, stages), stages)
+    layers = tuple(_numbered(layer, j) for j, layer in enumerate(stages))
+    return Stage(functools.partial(_init_chain, stages), functools.partial(_apply_layers, layers), stages)
 
 
 def check_stages(stages: Sequence[Any], name: str) -> None:
@@ -68,28 +70,28 @@ def _init_chain(layers: tuple[Stage, ...], key: Array, x: PyTree) -> tuple[PyTre
     return tuple(params), tuple(state)
 
 
-def _apply_chain(
-    layers: tuple[Stage, ...],
-    params: PyTree,
-    state: PyTree,
-    x: PyTree,
-    *,
-    key: Array | None = None,
-    train: bool = True,
-    first: int = 0,
+def _apply_layers(
+    layers: tuple[Stage, ...], params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True
 ) -> tuple[PyTree, PyTree]:
-    new_state = []
+    """One numbered layer after the other."""
+    new_state, losses = [], []
     for j, layer in enumerate(layers):
-        x, layer_state = _apply_layer(layer, params[j], state[j], x, key=key, train=train, number=first + j)
+        x, layer_state = layer.apply(params[j], state[j], x, key=key, train=train)
+        if isinstance(layer_state, WithLoss):
+            layer_state, loss = layer_state
+            losses.append(loss)
         new_state.append(layer_state)
-    return x, tuple(new_state)
+    return x, WithLoss(tuple(new_state), sum(losses[1:], losses[0])) if losses else tuple(new_state)
 
 
-def _apply_layer(
-    layer: Stage, params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True, number: int
-) -> tuple[PyTree, PyTree]:
-    key = None if key is None else jax.random.fold_in(key, number)
-    return traced_once(layer.apply)(params, state, x, key=key, train=train)
+def _numbered(layer: Stage, number: int) -> Stage:
+    """The layer, applied with ``fold_in(key, number)``."""
+
+    def apply(params: PyTree, state: PyTree, x: PyTree, /, *, key: Array | None = None, train: bool = True) -> Any:
+        key = None if key is None else jax.random.fold_in(key, number)
+        return traced_once(layer.apply)(params, state, x, key=key, train=train)
+
+    return layer._replace(apply=apply)
 
 
 def numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -99,12 +101,10 @@ def numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
     counted, first = [], 0
     for stage in stages:
-        if stage.layers:
-            apply = functools.partial(_apply_chain, stage.layers, first=first)
-        else:
-            apply = functools.partial(_apply_layer, stage, number=first)
-        counted.append(stage._replace(apply=apply))
-        first += len(stage.layers) or 1
+        layers = tuple(_numbered(layer, i) for i, layer in enumerate(stage.layers, start=first))
+        apply = functools.partial(_apply_layers, layers)
+        counted.append(Stage(stage.init, apply, layers) if layers else _numbered(stage, first))
+        first += len(layers) or 1
     return tuple(counted)
 
 
@@ -216,7 +216,7 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
 
     def init(key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
         made = variables(key, jax.tree.map(value, x))
-        return made.get("params", {}), {name: collection for name, collection in made.items() if name != "params"}
+        return made.get("params", {}), {name: made[name] for name in made if name not in ("params", "losses")}
 
     def apply(
         params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None, train: bool = True
@@ -225,13 +225,14 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
         rngs = None if key is None else {"dropout": key}
         run: Any = functools.partial(module.apply, variables, x, rngs=rngs, **flags(train))
         with nn.intercept_methods(_mode_interceptor(module, train, check=not set(_MODES) & set(dict(call_kwargs)))):
-            if not (train and state):
+            if not train:
                 return run(), state
-            y, moved = run(mutable=list(state))
+            y, moved = run(mutable=[*state, "losses"])
+        losses = jax.tree.leaves(moved.pop("losses", ()))
         if jax.tree.structure(moved) == jax.tree.structure(state):
             # Flax (0.12) makes float32 statistics, and moves them to float64 if the features are.
             moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
-        return y, moved
+        return y, WithLoss(moved, sum(map(jnp.sum, losses[1:]), jnp.sum(losses[0]))) if losses else moved
 
     return Stage(init, apply)
 
@@ -239,11 +240,14 @@ def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], 
 def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
     """Wraps a Flax Linen module as a stage.
 
-    The collection ``params`` is trained; every other collection (``batch_stats``, ...) is the stage's state, updated in
-    training mode. If ``module.__call__`` has an argument ``train``, ``training``, ``is_training``, ``deterministic`` or
-    ``use_running_average``, or ``**kwargs``, it is set from ``train`` of :attr:`Stage.apply`; likewise for the members
-    of an ``nn.Sequential``. A dropout or batch norm layer that is then still called in inference mode is named in a
-    warning. The stage's key is the module's ``dropout`` stream.
+    The collection ``params`` is trained; every other collection (``batch_stats``, ...) but ``losses`` is the stage's
+    state, updated in training mode. If ``module.__call__`` has an argument ``train``, ``training``, ``is_training``,
+    ``deterministic`` or ``use_running_average``, or ``**kwargs``, it is set from ``train`` of :attr:`Stage.apply`;
+    likewise for the members of an ``nn.Sequential``. A dropout or batch norm layer that is then still called in
+    inference mode is named in a warning. The stage's key is the module's ``dropout`` stream.
+
+    What the module sows under ``losses`` in training, ``self.sow("losses", "balance", loss)``, is a loss of the stage's
+    own (:class:`fr_jax.WithLoss`), the sum of all that is sown; it is not a part of the state.
 
     The flags go by keyword. A module that must have them by position, such as ``nn.remat(Block, static_argnums=2)``,
     is called so inside a small module of your own.

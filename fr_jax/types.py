@@ -17,7 +17,10 @@ class InitStage(Protocol):
 
 
 class ApplyStage(Protocol):
-    """``(params, state, x, *, key, train) -> (y, new_state)``: a pure forward pass."""
+    """``(params, state, x, *, key, train) -> (y, new_state)``: a pure forward pass.
+
+    A stage with a loss of its own returns ``(y, WithLoss(new_state, loss))``.
+    """
 
     def __call__(
         self, params: PyTree, state: PyTree, x: PyTree, /, *, key: Array | None = None, train: bool = True
@@ -31,7 +34,8 @@ class Stage(NamedTuple):
 
     Attributes:
       init: ``(key, x) -> (params, state)``. ``params`` are trained; ``state`` is everything else that the stage carries
-        along, such as the running statistics of batch normalisation, or ``()``.
+        along, such as the running statistics of batch normalisation, or ``()``. It keeps its structure, shapes and
+        dtypes.
       apply: ``(params, state, x, *, key=None, train=True) -> (y, new_state)``. ``key`` feeds dropout; a stage without
         randomness ignores it.
       layers: the layers that the stage is a chain of; its ``params`` and ``state`` are then tuples with one entry per
@@ -50,6 +54,39 @@ class Stage(NamedTuple):
     init: InitStage
     apply: ApplyStage
     layers: tuple[Stage, ...] = ()
+
+
+class WithLoss(NamedTuple):
+    """The new state of a stage, and a loss of the stage's own: the balance of a router, a penalty on activity.
+
+    The objective of a network is its loss plus those of its stages: each adds its gradient to that of the weights of
+    its stage and of all below. Methods that send the gradient of the loss down, on time or late, train with it:
+    ``backprop``, ``gpipe``, ``features_replay``, ``ddg`` and ``pipedream_2bw``; the others refuse it. ``Info.loss`` is
+    without it; ``Info.metrics["auxiliary_loss"]`` is the sum of those of all stages. Over micro-batches it is weighted
+    as the loss is: the mean, or with a loss ``(total, weight)`` the mean with these weights.
+
+    A Flax module says ``self.sow("losses", "balance", loss)`` instead (:func:`fr_jax.from_linen`).
+
+    Attributes:
+      state: what ``apply`` returns without it.
+      loss: scalar, the mean over the mini-batch; in training only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, fr_jax as fr
+      >>> def init(key, x):
+      ...     return jnp.ones(()), ()
+      >>> def apply(params, state, x, *, key=None, train=True):
+      ...     y = x * params
+      ...     return y, fr.WithLoss(state, 0.01 * jnp.mean(y**2))
+      >>> fit = fr.backprop([fr.Stage(init, apply)], lambda y, z: jnp.mean((y - z) ** 2), optax.sgd(0.1))
+      >>> batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 3)))
+      >>> _, info = fit.step(fit.init(jax.random.key(0), batch), batch)
+      >>> float(info.loss), round(float(info.metrics["auxiliary_loss"]), 4)
+      (1.0, 0.01)
+    """
+
+    state: PyTree
+    loss: Array
 
 
 class Batch(NamedTuple):
@@ -103,8 +140,8 @@ class Info(NamedTuple):
       loss: scalar, the loss of the mini-batch of this step at the last stage.
       grads: tuple of K pytrees (``None`` for a stage that did not update in this step), or ``None`` without
         ``return_grads=True``.
-      metrics: ``gradient_norm/k`` for each stage k = 1..K that updated, and whatever the ``metrics_fn`` of the method
-        returned for this mini-batch.
+      metrics: ``gradient_norm/k`` for each stage k = 1..K that updated, ``auxiliary_loss`` if a stage has one
+        (:class:`WithLoss`), and whatever the ``metrics_fn`` of the method returned for this mini-batch.
     """
 
     loss: Array

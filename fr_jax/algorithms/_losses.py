@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fr_jax.algorithms._auxiliary import AUXILIARY, taken_apart
 from fr_jax.types import Array, LossFn, MetricsFn, PyTree
 
 __all__ = ["NOTHING", "Scored", "Told", "combine", "gradient_norm", "loss_of", "quotient", "score", "wide"]
@@ -24,6 +25,12 @@ class Scored(NamedTuple):
 
     loss: Terms
     metrics: dict[str, Terms]
+
+    def objective(self, *, of_total: bool = False) -> Array:
+        """What is trained: the loss and the auxiliary losses, if there are any; or their totals."""
+        value = lambda terms: terms[0] if of_total else quotient(*terms)
+        own = self.metrics.get(AUXILIARY)
+        return value(self.loss) if own is None else value(self.loss) + value(own)
 
 
 class Told(NamedTuple):
@@ -76,10 +83,18 @@ def loss_of(loss_fn: LossFn, outputs: PyTree, targets: PyTree) -> Array:
 
 
 def score(loss_fn: LossFn, metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) -> Scored:
-    """The terms of ``loss_fn`` and ``metrics_fn``; raises ValueError if they return something else."""
+    """The terms of ``loss_fn`` and ``metrics_fn``; raises ValueError if they return something else.
+
+    Auxiliary losses beside the outputs have the weight of the loss.
+    """
+    outputs, losses = taken_apart(outputs)
     pair = lambda value: value if isinstance(value, tuple) and len(value) == 2 else (value, ())
     metrics = {name: pair(value) for name, value in _metrics_of(metrics_fn, outputs, targets).items()}
-    return Scored(_loss_terms(loss_fn, outputs, targets), metrics)
+    total, weight = _loss_terms(loss_fn, outputs, targets)
+    if losses is not None:
+        mean = jnp.mean(losses)
+        metrics[AUXILIARY] = (mean, ()) if isinstance(weight, tuple) else (mean.astype(weight.dtype) * weight, weight)
+    return Scored((total, weight), metrics)
 
 
 def combine(parts: Sequence[Scored]) -> tuple[Array, Array | tuple[()], dict[str, Array]]:
@@ -112,10 +127,10 @@ def _metrics_of(metrics_fn: MetricsFn | None, outputs: PyTree, targets: PyTree) 
             f"metrics_fn returned a {type(metrics).__name__}; it must be a dict of names and arrays, such as "
             '{"accuracy": accuracy}.'
         )
-    taken = [name for name in metrics if name == "loss" or str(name).startswith("gradient_norm/")]
+    taken = [name for name in metrics if name in ("loss", AUXILIARY) or str(name).startswith("gradient_norm/")]
     if taken:
         raise ValueError(
-            f"metrics_fn returned {', '.join(map(repr, taken))}; the loss and gradient_norm/k are the method's own, "
+            f"metrics_fn returned {', '.join(map(repr, taken))}; the losses and gradient_norm/k are the method's own, "
             "by which a run that diverges is found. Choose other names."
         )
     return dict(metrics)

@@ -14,9 +14,9 @@ from jax.sharding import Sharding
 
 from fr_jax._arrays import place
 from fr_jax._placement import replicated
+from fr_jax.algorithms._auxiliary import carried, check_loss, taken_apart
 from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_example, check_split
-from fr_jax.stages import traced_once
-from fr_jax.types import Array, Batch, PyTree, Stage
+from fr_jax.types import Array, Batch, PyTree, Stage, WithLoss
 
 
 class KeyStream(NamedTuple):
@@ -87,10 +87,10 @@ def init_stages(
     weights_key, dropout_key, own_key = jax.random.split(key, 3)
     h, targets = (_microbatch_spec(tree, setup.microbatches) for tree in batch[:2])
     made_params, made_states, opt_state, streams, features = [], [], [], [], []
-    first = 0
+    first, auxiliary = 0, False
     for k, (stage, optimizer, sharding) in enumerate(zip(setup.stages, setup.optimizers, setup.shardings, strict=True)):
         here, layers = replicated(sharding), layers_of(stage)
-        features.append(h)
+        features.append(jax.eval_shape(carried, h) if auxiliary else h)
         layer_keys = [jax.random.fold_in(weights_key, i) for i in range(first, first + len(layers))]
         stream = KeyStream(dropout_key, jnp.zeros((), jnp.int32))
         layer_keys, stream = place((layer_keys, stream), here)  # a jit runs where its arguments are
@@ -98,9 +98,8 @@ def init_stages(
         for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):
             with _named_layer(k, i, h):
                 p, s = _init_or_take(layer, layer_key, h, here, given_params[i], given_states[i], i)
-                # Shapes only: equal layers are traced once, and the network is not run.
-                h, moved = jax.eval_shape(traced_once(layer.apply), p, s, h, key=dropout_key)
-                _check_state(s, moved)
+                h, has_loss = _applied(setup, layer, p, s, h, dropout_key)
+                auxiliary = auxiliary or has_loss
             weights.append(p)
             states.append(s)
         first += len(layers)
@@ -118,7 +117,7 @@ def init_stages(
         streams=tuple(streams),
         batch_spec=spec,
         features=tuple(features),
-        outputs=h,
+        outputs=jax.eval_shape(carried, h) if auxiliary else h,
         targets=targets,
         key=own_key,
     )
@@ -213,6 +212,24 @@ def zeros(spec: PyTree, sharding: Sharding | None) -> PyTree:
 def _jitted_zeros(treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
     """One compilation for all entries of a history."""
     return jax.jit(lambda: _zeros(treedef.unflatten(leaves)), out_shardings=sharding)
+
+
+def _applied(setup: Setup, layer: Stage, params: PyTree, state: PyTree, h: PyTree, key: Array) -> tuple[PyTree, bool]:
+    """What a layer makes of an input like ``h``, and whether it has a loss of its own; checks what it returns."""
+    # Shapes only: equal layers are traced once (stages.numbered), and the network is not run.
+    h, moved = jax.eval_shape(layer.apply, params, state, h, key=key)
+    h, losses = taken_apart(h)
+    if isinstance(moved, WithLoss):
+        moved, losses = moved
+        check_loss(losses)
+    if losses is not None and not setup.auxiliary:
+        raise ValueError(
+            "this layer has a loss of its own (fr_jax.WithLoss, or self.sow of a Flax module under 'losses'), which "
+            "this method does not train with. Use backprop, gpipe, features_replay, ddg or pipedream_2bw, or take the "
+            "loss out of the layer."
+        )
+    _check_state(state, moved)
+    return h, losses is not None
 
 
 def _check_state(state: PyTree, moved: PyTree) -> None:

@@ -46,7 +46,7 @@ def _network_gradient(
 ) -> Callable:
     """``(params, model_state, streams, h_in, targets) -> (grads, delta, model_state, scored)`` of a few stages.
 
-    The gradient is that of the loss, or of its total alone.
+    The gradient is that of the objective, or of its total alone.
     """
 
     def gradient(
@@ -58,7 +58,7 @@ def _network_gradient(
                 h, stage_state = stage.apply(params[k], model_state[k], h, key=streams[k].at(), train=True)
                 new_state.append(stage_state)
             scored = score(loss_fn, metrics_fn, h, targets)
-            return scored.loss[0] if of_total else quotient(*scored.loss), (tuple(new_state), scored)
+            return scored.objective(of_total=of_total), (tuple(new_state), scored)
 
         run = jax.grad(objective, argnums=(0, 1) if input_gradient else (0,), has_aux=True)
         (grads, *delta), (new_state, scored) = run(params, h_in)

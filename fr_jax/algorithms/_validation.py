@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._placement import check_placement, data_parallel_size, default_sharding
+from fr_jax.algorithms._auxiliary import carrying
 from fr_jax.stages import check_stages, numbered
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
@@ -34,6 +35,7 @@ class Setup:
     return_grads: bool
     donate: bool
     microbatches: int = 1
+    auxiliary: bool = False
 
     @functools.cached_property
     def shardings(self) -> tuple[Sharding, ...]:
@@ -84,8 +86,12 @@ def check_setup(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     microbatches: int = 1,
+    *,
+    auxiliary: bool = False,
 ) -> Setup:
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
+
+    ``auxiliary``: the method sends the gradient of what stages carry beside their features (``_auxiliary.Carried``).
 
     Raises:
       ValueError: no stages, something that is not a Stage, a number of optimizers or shardings other than K, or
@@ -100,7 +106,8 @@ def check_setup(
     optimizers = per_stage(optimizer, len(stages))
     shardings = None if placement is None else check_placement(placement, len(stages))
     M = check_count("microbatches", microbatches, why=MICROBATCHES)
-    return Setup(numbered(stages), optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M)
+    stages = tuple(map(carrying, numbered(stages)))
+    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M, auxiliary)
 
 
 def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:

@@ -146,5 +146,7 @@ def backprop(
       >>> state.step
       1
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+    )
     return make_algorithm(setup, init, step, lambda: make_parts(setup))

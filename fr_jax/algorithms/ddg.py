@@ -229,7 +229,9 @@ def ddg(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+    )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum)
     setup = delayed.with_remedies(setup, remedies)
     return make_algorithm(setup, partial(init, remedies), partial(step, remedies), lambda: make_parts(remedies, setup))

@@ -268,7 +268,9 @@ def features_replay(
         raise ValueError(f"batch_stats = {batch_stats!r} is unknown; it can be 'play', 'replay' or 'both'.")
     if replay_weights not in REPLAY_WEIGHTS:
         raise ValueError(f"replay_weights = {replay_weights!r} is unknown; it can be 'current' or 'stashed'.")
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+    )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum, discrepancy_decay)
     setup = delayed.with_remedies(setup, remedies)
     if replay_weights == "stashed" and discrepancy_decay < 1:

@@ -184,5 +184,7 @@ def gpipe(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r} is unknown; it can be {' or '.join(map(repr, SCHEDULES))}.")
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+    )
     return make_algorithm(setup, init, functools.partial(step, schedule), lambda: make_parts(setup))

@@ -181,7 +181,9 @@ def pipedream_2bw(
       >>> state.step, info.loss.shape
       (5, ())
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+    )
     if setup.microbatches < len(setup.stages):
         raise ValueError(
             f"microbatches = {microbatches} was given for K = {len(setup.stages)} stages; PipeDream-2BW needs at least "

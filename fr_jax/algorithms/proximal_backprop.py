@@ -104,11 +104,8 @@ def make_forward(stage: Stage, *, input_gradient: bool) -> Callable:
     def run(params: PyTree, model_state: PyTree, key: Array, h: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         vjps, moved = [], []
         for j, layer in enumerate(layers_of(stage)):
-            # The key of a layer in a chain is that of fr_jax.chain.
-            w, s, k = (
-                (params[j], model_state[j], jax.random.fold_in(key, j)) if stage.layers else (params, model_state, key)
-            )
-            apply = lambda w, h, layer=layer, s=s, k=k: layer.apply(w, s, h, key=k, train=True)
+            w, s = (params[j], model_state[j]) if stage.layers else (params, model_state)
+            apply = lambda w, h, layer=layer, s=s: layer.apply(w, s, h, key=key, train=True)
             if j > 0 or input_gradient:
                 h, vjp, new_state = jax.vjp(apply, w, h, has_aux=True)
             else:

@@ -99,6 +99,19 @@ def batch_norm(momentum: float = 0.8, epsilon: float = 1e-3) -> Layer:
     return Layer(fr.Stage(init, apply), forward)
 
 
+@functools.cache
+def activity(strength: float) -> Layer:
+    """The identity, with strength / B sum x^2 as a loss of its own; ``pull`` adds the gradient of that."""
+
+    def apply(params, state, x, *, key=None, train=True):
+        return x, fr.WithLoss(state, strength * (x**2).sum(-1).mean())
+
+    def forward(params, state, x, key):
+        return x, state, lambda dy: ((), dy + 2 * strength * x / len(x))
+
+    return Layer(fr.Stage(lambda key, x: ((), ()), apply), forward)
+
+
 Module = tuple[Layer, ...]
 
 

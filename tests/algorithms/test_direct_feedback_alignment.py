@@ -17,11 +17,11 @@ def naive_dfa(naive, modules, updates, start, batches):
     """The equations, module by module; yields weights, statistics, gradients and loss after each step."""
     K = len(modules)
     w, w_state, B = jax.tree.map(np.asarray, (list(start.params), list(start.model_state), start.feedback))
-    keys = [stream.key for stream in start.streams]
+    keys = naive.layer_keys(modules, start)
     for t, batch in enumerate(batches):
         h, pulls = np.asarray(batch.inputs), []
         for k in range(K):
-            h, w_state[k], pull = naive.forward(modules[k], w[k], w_state[k], h, jax.random.fold_in(keys[k], t))
+            h, w_state[k], pull = naive.forward(modules[k], w[k], w_state[k], h, keys(k, t))
             pulls.append(pull)
         e = 2 * (h - np.asarray(batch.targets)) / len(h)
         grads = [pulls[k](e if k == K - 1 else e @ B[k])[0] for k in range(K)]
