@@ -8,7 +8,8 @@ functions ``init``, ``step`` and ``predict``.
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
 - Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``,
-  ``direct_feedback_alignment``, ``proximal_backprop``; ``staleness`` has remedies for late gradients.
+  ``direct_feedback_alignment``, ``proximal_backprop``, ``auxiliary_coordinates``; ``staleness`` has remedies for late
+  gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -19,6 +20,7 @@ from fr_jax import distributed, models
 from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms._layers import layer_params
+from fr_jax.algorithms.auxiliary_coordinates import auxiliary_coordinates
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
 from fr_jax.algorithms.ddg import ddg
@@ -43,6 +45,7 @@ __all__ = [
     "Stage",
     "State",
     "WithLoss",
+    "auxiliary_coordinates",
     "backprop",
     "balance",
     "balance_stages",

@@ -31,6 +31,7 @@ FLOORS = {
     "plotting": 5,
     "experiments": 6,
     "experiments._fields": 6.1,
+    "experiments._cards": 6.15,
     "experiments._remedies": 6.15,
     "experiments._methods": 6.2,
     "experiments._models": 6.2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,25 @@ from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
 from fr_jax.algorithms._losses import wide
+from fr_jax.algorithms._stages import zeros
 from fr_jax.algorithms._validation import batch_size
 from fr_jax.types import Array, Batch, PyTree, Stage
+
+
+def empty(
+    cache_size: int | None, features: Sequence[PyTree], shardings: Sequence[Sharding]
+) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
+    """``(cache, visits)`` before any example was seen, on the stages' devices; ``()`` if nothing is kept.
+
+    ``features`` are the inputs of the stages; those of the first, the data, are not kept.
+    """
+    N = cache_size
+    if not N:
+        return ((),) * len(features), ((),) * len(features)
+    row = lambda h: jax.ShapeDtypeStruct((N, *h.shape[1:]), wide(h.dtype))
+    here = list(map(replicated, shardings))
+    kept = [zeros(jax.tree.map(row, h), sharding) for h, sharding in zip(features[1:], here[1:], strict=True)]
+    return ((), *kept), tuple(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), sharding) for sharding in here)
 
 
 def where_example(chosen: Array, a: PyTree, b: PyTree) -> PyTree:

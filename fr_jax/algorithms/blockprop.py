@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
 from fr_jax.algorithms import _example_cache as cache
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import loss_of, wide
-from fr_jax.algorithms._stages import KeyStream, init_stages, zeros
+from fr_jax.algorithms._stages import KeyStream, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._training import make_train
 from fr_jax.algorithms._validation import BatchSpec, Optimizers, Setup, check_count, check_setup
@@ -79,14 +78,8 @@ def init(
     """Weights w^0; no example has been seen."""
     stages = init_stages(setup, key, batch, params, model_state)
     cache.check_index(own.cache_size, batch)
-    kept, visits = [], []
-    for k, (sharding, features) in enumerate(zip(setup.shardings, stages.features, strict=True)):
-        N, here = own.cache_size, replicated(sharding)
-        row = lambda h, N=N: jax.ShapeDtypeStruct((N, *h.shape[1:]), wide(h.dtype))
-        rows = jax.tree.map(row, features) if N else ()
-        kept.append(zeros(rows, here) if k > 0 else ())
-        visits.append(zeros(jax.ShapeDtypeStruct((N,), jnp.int32), here) if N else ())
-    return BlockPropState(**stages.fields(), cache=tuple(kept), visits=tuple(visits))
+    kept, visits = cache.empty(own.cache_size, stages.features, setup.shardings)
+    return BlockPropState(**stages.fields(), cache=kept, visits=visits)
 
 
 def gluing_loss(h: PyTree, other: PyTree) -> Array:

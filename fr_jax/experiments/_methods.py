@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import optax
 
 import fr_jax as fr
 from fr_jax.diagnostics.simulation import schedules
-from fr_jax.diagnostics.simulation.schedules import MethodSchedule
-from fr_jax.experiments._fields import Own, SettingsError, own_setting
+from fr_jax.experiments._cards import Compared, Method, TrainingSet, Values
+from fr_jax.experiments._fields import SettingsError, own_setting
 from fr_jax.experiments._remedies import ACCUMULATE, DISCREPANCY_DECAY, REMEDIES, check_prediction, remedied
 from fr_jax.partitioning.costs import StageWork
 from fr_jax.partitioning.cut import WORK
@@ -27,82 +26,6 @@ __all__ = [
     "TrainingSet",
     "listed",
 ]
-
-Values = Mapping[str, Any]
-"""A method's own settings by name, every one with a value."""
-
-
-class TrainingSet(NamedTuple):
-    """What a method may need to know of the training data: how many examples and classes there are, if any."""
-
-    examples: int | None
-    classes: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What can stand in a table of speeds.
-
-    Attributes:
-      short, title: its name in a table, and in a legend.
-      bound: ``(K, own) -> speedup`` over back-propagation on one device, K > 1 balanced stages on a device each, if
-        transfers take no time; None where no closed form is known.
-      schedule: what its step loop issues; None if that is not known.
-      work: ``(k, K, own) -> StageWork``, what stage k = 0..K-1 does in one step.
-      decoupled: whether stages work on different mini-batches at the same time.
-    """
-
-    short: str
-    title: str
-    bound: Callable[[int, Values], float] | None = None
-    schedule: MethodSchedule | None = None
-    work: Callable[[int, int, Values], StageWork] = lambda k, K, own: StageWork()
-    decoupled: bool = False
-
-    def speedup(self, K: int, own: Values) -> float | None:
-        """The bound; with K = 1 every method is back-propagation."""
-        return 1.0 if K == 1 else None if self.bound is None else self.bound(K, own)
-
-    def last_stage_weight(self, K: int, own: Values) -> float:
-        """The last stage's work for a layer over that of the first, for :func:`fr_jax.balance`; backward counts 2."""
-        first, last = (work.plays + 3 * work.passes for work in (self.work(0, K, own), self.work(K - 1, K, own)))
-        return last / first
-
-    def titled(self, own: Values, where: str = "") -> str:
-        """The title, ``where`` it runs, and the number of micro-batches if there is more than one."""
-        M = own.get("microbatches", 1)
-        return f"{self.title}{where}" + (f", M = {M}" if M > 1 else "")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(Compared):
-    """A method that the programs train with.
-
-    Attributes:
-      make: ``(own, stages, loss_fn, optimizer, data, **common) -> Algorithm``.
-      learning_rate: default step size for a residual network if K > 1.
-      own: its own settings, and their defaults.
-      memory: its closed form in ``fr_jax.diagnostics.memory.activations``; empty if it has none.
-      at_cut: ``own -> Stage``, a network of its own at each cut.
-      late: whether the gradients of stage k are (K-k)/M updates late (:func:`fr_jax.staleness.mean_delay`).
-      check: ``(own, K)``, raises SettingsError for own settings that do not go together, or not with K stages.
-      note: what a reader of its training loss must know.
-    """
-
-    make: Callable[..., Algorithm]
-    learning_rate: float
-    own: Mapping[Own, Any] = dataclasses.field(default_factory=dict)
-    memory: str = ""
-    at_cut: Callable[[Values], Stage] | None = None
-    late: bool = False
-    check: Callable[[Values, int], None] = lambda own, K: None
-    note: str = ""
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Its own settings by name, and their defaults."""
-        return {one.name: default for one, default in self.own.items()}
-
 
 BATCH_STATS = own_setting(
     "batch_stats",
@@ -127,6 +50,17 @@ PIPELINE_SCHEDULE = own_setting(
     str,
     "gpipe (all forward passes first) or 1f1b: the same numbers in the same time, less memory.",
     choices=("gpipe", "1f1b"),
+)
+
+
+PENALTY = own_setting(
+    "penalty",
+    float,
+    "Weight of the gluing losses, lambda (blockprop), or of the coordinates' errors, mu (mac).",
+    least=0,
+)
+CACHE = own_setting(
+    "cache", bool, "Keep the gluing variables (blockprop, its Algorithm 2) or coordinates (mac) of all examples."
 )
 
 
@@ -156,14 +90,19 @@ def _dni(
     return fr.dni(stages, loss_fn, optimizer, synthesizer, learner, label_conditioning=conditioned, **common)
 
 
-def _blockprop(
-    own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
-) -> Algorithm:
-    left = dict(own)
-    if own["cache"] and data.examples is None:
-        raise SettingsError("--cache keeps something for every example; these data are drawn anew. Drop the flag.")
-    cache_size = data.examples if left.pop("cache") else None
-    return fr.blockprop(stages, loss_fn, optimizer, cache_size=cache_size, **left, **common)
+def _cached(make: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+    """A method whose ``cache_size`` is the number of examples with ``--cache``."""
+
+    def cached(
+        own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
+    ) -> Algorithm:
+        left = dict(own)
+        if own["cache"] and data.examples is None:
+            raise SettingsError("--cache keeps something for every example; these data are drawn anew. Drop the flag.")
+        cache_size = data.examples if left.pop("cache") else None
+        return make(stages, loss_fn, optimizer, cache_size=cache_size, **left, **common)
+
+    return cached
 
 
 def _check_fr(own: Values, K: int) -> None:
@@ -187,6 +126,14 @@ def _check_blockprop(own: Values, K: int) -> None:
     if own["h_every"] > 1 and not own["cache"]:
         raise SettingsError(
             f"--h-every {own['h_every']} needs the gluing variables of earlier visits. Add --cache, or drop the flag."
+        )
+
+
+def _check_mac(own: Values, K: int) -> None:
+    if own["z_steps"] < K - 1 and not own["cache"]:
+        raise SettingsError(
+            f"--z-steps {own['z_steps']} do not reach the first of the --K {K} stages of mac: each carries the error "
+            f"one stage down. Use --z-steps {K - 1} or more, or --cache, with which they add up over the epochs."
         )
 
 
@@ -278,15 +225,13 @@ METHODS: dict[str, Method] = {
     "blockprop": Method(
         short="BlockProp",
         title="BlockProp",
-        make=_blockprop,
+        make=_cached(lambda *args, **own: fr.blockprop(*args, **own)),
         learning_rate=0.05,
         own={
-            own_setting("penalty", float, "Weight lambda of the gluing losses.", least=0): 1.0,
+            PENALTY: 1.0,
             own_setting("h_steps", int, "Gradient steps N_h on each gluing variable.", least=0): 1,
             own_setting("h_learning_rate", float, "Their step size.", least=0): 0.01,
-            own_setting(
-                "cache", bool, "Keep the gluing variables of all examples on their devices (Algorithm 2)."
-            ): False,
+            CACHE: False,
             own_setting(
                 "h_every", int, "With --cache: take the h-steps at every E-th visit of an example only.", least=1
             ): 1,
@@ -335,6 +280,28 @@ METHODS: dict[str, Method] = {
         # Each of the n steps is a forward pass and a gradient for the weights, two thirds of a pass.
         work=lambda k, K, own: StageWork(passes=1 + 2 * own["cg_steps"] / 3),
         bound=lambda K, own: 3 / (3 + 2 * own["cg_steps"]),
+    ),
+    "mac": Method(
+        short="MAC",
+        title="MAC",
+        make=_cached(lambda *args, **own: fr.auxiliary_coordinates(*args, **own)),
+        learning_rate=0.05,
+        own={
+            PENALTY: 1.0,
+            own_setting("penalty_growth", float, "Factor by which the penalty grows; 1 keeps it.", least=1): 2.0,
+            own_setting(
+                "penalty_patience", int, "Mini-batches without progress, on average, after which it grows.", least=1
+            ): 100,
+            own_setting("w_steps", int, "Optimizer steps of every stage per mini-batch.", least=1): 1,
+            own_setting("z_steps", int, "Gradient steps on the coordinates per mini-batch.", least=0): 5,
+            own_setting("z_learning_rate", float, "Their step size, times the penalty.", above=0): 0.1,
+            CACHE: False,
+        },
+        check=_check_mac,
+        work=lambda k, K, own: StageWork(
+            plays=float(k < K - 1), passes=float(own["w_steps"]), input_passes=float(own["z_steps"]) if k else 0.0
+        ),
+        note="MAC's training loss is taken at its coordinates, where it is lower than the network's own.",
     ),
 }
 

@@ -35,7 +35,8 @@ def pipedream_2bw(stages, loss_fn, optimizer, **common):
 
 
 METHODS = [fr.backprop, fr.features_replay, fr.ddg, dni, fr.blockprop, gpipe, pipedream_2bw]
-METHODS += [fr.direct_feedback_alignment, fr.proximal_backprop]
+METHODS += [fr.direct_feedback_alignment, fr.proximal_backprop, fr.auxiliary_coordinates]
+STEPS = {fr.blockprop: "h_steps", fr.auxiliary_coordinates: "z_steps"}
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 
@@ -118,8 +119,8 @@ def test_dropout_masks_do_not_depend_on_the_cuts(naive, make_batches, method, cu
     layers = naive.dense(4), naive.dropout(0.5), naive.dropout(0.3), naive.dense(2)
     batch = make_batches(1, examples=8)[0]
     M = {gpipe: 2, pipedream_2bw: 4}.get(method, 1)
-    if method is fr.blockprop:  # of which h-steps change the loss
-        method = functools.partial(method, h_steps=0)
+    if method in STEPS:  # which change the loss
+        method = functools.partial(method, **{STEPS[method]: 0})
     stages = fr.partition([layer.stage for layer in layers], cuts)
     placement = fr.placement(len(stages), jax.devices()[:4], data_parallel)
     algorithm = method(stages, naive.squared_error, optax.sgd(0.1), placement=placement)

@@ -23,9 +23,9 @@ def dni(stages, loss_fn, optimizer, **kwargs):
     return fr.dni(stages, loss_fn, optimizer, synthesizer, optax.adam(0.01), **kwargs)
 
 
-def cached_blockprop(stages, loss_fn, optimizer, **kwargs):
-    """Every mini-batch holds the same examples: all of them are due in every other step."""
-    algorithm = fr.blockprop(stages, loss_fn, optimizer, cache_size=8, h_every=2, h_steps=2, **kwargs)
+def cached(method, stages, loss_fn, optimizer, **kwargs):
+    """Every mini-batch holds the same examples: of BlockProp's all are due in every other step."""
+    algorithm = method(stages, loss_fn, optimizer, cache_size=8, **kwargs)
     indexed = lambda batch: batch._replace(index=np.array([6, 2, 7, 0, 1, 3], np.int32))
     return algorithm._replace(
         init=lambda key, batch: algorithm.init(key, indexed(batch)),
@@ -35,7 +35,7 @@ def cached_blockprop(stages, loss_fn, optimizer, **kwargs):
 
 METHODS = {
     "blockprop": fr.blockprop,
-    "blockprop-cached": cached_blockprop,
+    "blockprop-cached": functools.partial(cached, fr.blockprop, h_every=2, h_steps=2),
     "bp": fr.backprop,
     "ddg": fr.ddg,
     "dfa": fr.direct_feedback_alignment,
@@ -44,6 +44,8 @@ METHODS = {
     "fr-replay": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="replay", **kwargs),
     "fr-both": lambda *args, **kwargs: fr.features_replay(*args, batch_stats="both", **kwargs),
     "gpipe": functools.partial(fr.gpipe, microbatches=3),
+    "mac": functools.partial(fr.auxiliary_coordinates, w_steps=2, z_steps=2, penalty_patience=1),
+    "mac-cached": functools.partial(cached, fr.auxiliary_coordinates, penalty_patience=1),
     "proxprop": fr.proximal_backprop,
     "1f1b": functools.partial(fr.gpipe, microbatches=3, schedule="1f1b"),
     "bp-M": functools.partial(fr.backprop, microbatches=3),
@@ -56,7 +58,7 @@ METHODS = {
 M = {name: 3 for name, method in METHODS.items() if "microbatches" in getattr(method, "keywords", {})}
 SLOW_BLOCKPROP = pytest.param("blockprop", marks=pytest.mark.slow)  # the cached one goes the same ways
 # Every stage updates from the first iteration on, or at least one holds old weights in flight.
-LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dfa", "dni", "gpipe", "1f1b", "proxprop"}
+LOCKED = {"blockprop", "blockprop-cached", "bp", "bp-M", "dfa", "dni", "gpipe", "1f1b", "mac", "mac-cached", "proxprop"}
 STASHING = {"ddg", "ddg-M", "fr-stashed", "2bw"}
 K = 3
 # name -> a placement of K stages
@@ -107,7 +109,7 @@ def numbers(state):
 def assert_each_module_is_on_its_devices(state, shardings):
     for k, sharding in enumerate(shardings):
         parts = [state.params[k], state.model_state[k], state.opt_state[k], state.streams[k]]
-        for name in ("history", "deltas", "synthesizers", "cache", "visits", "feedback"):
+        for name in ("history", "deltas", "synthesizers", "cache", "visits", "penalty", "feedback"):
             parts += getattr(state, name, ())[k : k + 1]
         assert {frozenset(leaf.devices()) for leaf in jax.tree.leaves(parts)} == {frozenset(sharding.device_set)}
 
@@ -115,13 +117,16 @@ def assert_each_module_is_on_its_devices(state, shardings):
 @pytest.mark.parametrize(
     ("method", "placements"),
     [
-        *((method, CROSSED) for method in ("bp", "ddg", "dfa", "dni", "gpipe", "blockprop-cached", "proxprop")),
+        *(
+            (method, CROSSED)
+            for method in ("bp", "ddg", "dfa", "dni", "gpipe", "blockprop-cached", "mac-cached", "proxprop")
+        ),
         ("fr", (*CROSSED, "2")),
         ("fr-M", (*CROSSED, "2")),
         ("ddg-M", CROSSED),
         *(
             pytest.param(name, CROSSED, marks=pytest.mark.slow)
-            for name in ("bp-M", "1f1b", "2bw", "fr-stashed", "fr-corrected")
+            for name in ("bp-M", "1f1b", "2bw", "fr-stashed", "fr-corrected", "mac")
         ),
         pytest.param("fr", ("default", "1", "split over 2"), marks=pytest.mark.slow),
         pytest.param("blockprop", CROSSED, marks=pytest.mark.slow),
@@ -149,7 +154,7 @@ def test_devices_do_not_change_the_numbers(make, make_batches, run, method, plac
 
 
 @pytest.mark.parametrize(
-    "method", ["bp", "fr", "ddg", "dfa", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached", "proxprop"]
+    "method", ["bp", "fr", "ddg", "dfa", "dni", "gpipe", SLOW_BLOCKPROP, "blockprop-cached", "mac-cached", "proxprop"]
 )
 def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
     algorithm = make(method)
@@ -176,6 +181,7 @@ def test_a_state_is_still_good_after_its_step(make, make_batches, run, method):
         pytest.param("ddg", "default", marks=pytest.mark.slow),
         ("ddg", "split over 2 each"),
         ("dfa", "split over 2 each"),
+        ("mac-cached", "split over 2 each"),
         ("proxprop", "split over 2 each"),
         pytest.param("dni", "default", marks=pytest.mark.slow),
         ("dni", "split over 2 each"),
@@ -259,6 +265,7 @@ def test_a_stage_may_return_its_input(naive, make_batches, run, donate):
         pytest.param("ddg", "K", False, marks=pytest.mark.slow),
         ("ddg", "split over 2 each", True),
         ("dfa", "split over 2 each", True),
+        ("mac-cached", "split over 2 each", True),
         ("proxprop", "split over 2 each", True),
         pytest.param("dni", "default", True, marks=pytest.mark.slow),
         ("dni", "split over 2 each", True),

@@ -43,7 +43,7 @@ def pipedream_2bw(stages, loss_fn, optimizer, **options):
 
 IN_FLIGHT = [fr.features_replay, micro_replay, fr.ddg, pipedream_2bw]
 SYNCHRONOUS = [fr.backprop, gpipe, fr.direct_feedback_alignment, fr.proximal_backprop]
-METHODS = [*SYNCHRONOUS, *IN_FLIGHT, dni, fr.blockprop]
+METHODS = [*SYNCHRONOUS, *IN_FLIGHT, dni, fr.blockprop, fr.auxiliary_coordinates]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 

@@ -34,6 +34,7 @@ METHODS = {
     "ddg": fr.ddg,
     "dfa": fr.direct_feedback_alignment,
     "proxprop": fr.proximal_backprop,
+    "mac": functools.partial(fr.auxiliary_coordinates, cache_size=24, z_steps=2, penalty_patience=2),
     "dni": lambda *args, **options: fr.dni(*args, fr.models.synthesizer(), optax.adam(0.01), **options),
     "blockprop": functools.partial(fr.blockprop, cache_size=24, h_every=2, h_learning_rate=0.1),
     "gpipe": functools.partial(fr.gpipe, microbatches=2),

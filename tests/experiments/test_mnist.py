@@ -28,6 +28,7 @@ OWN = {
     "blockprop": ["--cache", "--h-every", "2"],
     "gpipe": ["--microbatches", "2"],
     "2bw": ["--microbatches", "2"],
+    "mac": ["--cache", "--penalty-patience", "3"],
 }
 
 

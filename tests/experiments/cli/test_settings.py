@@ -321,6 +321,7 @@ def test_check_says_what_is_valid(change, complaint):
         ("prediction_momentum", 1.0),
         ("late_b1", 0.99),
         ("cg_steps", 1),
+        ("z_steps", 9),
     ],
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
