@@ -20,6 +20,7 @@ from fr_jax import distributed, models
 from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms._layers import layer_params
+from fr_jax.algorithms._per_layer import per_layer
 from fr_jax.algorithms.auxiliary_coordinates import auxiliary_coordinates
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
@@ -65,6 +66,7 @@ __all__ = [
     "layer_times",
     "models",
     "partition",
+    "per_layer",
     "pipedream_2bw",
     "placement",
     "proximal_backprop",

@@ -204,10 +204,7 @@ def make_update(
     """
 
     def update(params: PyTree, opt_state: PyTree, grads: PyTree, told: Told = NOTHING) -> Stepped:
-        if M > 1:
-            weight = told.weight
-            mean = lambda g: g / M if isinstance(weight, tuple) else quotient(g, weight.astype(g.dtype))
-            grads = jax.tree.map(mean, grads)
+        grads = _mean(grads, told, M)
         norm = gradient_norm(grads)
         narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
         params, opt_state = optimize(optimizer, narrow, opt_state, params, told.loss)
@@ -217,6 +214,22 @@ def make_update(
     # nothing else in their shape.
     donated = ("opt_state",) if keep_params else ("params", "opt_state")
     return jax.jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
+
+
+def _mean(sums: PyTree, told: Told, M: int) -> PyTree:
+    """The gradient of a mini-batch from the sums over its M micro-batches."""
+    if M == 1:
+        return sums
+    weight = told.weight
+    return jax.tree.map(
+        lambda g: g / M if isinstance(weight, tuple) else quotient(g, weight.astype(g.dtype)),
+        sums,
+    )
+
+
+def make_norm(sharding: Sharding | None, *, M: int = 1) -> Callable:
+    """``(grads, told) -> norm`` of what :func:`make_update` is given."""
+    return jax.jit(lambda grads, told: gradient_norm(_mean(grads, told, M)), out_shardings=replicated(sharding))
 
 
 def make_infer(stage: Stage) -> Callable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import optax
 
 from fr_jax._arrays import place
 from fr_jax._placement import default_sharding
+from fr_jax.algorithms._per_layer import PerLayerState
 from fr_jax.types import PyTree, State
 
 __all__ = ["DifferentStatesError", "carry_over", "layer_params"]
@@ -123,10 +126,14 @@ def _split_optimizers(state: Any) -> tuple[PyTree, ...]:
     """The optimizer states, one per layer: a stage's, with the layer's entry of whatever is like the weights."""
     layers = []
     for params, opt_state, n in zip(state.params, state.opt_state, state.batch_spec.layers, strict=True):
-        like_params = lambda node, params=params: _like_params(node, params)
-        for j in range(n or 1):
-            pick = lambda node, j=j, n=n, like=like_params: node[j] if n and like(node) else node
-            layers.append(jax.tree.map(pick, opt_state, is_leaf=like_params))
+        of_layers = lambda node, params=params: isinstance(node, PerLayerState) or _like_params(node, params)
+
+        def pick(node: PyTree, j: int, n: int = n, of_layers: Callable = of_layers) -> PyTree:
+            if isinstance(node, PerLayerState):
+                return PerLayerState(node.layers[j : j + 1])
+            return node[j] if n and of_layers(node) else node
+
+        layers += [jax.tree.map(functools.partial(pick, j=j), opt_state, is_leaf=of_layers) for j in range(n or 1)]
     return tuple(layers)
 
 
@@ -134,13 +141,15 @@ def _join_optimizers(state: Any, layers: tuple[PyTree, ...]) -> tuple[PyTree, ..
     stages, first = [], 0
     for params, opt_state, n in zip(state.params, state.opt_state, state.batch_spec.layers, strict=True):
         own = layers[first : first + (n or 1)]
-        like_params = lambda node, params=params: _like_params(node, params)
-        outer = jax.tree.structure(opt_state, is_leaf=like_params)
-        nodes = [outer.flatten_up_to(layer) for layer in own]
-        fill = [
-            tuple(parts) if n and like_params(node) else parts[0]
-            for node, *parts in zip(outer.flatten_up_to(opt_state), *nodes, strict=True)
-        ]
-        stages.append(outer.unflatten(fill))
+        of_layers = lambda node, params=params: isinstance(node, PerLayerState) or _like_params(node, params)
+
+        def join(node: PyTree, *parts: PyTree, n: int = n, of_layers: Callable = of_layers) -> PyTree:
+            if isinstance(node, PerLayerState):
+                return PerLayerState(tuple(layer for part in parts for layer in part.layers))
+            return parts if n and of_layers(node) else parts[0]
+
+        outer = jax.tree.structure(opt_state, is_leaf=of_layers)
+        nodes = [outer.flatten_up_to(layer) for layer in (opt_state, *own)]
+        stages.append(outer.unflatten(map(join, *nodes)))
         first += n or 1
     return tuple(stages)

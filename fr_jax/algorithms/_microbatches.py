@@ -25,6 +25,7 @@ class Shared(NamedTuple):
       combine: loss, weight and metrics of a mini-batch from those of its micro-batches.
       zeros: for each stage, ``params -> sums``, where its gradients are added up.
       updates: for each stage, its optimizer's step (``_functions.make_update``).
+      norms: for each stage, the norm of what its update is given.
     """
 
     split_inputs: Callable
@@ -32,6 +33,7 @@ class Shared(NamedTuple):
     combine: Callable
     zeros: tuple[Callable, ...]
     updates: tuple[Callable, ...]
+    norms: tuple[Callable, ...]
 
 
 def make_shared(setup: Setup, *, holding: int = 0) -> Shared:
@@ -57,6 +59,7 @@ def make_shared(setup: Setup, *, holding: int = 0) -> Shared:
             )
             for k, (optimizer, sharding) in enumerate(zip(setup.optimizers, shardings, strict=True))
         ),
+        norms=tuple(functions.make_norm(sharding, M=M) for sharding in shardings),
     )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 from fr_jax._arrays import place
 from fr_jax._placement import replicated
 from fr_jax.algorithms._auxiliary import carried, check_loss, taken_apart
+from fr_jax.algorithms._per_layer import with_own_keys
 from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_example, check_split
 from fr_jax.types import Array, Batch, PyTree, Stage, WithLoss
 
@@ -102,11 +103,11 @@ def init_stages(
                 auxiliary = auxiliary or has_loss
             weights.append(p)
             states.append(s)
-        first += len(layers)
         made_params.append(tuple(weights) if stage.layers else weights[0])
         made_states.append(tuple(states) if stage.layers else states[0])
-        opt_state.append(jax.jit(optimizer.init, out_shardings=here)(made_params[k]))
+        opt_state.append(with_own_keys(jax.jit(optimizer.init, out_shardings=here)(made_params[k]), first))
         streams.append(stream)
+        first += len(layers)
         if k < len(setup.stages) - 1:
             _check_feature(h, k + 1)
     spec = BatchSpec(TreeSpec.of(batch.inputs), TreeSpec.of(batch.targets), counts)
@@ -222,7 +223,7 @@ def _applied(setup: Setup, layer: Stage, params: PyTree, state: PyTree, h: PyTre
     if isinstance(moved, WithLoss):
         moved, losses = moved
         check_loss(losses)
-    if losses is not None and not setup.auxiliary:
+    if losses is not None and setup.gradients == "of its own":
         raise ValueError(
             "this layer has a loss of its own (fr_jax.WithLoss, or self.sow of a Flax module under 'losses'), which "
             "this method does not train with. Use backprop, gpipe, features_replay, ddg or pipedream_2bw, or take the "

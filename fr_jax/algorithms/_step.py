@@ -13,6 +13,7 @@ from jax.sharding import Sharding
 
 from fr_jax._arrays import put
 from fr_jax._placement import data_parallel_size, replicated
+from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
 from fr_jax.algorithms._validation import Setup, check_batch, iteration
@@ -52,6 +53,7 @@ class Iteration:
         self.norms: list[Array | None] = [None] * K
         self.metrics: dict[str, Array] = {}
         self.setup, self._shared, self._scored = setup, shared, []
+        self._waiting: list[tuple[int, Told]] = []
 
     def microbatches(self, batch: Batch) -> Iterator[tuple[int, PyTree, PyTree]]:
         """``(i, inputs, targets)`` for each micro-batch i = t M .. t M + M - 1, on the first and the last stage."""
@@ -91,9 +93,9 @@ class Iteration:
     def train(
         self, train: Callable, h: PyTree, targets: PyTree, stages: slice = LAST, params: Sequence[PyTree] | None = None
     ) -> PyTree | None:
-        """Forward and backward pass of ``stages`` and, for M = 1, their update; delta for the stage below them."""
+        """Forward and backward pass of ``stages``, their update if it is ``at_once``; delta for the stage below."""
         here = range(len(self.params))[stages]
-        if self.setup.microbatches == 1:
+        if self.setup.at_once:
             fields = self.params, self.model_state, self.opt_state, self.streams
             top = train(*(tuple(field[stages]) for field in fields), h, self.send(targets, here[-1]))
             self.params[stages], self.model_state[stages], self.opt_state[stages] = top[:3]
@@ -111,7 +113,7 @@ class Iteration:
         return top.delta
 
     def conclude(self, stages: slice = LAST) -> Told:
-        """After each micro-batch: with the last of M > 1, the loss of the mini-batch and the update of ``stages``.
+        """After each micro-batch: with the last, the loss of the mini-batch and the update of ``stages``.
 
         Returns what the updates of the stages below need, once the mini-batch is complete.
         """
@@ -146,8 +148,12 @@ class Iteration:
 
     def update(self, k: int, told: Told = NOTHING) -> None:
         """Stage k's optimizer step with the gradients that it has; nothing if a replay has made it (M = 1)."""
-        if self.sums[k] is None:
-            return
+        if self.sums[k] is not None and self.setup.waits:
+            self._waiting.append((k, told))
+        elif self.sums[k] is not None:
+            self._optimize(k, told)
+
+    def _optimize(self, k: int, told: Told) -> None:
         grads, self.sums[k] = self.sums[k], None
         stepped = self._shared.updates[k](self.params[k], self.opt_state[k], grads, told)
         self.params[k], self.opt_state[k], mean, self.norms[k] = stepped
@@ -159,8 +165,20 @@ class Iteration:
         sums, self.sums[k] = self.sums[k], None
         return self._shared.zeros[k](self.params[k]) if sums is None and self.setup.microbatches > 1 else sums
 
+    def _clip(self) -> None:
+        """Norms to all stages: for updates that wait for them, or for those of the next step."""
+        late = not self.setup.waits
+        for k, told in self._waiting:
+            self.norms[k] = self._shared.norms[k](self.sums[k], told)
+        for k, others in enumerate(squares_of_others(self.norms, self.setup.shardings, late=late)):
+            self.opt_state[k] = with_others(self.opt_state[k], others)
+        for k, told in self._waiting:
+            self._optimize(k, told)
+
     def finish(self, state: Any, **in_flight: Sequence[Any]) -> tuple[Any, Info]:
         """The next state, with the method's own fields ``in_flight``, and what the step reports."""
+        if self.setup.global_clip is not None and len(self.params) > 1:
+            self._clip()
         fields = {
             "params": self.params,
             "model_state": self.model_state,

@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
 
 class Added(NamedTuple):
-    """The last stage, or a whole network, after the forward and backward pass of one of M > 1 micro-batches."""
+    """The last stage, or a whole network, after the forward and backward pass of one of M micro-batches."""
 
     sums: tuple[PyTree, ...]
     model_state: tuple[PyTree, ...]
@@ -79,11 +79,12 @@ def make_train(
     return_grads: bool,
     donate: bool,
     keep_input: bool = False,
+    at_once: bool | None = None,
 ) -> Callable:
-    """Loss, gradients and, for M = 1, updates in one pass: of the last stage of a method, or of all on one device.
+    """Loss, gradients and updates in one pass: of the last stage of a method, or of all on one device.
 
-    ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; for M > 1
-    ``(params, model_state, streams, h_in, targets, sums) -> Added``.
+    ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; unless ``at_once``, M = 1 by default,
+    without the updates: ``(params, model_state, streams, h_in, targets, sums) -> Added``.
 
     ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
     """
@@ -116,11 +117,12 @@ def make_train(
         params: tuple, model_state: tuple, streams: tuple[KeyStream, ...], h_in: PyTree, targets: PyTree, sums: tuple
     ) -> Added:
         grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
-        return Added(add_up(sums, grads), new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
+        sums = tuple(g if total is None else add_up(total, g) for total, g in zip(sums, grads, strict=True))
+        return Added(sums, new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
 
     here: Any = replicated(sharding)
     donated = ("model_state", *(("h_in",) if input_gradient and not keep_input else ()))
-    if M > 1:
+    if not (M == 1 if at_once is None else at_once):
         add.__name__ = "train"  # in a profile
         out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
         # The sums are made within the step: no state holds those of the last stage.
@@ -143,6 +145,7 @@ def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Cal
         return_grads=setup.return_grads,
         donate=setup.donate,
         keep_input=keep_input,
+        at_once=setup.at_once,
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import optax
@@ -15,10 +15,14 @@ from jax.sharding import Sharding
 
 from fr_jax._placement import check_placement, data_parallel_size, default_sharding
 from fr_jax.algorithms._auxiliary import carrying
+from fr_jax.algorithms._clipping import clipped
 from fr_jax.stages import check_stages, numbered
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
 MICROBATCHES = " It must divide the batch size; 1 is no division."
+
+Gradients: TypeAlias = Literal["on time", "late", "of its own"]
+"""What a stage trains with: the gradient of the network's objective, now or some updates ago, or something else."""
 
 Optimizers: TypeAlias = optax.GradientTransformation | Sequence[optax.GradientTransformation]
 
@@ -35,7 +39,8 @@ class Setup:
     return_grads: bool
     donate: bool
     microbatches: int = 1
-    auxiliary: bool = False
+    global_clip: float | None = None
+    gradients: Gradients = "of its own"
 
     @functools.cached_property
     def shardings(self) -> tuple[Sharding, ...]:
@@ -46,6 +51,16 @@ class Setup:
     def takes_loss(self) -> tuple[bool, ...]:
         """Whether the optimizers of the stages use ``value=loss``."""
         return tuple(map(_uses_value, self.optimizers))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the updates of a mini-batch wait for the norms of all stages' gradients."""
+        return self.global_clip is not None and self.gradients == "on time" and len(self.stages) > 1
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the last stage's gradient and update are one function."""
+        return self.microbatches == 1 and not self.waits
 
 
 @functools.lru_cache(maxsize=128)
@@ -87,15 +102,14 @@ def check_setup(
     metrics_fn: MetricsFn | None = None,
     microbatches: int = 1,
     *,
-    auxiliary: bool = False,
+    global_clip: float | None = None,
+    gradients: Gradients = "of its own",
 ) -> Setup:
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
 
-    ``auxiliary``: the method sends the gradient of what stages carry beside their features (``_auxiliary.Carried``).
-
     Raises:
-      ValueError: no stages, something that is not a Stage, a number of optimizers or shardings other than K, or
-        ``microbatches`` that is not a whole number of at least 1.
+      ValueError: no stages, something that is not a Stage, a number of optimizers or shardings other than K,
+        ``microbatches`` that is not a whole number of at least 1, or ``global_clip`` below 0.
     """
     if isinstance(stages, Stage):
         stages = (stages,)
@@ -107,7 +121,11 @@ def check_setup(
     shardings = None if placement is None else check_placement(placement, len(stages))
     M = check_count("microbatches", microbatches, why=MICROBATCHES)
     stages = tuple(map(carrying, numbered(stages)))
-    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M, auxiliary)
+    if global_clip is not None:
+        check_between("global_clip", global_clip, 0, math.inf, "the largest norm of the network's gradient")
+        of_all = {optimizer: clipped(optimizer, float(global_clip)) for optimizer in optimizers}
+        optimizers = tuple(of_all[optimizer] for optimizer in optimizers)  # equal ones stay equal, and compile once
+    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M, global_clip, gradients)
 
 
 def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:

@@ -111,6 +111,7 @@ def backprop(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    global_clip: float | None = None,
 ) -> Algorithm:
     """Back-propagation over the same stages and devices as the decoupled methods.
 
@@ -128,6 +129,8 @@ def backprop(
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      global_clip: G, the largest norm of the whole network's gradient g, which is scaled by min(1, G / ||g||). The
+        updates of all stages then wait for the gradients of all.
 
     Returns:
       The algorithm.
@@ -147,6 +150,15 @@ def backprop(
       1
     """
     setup = check_setup(
-        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+        stages,
+        loss_fn,
+        optimizer,
+        placement,
+        return_grads,
+        donate,
+        metrics_fn,
+        microbatches,
+        global_clip=global_clip,
+        gradients="on time",
     )
     return make_algorithm(setup, init, step, lambda: make_parts(setup))

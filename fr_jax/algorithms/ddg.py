@@ -182,6 +182,7 @@ def ddg(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    global_clip: float | None = None,
 ) -> Algorithm:
     """Decoupled parallel back-propagation with delayed gradients, DDG (Huo, Gu, Yang, Huang, ICML 2018).
 
@@ -207,6 +208,9 @@ def ddg(
       donate: reuse the buffers of the old state; it is then invalid after ``step``. The weights of stages k < K are
         not reused: they are those of kept VJPs.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
+        Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
+        of the step before.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -230,7 +234,16 @@ def ddg(
       (5, ())
     """
     setup = check_setup(
-        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+        stages,
+        loss_fn,
+        optimizer,
+        placement,
+        return_grads,
+        donate,
+        metrics_fn,
+        microbatches,
+        global_clip=global_clip,
+        gradients="late",
     )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum)
     setup = delayed.with_remedies(setup, remedies)

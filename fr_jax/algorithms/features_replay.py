@@ -208,6 +208,7 @@ def features_replay(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    global_clip: float | None = None,
 ) -> Algorithm:
     """Features replay, Algorithm 1 of Huo, Gu, Huang 2018 (arXiv:1807.04511).
 
@@ -243,6 +244,9 @@ def features_replay(
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
+        Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
+        of the step before.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -269,7 +273,16 @@ def features_replay(
     if replay_weights not in REPLAY_WEIGHTS:
         raise ValueError(f"replay_weights = {replay_weights!r} is unknown; it can be 'current' or 'stashed'.")
     setup = check_setup(
-        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+        stages,
+        loss_fn,
+        optimizer,
+        placement,
+        return_grads,
+        donate,
+        metrics_fn,
+        microbatches,
+        global_clip=global_clip,
+        gradients="late",
     )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum, discrepancy_decay)
     setup = delayed.with_remedies(setup, remedies)

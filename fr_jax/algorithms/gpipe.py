@@ -137,6 +137,7 @@ def gpipe(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    global_clip: float | None = None,
 ) -> Algorithm:
     """GPipe (Huang et al. 2019, arXiv:1811.06965): M micro-batches forward, then backward, then one update.
 
@@ -162,6 +163,8 @@ def gpipe(
       donate: reuse the buffers of the old weights and optimizer states; the old state is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of a micro-batch, computed by stage K. Reported
         are their means over the micro-batches, as for the loss.
+      global_clip: G, the largest norm of the whole network's gradient g, which is scaled by min(1, G / ||g||). The
+        updates of all stages then wait for the gradients of all.
 
     Returns:
       The algorithm. Inside a step, stages k < K keep the activations of all M micro-batches, or of K-k+1.
@@ -185,6 +188,15 @@ def gpipe(
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r} is unknown; it can be {' or '.join(map(repr, SCHEDULES))}.")
     setup = check_setup(
-        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+        stages,
+        loss_fn,
+        optimizer,
+        placement,
+        return_grads,
+        donate,
+        metrics_fn,
+        microbatches,
+        global_clip=global_clip,
+        gradients="on time",
     )
     return make_algorithm(setup, init, functools.partial(step, schedule), lambda: make_parts(setup))

@@ -144,6 +144,7 @@ def pipedream_2bw(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    global_clip: float | None = None,
 ) -> Algorithm:
     """PipeDream-2BW (Narayanan et al. 2021, arXiv:2006.09503): all gradients one update late, two weight versions.
 
@@ -161,6 +162,9 @@ def pipedream_2bw(
         mini-batch t-1 for stages k < K.
       donate: reuse the buffers of the old state; it is then invalid after ``step``. Weights are not reused.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
+        Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
+        of the step before.
 
     Returns:
       The algorithm. K = 1 has nothing to overlap, and is plain back-propagation without a delay.
@@ -182,7 +186,16 @@ def pipedream_2bw(
       (5, ())
     """
     setup = check_setup(
-        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, microbatches, auxiliary=True
+        stages,
+        loss_fn,
+        optimizer,
+        placement,
+        return_grads,
+        donate,
+        metrics_fn,
+        microbatches,
+        global_clip=global_clip,
+        gradients="late",
     )
     if setup.microbatches < len(setup.stages):
         raise ValueError(
