@@ -58,10 +58,10 @@ MODEL_CARDS: dict[str, ModelCard] = {
 }
 
 
-def random_batch(model: str, size: int) -> Batch:
-    """Random inputs and targets of a model, NumPy arrays: 32x32x3 images and labels, or bytes and those that follow."""
+def random_batch(model: str, size: int, context: int | None = None) -> Batch:
+    """Random inputs and targets, NumPy arrays: 32x32x3 images and labels, or ``context`` bytes and the next ones."""
     rng = np.random.default_rng(0)
-    context = MODEL_CARDS[model].defaults.get("context") if model in MODEL_CARDS else None
+    context = context or (MODEL_CARDS[model].defaults.get("context") if model in MODEL_CARDS else None)
     if context is not None:
         text = rng.integers(0, 256, (size, context + 1)).astype(np.int32)
         return Batch(text[:, :-1], text[:, 1:])  # type: ignore[arg-type]

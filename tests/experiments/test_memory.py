@@ -35,6 +35,10 @@ def test_every_contestant_in_numbers_and_a_picture_once(tmp_path, capsys, monkey
         assert len(row["devices"]) == (1 if CONTESTANTS[name].one_device else K)
         assert {"name", "temporaries", "live"} <= set(row["calls"][0])
     assert rows[2, "bp"]["table_1"] == pytest.approx(1) and rows[2, "fr"]["table_1"] > 1
+    # Stashing keeps weights besides, and 1F1B no more micro-batches than stages; all is added up over the devices.
+    assert rows[2, "fr-stashed"]["peak"]["history"] > rows[2, "fr"]["peak"]["history"]
+    assert rows[2, "1f1b"]["microbatches"] == rows[2, "gpipe"]["microbatches"] == 4
+    assert rows[2, "1f1b"]["activations"] < rows[2, "gpipe"]["activations"]
     printed = capsys.readouterr().out
     assert "table 1" in printed and all(f" {name} " in printed for name in CONTESTANTS)
 
@@ -44,6 +48,13 @@ def test_every_contestant_in_numbers_and_a_picture_once(tmp_path, capsys, monkey
     monkeypatch.setattr(memory, "measure", lambda settings: result)
     assert memory.main([*arguments, "--overwrite"]) == 0
     assert (output / "memory.png").exists()
+
+
+def test_numbers_of_microbatches(capsys):
+    assert memory.main([*SMALL, "--methods", "fr", "1f1b", "recompute", "--microbatches", "2", "fr=1", "fr=4"]) == 0
+    rows = [line.split()[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("mlp ")]
+    each = [["fr", "1"], ["fr", "4"], ["1f1b", "2"], ["recompute", "1"]]
+    assert rows == [[method, K, M] for K in ("1", "2") for method, M in each]
 
 
 def test_without_output_nothing_is_written(tmp_path, monkeypatch):
@@ -64,6 +75,11 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch):
             ["--batch-size", "6", "--methods", "gpipe"],
             "--batch-size 6 cannot be split into the 4 equal parts of gpipe",
         ),
+        (
+            ["--batch-size", "6", "--methods", "1f1b", "--microbatches", "4"],
+            "--batch-size 6 cannot be split into the 4 equal parts of 1f1b",
+        ),
+        (["--methods", "recompute", "--microbatches", "4"], "none of recompute has micro-batches. Drop the flag"),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, capsys):
@@ -119,7 +135,7 @@ def test_what_recomputes_is_back_propagation(K):
 def test_figure():
     peak = dict.fromkeys(KINDS, 10**6)
     rows = [
-        {"model": model, "K": K, "method": method, "peak": peak, "ratio": 1.25}
+        {"model": model, "K": K, "method": method, "microbatches": 1, "peak": peak, "ratio": 1.25}
         for model in ("a", "b") for K in (1, 2) for method in ("bp", "fr")
     ]  # fmt: skip
     settings = {"models": ["a", "b"], "methods": ["bp", "fr"], "batch_size": 4}

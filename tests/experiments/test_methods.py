@@ -42,7 +42,7 @@ def test_bounds_are_the_closed_forms():
 
 def test_work_of_the_last_stage():
     weights = {name: card.last_stage_weight(4, own_of(card)) for name, card in METHODS.items() if card.schedule}
-    assert weights == {"fr": 3 / 4, "bp": 1, "ddg": 1, "dni": 1, "gpipe": 1}
+    assert weights == {"fr": 3 / 4, "bp": 1, "ddg": 1, "dni": 1, "gpipe": 1, "2bw": 1}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ With A_k the activations of stage k, f_k = |h_{k-1}| its input, and K stages:
     features replay                      sum_k A_k + sum_{k<K} (K-k+1) f_k
     features replay, one device          max_k A_k + sum_{k<K} (K-k+1) f_k
     checkpointed back-propagation        max_k A_k + sum_k f_k
+    GPipe                                M sum_k A_k
+    1F1B                                 sum_k min(M, K-k+1) A_k
 
-The paper writes O(L), O(LK + K^2), O(L + K^2), O(L/K + K^2). Gradients in flight between stages are left out.
+With M micro-batches, A_k and f_k are those of one. The paper writes O(L), O(LK + K^2), O(L + K^2), O(L/K + K^2).
+Gradients in flight between stages, and the mini-batch itself, are left out.
 """
 
 from __future__ import annotations
@@ -68,29 +71,38 @@ def _history(stages: Sequence[StageActivations]) -> float:
 _residuals = lambda stages: [stage.residuals for stage in stages]
 _checkpointed = lambda stages: max(_residuals(stages)) + sum(stage.inputs for stage in stages)
 
+_in_flight = lambda stages, most: sum(min(most, len(stages) - k) * one.residuals for k, one in enumerate(stages))
+
 FORMS = {
-    "bp": lambda stages: sum(_residuals(stages)),
-    "ddg": lambda stages: sum((len(stages) - k) * stage.residuals for k, stage in enumerate(stages)),
-    "fr": lambda stages: sum(_residuals(stages)) + _history(stages),
-    "fr-one-device": lambda stages: max(_residuals(stages)) + _history(stages),
-    "checkpoint": _checkpointed,
-    "recompute": _checkpointed,
+    "bp": lambda stages, M: sum(_residuals(stages)),
+    "ddg": lambda stages, M: _in_flight(stages, len(stages)),
+    "fr": lambda stages, M: sum(_residuals(stages)) + _history(stages),
+    "fr-one-device": lambda stages, M: max(_residuals(stages)) + _history(stages),
+    "checkpoint": lambda stages, M: _checkpointed(stages),
+    "recompute": lambda stages, M: _checkpointed(stages),
+    "gpipe": lambda stages, M: M * sum(_residuals(stages)),
+    "1f1b": lambda stages, M: _in_flight(stages, M),
 }
-"""The form of each method."""
+"""The form of each method: of its stages for one micro-batch, and M."""
 
 
-def closed_form(method: str, stages: Sequence[StageActivations], whole: float | None = None) -> float | None:
+def closed_form(
+    method: str, stages: Sequence[StageActivations], whole: float | None = None, microbatches: int = 1
+) -> float | None:
     """Activations of a method in bytes, by its closed form; None if :data:`FORMS` has none for it.
 
-    ``whole`` are the activations of the whole network in bytes, if they are known better than as the sum of the
-    residuals: each stage then has its share of them.
+    ``stages`` are those for a mini-batch, which is split into ``microbatches``. ``whole`` are the activations of the
+    whole network in bytes, if they are known better than as the sum of the residuals: each stage then has its share.
 
     Example:
       >>> stages = [StageActivations(inputs=1, residuals=100)] * 4
       >>> [closed_form(method, stages) for method in ("bp", "fr", "ddg", "checkpoint")]
       [400.0, 409.0, 1000.0, 104.0]
+      >>> [closed_form(method, stages, microbatches=2) for method in ("gpipe", "1f1b", "ddg")]
+      [400.0, 350.0, 500.0]
     """
     if method not in FORMS:
         return None
     scale = 1.0 if whole is None else whole / sum(stage.residuals for stage in stages)
-    return float(FORMS[method]([StageActivations(one.inputs, scale * one.residuals) for one in stages]))
+    M = microbatches
+    return float(FORMS[method]([StageActivations(one.inputs / M, scale * one.residuals / M) for one in stages], M))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.sharding import Sharding
 
-from fr_jax.algorithms import backprop, ddg, dni, features_replay, gpipe
+from fr_jax.algorithms import backprop, ddg, dni, features_replay, gpipe, pipedream_2bw
 from fr_jax.algorithms._delayed import Remedies
 from fr_jax.algorithms._validation import Setup
 from fr_jax.diagnostics.profiling import lockstep
@@ -42,6 +42,7 @@ STEPS: dict[str, Callable[[Setup, Any], tuple[Any, Callable, Callable]]] = {
     ),
     # 1F1B makes the same calls.
     "gpipe": lambda setup, own: (gpipe.make_parts(setup), gpipe.init, functools.partial(gpipe.step, "gpipe")),
+    "2bw": lambda setup, own: (pipedream_2bw.make_parts(setup), pipedream_2bw.init, pipedream_2bw.step),
 }
 _WORK = ("play", "replay", "forward", "backward", "update", "synthesize", "learn")
 _KINDS = {name: kind for kind in _WORK for name in (kind, f"{kind}s")} | {"pulls": "backward", "errors": "learn"}
@@ -80,10 +81,10 @@ class Call(NamedTuple):
 
 
 def microbatches_of(method: str, given: int | None) -> int:
-    """M: as given, where the method has micro-batches; by default 4 of GPipe."""
+    """M: as given, where the method has micro-batches; by default 4 of GPipe and 8 of 2BW."""
     if method in ("dni", "fr-lockstep"):
         return 1
-    return (4 if method == "gpipe" else 1) if given is None else given
+    return {"gpipe": 4, "2bw": 8}.get(method, 1) if given is None else given
 
 
 def is_mine(sharding: Sharding | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
@@ -15,12 +15,19 @@ MICROBATCHES_HELP = (
 )
 
 
-def numbers_of_microbatches(words: Sequence[str] | None, methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def _has_microbatches(method: str) -> bool:
+    return method in METHODS and "microbatches" in METHODS[method].defaults
+
+
+def numbers_of_microbatches(
+    words: Sequence[str] | None, methods: Sequence[str], has_some: Callable[[str], bool] = _has_microbatches
+) -> dict[str, tuple[int, ...]]:
     """The numbers of micro-batches to run, by method; a method that is not in it has its default.
 
     Args:
       words: ``M``, for every method that has micro-batches and no number of its own, or ``METHOD=M``.
       methods: those that are run.
+      has_some: whether a method has micro-batches; by default its card says so.
 
     Raises:
       SettingsError: a word is malformed, given twice, or for a method that is not run or has no micro-batches.
@@ -30,7 +37,7 @@ def numbers_of_microbatches(words: Sequence[str] | None, methods: Sequence[str])
       {'bp': (1,), 'fr': (4, 8), 'ddg': (8,)}
     """
     given = " ".join(words or ())
-    having = [method for method in methods if method in METHODS and "microbatches" in METHODS[method].defaults]
+    having = [method for method in methods if has_some(method)]
     found: dict[str, list[int]] = {}
     for word in words or ():
         method, equals, number = word.rpartition("=")

@@ -23,10 +23,11 @@ from fr_jax.diagnostics.memory.activations import closed_form, stage_activations
 from fr_jax.diagnostics.memory.step_memory import MemoryReport, step_memory
 from fr_jax.experiments._bench.contestants import shared_settings
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_own
+from fr_jax.experiments._cli.checks import check_own, check_parts
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine, settings_of
+from fr_jax.experiments._cli.per_method import MICROBATCHES_HELP, numbers_of_microbatches
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
@@ -56,14 +57,14 @@ class MemorySettings:
         ("bp", "fr", "ddg", "recompute", "fr-one-device"),
         choices=tuple(CONTESTANTS),
         series="distinct",
-        help=f"{', '.join(METHODS)} over K devices; on one device: fr-one-device (features replay), checkpoint "
-        "(back-propagation with jax.checkpoint around each stage, which XLA undoes on a CPU), recompute (the same, "
-        "each stage a function of its own).",
+        help=f"{', '.join(METHODS)}, fr-stashed (features replay at stashed weights) and 1f1b (gpipe with that "
+        "schedule) over K devices; on one device: fr-one-device (features replay), checkpoint (back-propagation with "
+        "jax.checkpoint around each stage, which XLA undoes on a CPU), recompute (the same, each stage a function of "
+        "its own).",
     )
     batch_size: int = setting(128, least=1)
-    """Examples of a mini-batch of 32x32x3 images."""
-    microbatches: int | None = setting(None, least=1)
-    """Of every method that has micro-batches. Default: each method's own, which is 1 but for gpipe and 2bw."""
+    """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes."""
+    microbatches: tuple[str, ...] | None = setting(None, help=MICROBATCHES_HELP)
     output: Path | None = None
     """A folder for memory.json and memory.png; without it only the table is printed."""
     overwrite: bool = False
@@ -76,23 +77,32 @@ def refusal(settings: MemorySettings) -> str | None:
     for model in settings.models:
         if (L := len(fr.models.MODELS[model]())) < max(settings.K):
             return f"--K {max(settings.K)}: {model} has {L} layers, so K can be 1 to {L}."
-    for method in settings.methods:
+    for method, M in contestants(settings):
         if method in METHODS:
-            check_own(shared_settings(settings), method, max(settings.K))
+            check_own(shared_settings(settings, microbatches=M), method, max(settings.K))
+        elif M is not None:
+            check_parts(settings.batch_size, M, method)
     return None
+
+
+def contestants(settings: MemorySettings) -> list[tuple[str, int | None]]:
+    """Each method with each of its numbers of micro-batches; None for its own."""
+    splits = lambda method: CONTESTANTS[method].has_microbatches
+    numbers = numbers_of_microbatches(settings.microbatches, settings.methods, splits)
+    return [(method, M) for method in settings.methods for M in numbers.get(method, (None,))]
 
 
 def measure(settings: MemorySettings) -> dict[str, Any]:
     """Compiles everything.
 
     Returns:
-      Machine, date and versions, and ``"rows"``, one per model, K and method: bytes by kind as the sum over devices of
-      their ``peak``; their sum ``total``, and ``activations`` alone; both over those of back-propagation on one
-      device (``ratio``, ``activations_ratio``); ``table_1``, the latter by the paper's closed form; ``devices``,
-      ``stages`` and ``calls`` as :class:`fr_jax.diagnostics.memory.step_memory.MemoryReport` has them.
+      Machine, date and versions, and ``"rows"``, one per model, K, method and ``microbatches``: bytes by kind as the
+      sum over devices of their ``peak``; their sum ``total``, and ``activations`` alone; both over those of
+      back-propagation on one device (``ratio``, ``activations_ratio``); ``table_1``, the latter by a closed form;
+      ``devices``, ``stages`` and ``calls`` as :class:`fr_jax.diagnostics.memory.step_memory.MemoryReport` has them.
     """
     rows = []
-    count = len(settings.models) * (1 + len(settings.K) * len(settings.methods))
+    count = len(settings.models) * (1 + len(settings.K) * len(contestants(settings)))
     with tqdm(total=count, unit="method", file=sys.stdout, dynamic_ncols=True) as bar:
         for model in settings.models:
             rows += _measure_model(settings, model, bar)
@@ -130,16 +140,18 @@ def _measure_model(settings: MemorySettings, model: str, bar: tqdm) -> list[dict
         cuts = fr.balance(costs, K)
         stages = fr.partition(layers, cuts)
         activations = stage_activations(stages, inputs)
-        for method in settings.methods:
+        for method, given in contestants(settings):
+            one = CONTESTANTS[method]
+            M = one.microbatches(given)
             # With one stage most methods issue what the yardstick does, which is known.
-            if K == 1 and CONTESTANTS[method].is_backprop(settings.microbatches):
+            if K == M == 1 and not one.recomputes:
                 found, seconds = plain, plain_seconds
                 bar.update()
             else:
-                found, seconds = report(method, stages, settings.microbatches)
+                found, seconds = report(method, stages, given)
             # Scaled to XLA's plan for the yardstick, which keeps less than JAX's VJPs store.
-            form = closed_form(CONTESTANTS[method].form, activations, whole=plain.activations)
-            row = {"model": model, "K": K, "method": method, "cuts": list(cuts), "seconds": seconds}
+            form = closed_form(one.form, activations, whole=plain.activations, microbatches=M)
+            row = {"model": model, "K": K, "method": method, "microbatches": M, "cuts": list(cuts), "seconds": seconds}
             rows.append(row | _numbers(found, plain, form))
     return rows
 
@@ -162,12 +174,25 @@ def _numbers(found: MemoryReport, plain: MemoryReport, form: float | None) -> di
 
 def table(result: dict[str, Any]) -> str:
     """The result as text, in MB (10^6 bytes)."""
-    head = ("model", "method", "K", "total", "ratio", "activations", "ratio", "table 1", "history", "largest device")
+    head = (
+        "model",
+        "method",
+        "K",
+        "M",
+        "total",
+        "ratio",
+        "activations",
+        "ratio",
+        "table 1",
+        "history",
+        "largest device",
+    )
     body = [
         (
             row["model"],
             row["method"],
             row["K"],
+            row["microbatches"],
             f"{row['total'] / 1e6:.1f}",
             f"{row['ratio']:.2f}",
             f"{row['activations'] / 1e6:.1f}",

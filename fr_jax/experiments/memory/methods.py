@@ -109,28 +109,35 @@ class Contestant(NamedTuple):
         own ``microbatches`` for None.
       form: its closed form in ``fr_jax.diagnostics.memory.activations``.
       one_device: whether all stages share a device.
-      is_backprop: ``microbatches -> bool``, whether it is plain back-propagation with K = 1.
+      has_microbatches: whether their number can be given.
+      microbatches: ``given or None -> M``, the number that it runs with.
+      recomputes: whether it is no plain back-propagation even with K = 1 and M = 1.
     """
 
     title: str
     make: Callable[..., Algorithm]
     form: str
     one_device: bool = True
-    is_backprop: Callable[[int | None], bool] = lambda microbatches: True
+    has_microbatches: bool = False
+    microbatches: Callable[[int | None], int] = lambda given: 1
+    recomputes: bool = False
 
 
-def _over_devices(card: Method) -> Contestant:
+def _over_devices(card: Method, form: str = "", title: str = "", **settings: Any) -> Contestant:
+    has_some = "microbatches" in card.defaults
+
     def own(microbatches: int | None) -> dict[str, Any]:
-        given = microbatches is not None and "microbatches" in card.defaults
-        return card.defaults | ({"microbatches": microbatches} if given else {})
+        given = microbatches is not None and has_some
+        return card.defaults | settings | ({"microbatches": microbatches} if given else {})
 
     def make(
         stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int | None, **common: Any
     ) -> Algorithm:
         return card.make(own(microbatches), stages, loss_fn, optimizer, TrainingSet(EXAMPLES, CLASSES), **common)
 
-    whole = lambda microbatches: own(microbatches).get("microbatches", 1) == 1
-    return Contestant(f"{card.title}, K devices", make, card.memory, one_device=False, is_backprop=whole)
+    M = lambda microbatches: own(microbatches).get("microbatches", 1)
+    title, form = f"{title or card.title}, K devices", form or card.memory
+    return Contestant(title, make, form, one_device=False, has_microbatches=has_some, microbatches=M)
 
 
 def _unsplit(method: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
@@ -143,9 +150,9 @@ def _checkpoint(stages: Sequence[Stage], *arguments: Any, **common: Any) -> Algo
 
 CONTESTANTS = {
     **{name: _over_devices(card) for name, card in METHODS.items()},
-    "checkpoint": Contestant(
-        "jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", is_backprop=lambda microbatches: False
-    ),
+    "fr-stashed": _over_devices(METHODS["fr"], title="features replay, stashed weights", replay_weights="stashed"),
+    "1f1b": _over_devices(METHODS["gpipe"], "1f1b", "1F1B", pipeline_schedule="1f1b"),
+    "checkpoint": Contestant("jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", recomputes=True),
     "recompute": Contestant("recomputing back-propagation, one device", _unsplit(recomputing), "recompute"),
     "fr-one-device": Contestant("features replay, one device", _unsplit(fr.features_replay), "fr-one-device"),
 }

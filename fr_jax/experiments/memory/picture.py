@@ -36,7 +36,8 @@ def figure(result: Mapping[str, Any]) -> Figure:
         f"Batch {s['batch_size']}, {result['optimizer']}. Numbers and dotted line: ratio to back-propagation on one "
         f"device.\nXLA's plans for {result['backend']}, jax {result['jax']}, {result['date']}."
     )
-    drawing, space = page(max(9.0, 1.5 + 5.2 * len(s["models"])), 5.8, "Memory of a training step", note)
+    width = max(5.2, 0.3 * len(rows) / len(s["models"]))
+    drawing, space = page(max(9.0, 1.5 + width * len(s["models"])), 5.8, "Memory of a training step", note)
     panels = space.subplots(1, len(s["models"]), squeeze=False)[0]
     for panel, model in zip(panels, s["models"], strict=True):
         _draw(panel, [row for row in rows if row["model"] == model], colours)
@@ -49,19 +50,20 @@ def figure(result: Mapping[str, Any]) -> Figure:
 
 
 def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    methods, Ks = list(colours), sorted({row["K"] for row in rows})
-    width = 0.84 / len(methods)
+    bars = list(dict.fromkeys((row["method"], row["microbatches"]) for row in rows))
+    Ks = sorted({row["K"] for row in rows})
+    width = 0.84 / len(bars)
     for row in rows:
-        place = methods.index(row["method"])
-        x, bottom = Ks.index(row["K"]) + (place - (len(methods) - 1) / 2) * width, 0.0
+        place, M = bars.index((row["method"], row["microbatches"])), row["microbatches"]
+        x, bottom = Ks.index(row["K"]) + (place - (len(bars) - 1) / 2) * width, 0.0
         for kinds, strength in LAYERS.values():
             height = sum(row["peak"][kind] for kind in kinds) / 1e6
             panel.bar(x, height, 0.92 * width, bottom=bottom, color=colours[row["method"]], alpha=strength)
             bottom += height
         panel.axhline(bottom / row["ratio"], color="0.35", linestyle=":", linewidth=1, zorder=0)
-        panel.annotate(
-            f"{row['ratio']:.2f}", (x, bottom), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
-        )
+        text = f"{row['ratio']:.2f}" + (f", M = {M}" if M > 1 else "")
+        upright: dict[str, Any] = {"rotation": 90 if max(M for _, M in bars) > 1 else 0, "fontsize": 7.5}
+        panel.annotate(text, (x, bottom), (0, 2), textcoords="offset points", ha="center", **upright)
     panel.set_xticks(range(len(Ks)), [f"K = {K}" for K in Ks])
     panel.margins(y=0.08)
     plain_axes(panel, "y")

@@ -21,10 +21,9 @@ from fr_jax.experiments._cli.machine import machine, settings_of
 from fr_jax.experiments._cli.results import check_folder, write_results
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError
-from fr_jax.experiments._methods import COMPARED
 from fr_jax.experiments._models import MODEL_CARDS, example_inputs
 from fr_jax.experiments.scaling import picture as scaling_picture
-from fr_jax.experiments.scaling.network import STEP, Network, described, ideal, own_of, schedule, speedups
+from fr_jax.experiments.scaling.network import COMPARED, STEP, Network, described, ideal, own_of, schedule, speedups
 from fr_jax.models import MODELS
 from fr_jax.plotting.gantt import gantt_figure
 from fr_jax.plotting.style import png

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fr_jax.experiments._methods import COMPARED
-from fr_jax.experiments.scaling.network import own_of
+from fr_jax.experiments.scaling.network import COMPARED, own_of
 from fr_jax.plotting.style import COLOURS, page, plain_axes
 
 if TYPE_CHECKING:

@@ -156,7 +156,11 @@ def test_closed_forms():
     assert closed_form("fr-one-device", stages) == 70 + 16
     assert closed_form("recompute", stages) == closed_form("checkpoint", stages) == 70 + 10
     assert closed_form("bp", stages, whole=440) == 440 and closed_form("fr", stages, whole=440) == 456
-    assert closed_form("gpipe", stages) is None
+    assert closed_form("dni", stages) is None
+    assert closed_form("gpipe", stages, microbatches=2) == 220
+    assert closed_form("1f1b", stages, microbatches=2) == (2 * 40 + 2 * 50 + 2 * 60 + 70) / 2
+    assert closed_form("ddg", stages, microbatches=2) == (4 * 40 + 3 * 50 + 2 * 60 + 70) / 2
+    assert closed_form("fr", stages, microbatches=2) == (220 + 16) / 2
 
 
 def test_activations_of_stages_are_shapes_alone():

@@ -1,0 +1,1 @@
+"""Compares methods by the time that they need to back-propagation's held-out loss."""
