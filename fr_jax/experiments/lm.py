@@ -15,8 +15,10 @@ from fr_jax.experiments._run import program
 
 __all__ = ["LM", "main", "run"]
 
-# With a gradient that is K-1 updates late such a run learns little; four micro-batches per update make that one.
-LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"] | {"microbatches": 4}))
+# The recipe of experiments/time-to-loss: Muon, at least as many micro-batches as stages, and predicted weights, where
+# late gradients cost few updates, if any.
+RECIPE = {"method": "ddg", "microbatches": 4, "weight_prediction": 1.0}
+LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"] | RECIPE))
 
 
 def run(settings: TrainSettings) -> int:

@@ -56,21 +56,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 LANGUAGE_MODEL: dict[str, Any] = {
     "model": "gpt",
-    "optimizer": "adamw",
     "weight_decay": 0.1,
     "schedule": "cosine",
     "clip": 1.0,
 }
 PRESETS["lm"] = LANGUAGE_MODEL | {
+    "optimizer": "muon",
     "width": 64,
     "steps": 1000,
     "batch_size": 16,
-    "learning_rate": 0.003,
+    "learning_rate": 0.012,
     "warmup": 200,
     "eval_every": 100,
     "test_examples": 512,
 }
 PRESETS["gpt2"] = LANGUAGE_MODEL | {
+    "optimizer": "adamw",
     "depth": 18,
     "width": 768,
     "heads": 12,
