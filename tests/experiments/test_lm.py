@@ -77,9 +77,9 @@ def test_defaults():
     settings = parse("lm", lm.LM.defaults, [])
     check(settings)
     resolved = resolve(settings, "python", 80_000)
-    assert (resolved.model, resolved.method, resolved.K, resolved.optimizer) == ("gpt", "fr", 4, "adamw")
+    assert (resolved.model, resolved.method, resolved.K, resolved.optimizer) == ("gpt", "ddg", 4, "muon")
     assert (resolved.depth, resolved.heads, resolved.positions) == (8, 4, "rotary")
-    assert resolved.workdir == pathlib.Path("runs/python-gpt-fr-K4-seed0")
+    assert resolved.workdir == pathlib.Path("runs/python-gpt-ddg-K4-seed0")
 
 
 def test_the_network_of_the_gpu_preset():
@@ -133,7 +133,7 @@ def test_files_of_a_run(finished):
 
 def test_what_a_run_prints(finished, texts):
     out = (finished.parent / "stdout").read_text()
-    assert "gpt, features replay, K = 2, M = 4; batch 4, learning rate 0.003, 12 steps" in out
+    assert "gpt, DDG, K = 2, M = 4; batch 4, learning rate 0.012, 12 steps" in out
     assert f"held-out bytes (1 of 12 files) from {texts}; windows of 8 bytes" in out
     assert "test bits per byte" in out and "tokens/s" in out
     sample = load(finished / "summary.json")["sample"]
