@@ -13,6 +13,16 @@ KEY = jax.random.key(0)
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 
+def test_relu_is_that_of_jax(x64):
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0, -jnp.inf, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(resnet.relu(x), jax.nn.relu(x))
+    assert resnet.relu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    x = jax.random.normal(KEY, (2, 4, 4, 3)).at[0, 0].set(0.0)
+    for derivative in (jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x + 1,))[1]):
+        got, expected = (derivative(lambda x, f=f: (f(x) ** 2 + f(x)).sum())(x) for f in (resnet.relu, jax.nn.relu))
+        np.testing.assert_array_equal(got, expected)
+
+
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
