@@ -3,16 +3,13 @@ import json
 import os
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import fr_jax as fr
+from fr_jax.experiments._bench.pytorch_networks import NETWORKS
 from fr_jax.experiments._bench.turns import Turn
 from fr_jax.experiments.throughput import __main__ as throughput
 from fr_jax.experiments.throughput import pytorch_peer
-from fr_jax.experiments.throughput.pytorch_network import NETWORKS, copy_weights, network
 from fr_jax.experiments.throughput.pytorch_peer import Peer, PeerError
 
 SMALL = "--models mlp --dtypes float32 --K 2 --batch-size 8 --rounds 3 --steps 2".split()  # noqa: SIM905
@@ -90,23 +87,6 @@ def test_peers_in_their_own_processes():
     for one in (good, broken, dead, slow):
         one.end()
         assert not one.process.is_alive()
-
-
-@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
-def test_the_network_in_pytorch_is_the_same(name):
-    torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
-    h, params = jnp.asarray(x), []
-    for i, layer in enumerate(fr.models.MODELS[name]()):
-        layer_params, state = layer.init(jax.random.key(i), h)
-        h, _ = layer.apply(layer_params, state, h, train=True)
-        params.append(layer_params)
-    module = network(name)
-    copy_weights(params, module)
-    assert sum(p.numel() for p in module.parameters()) == sum(p.size for p in jax.tree.leaves(params))
-    with torch.no_grad():
-        outputs = module.train()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
-    np.testing.assert_allclose(outputs.numpy(), h, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.slow

@@ -13,41 +13,51 @@ from fr_jax.distributed import NUM_PROCESSES, group, initialize, launch
 from fr_jax.experiments._cli.harness import command
 from fr_jax.experiments._fields import SettingsError
 
-__all__ = ["cores_by_process", "placed_on", "start_pinned"]
+__all__ = ["cores_by_process", "placed_on", "start_pinned", "start_processes"]
 
 
 def start_pinned(name: str, defaults: Any, settings: Any) -> int | None:
-    """With ``settings.pinned``, starts the program of the module ``name`` ``settings.K`` times, each on a single core.
+    """With ``settings.pinned``, :func:`start_processes`; otherwise None: the stages are devices of this process."""
+    return start_processes(name, defaults, settings) if settings.pinned else None
+
+
+def start_processes(name: str, defaults: Any, settings: Any) -> int | None:
+    """Starts the program of the module ``name`` ``settings.K`` times, with ``settings.pinned`` each on a single core.
 
     Returns:
-      The exit code; None to go on in this process: with its stages as devices, or as one of the started processes,
-      which has joined the others.
+      The exit code; None to go on in this process, as one of the started ones, which has joined the others.
 
     Raises:
       SettingsError: there are not as many cores, or processes cannot be pinned here.
     """
     K = settings.K
-    if not settings.pinned:
-        return None
     if NUM_PROCESSES in os.environ:
         initialize()
         return None
+    words = shlex.split(command(name, defaults, settings))[1:]
+    try:
+        if not settings.pinned:
+            return launch.wait(launch.start(words, K, pin=False, mark=False))
+        with _confined(_first_cores(K)):  # of which launch gives each process an equal share
+            processes = launch.start(words, K, mark=False)
+    except launch.LaunchError as error:
+        raise SettingsError(f"--pinned: {error}") from error
+    return launch.wait(processes)
+
+
+def _first_cores(K: int) -> list[int]:
+    """K cores of this process; raises SettingsError if there are fewer, or processes cannot be pinned here."""
     if not hasattr(os, "sched_setaffinity"):
         raise SettingsError(
-            f"--pinned: {platform.system()} does not pin processes to cores; Linux does. Drop --pinned: the stages are "
-            "then devices of one process."
+            f"--pinned: {platform.system()} does not pin processes to cores; Linux does. Drop --pinned: the stages "
+            "then share the cores."
         )
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < K:
         raise SettingsError(
             f"--pinned needs {K} cores for --K {K}; there are {len(cores)}. Use a smaller --K, or drop --pinned."
         )
-    try:
-        with _confined(cores[:K]):  # of which launch gives each process an equal share
-            processes = launch.start(shlex.split(command(name, defaults, settings))[1:], K, mark=False)
-    except launch.LaunchError as error:
-        raise SettingsError(f"--pinned: {error}") from error
-    return launch.wait(processes)
+    return cores[:K]
 
 
 @contextlib.contextmanager

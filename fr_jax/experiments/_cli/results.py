@@ -29,21 +29,22 @@ def check_folder(output: Path | None, names: Iterable[str], *, overwrite: bool) 
         _check(output, output, "a folder", names, overwrite)
 
 
-def check_file(output: Path | None, *, overwrite: bool) -> None:
-    """The same for a JSON file ``--output`` and the picture beside it, which gets its name with .png.
+def check_file(output: Path | None, *, overwrite: bool, picture: bool = True) -> None:
+    """The same for a JSON file ``--output`` and the ``picture`` beside it, which gets its name with .png.
 
     Raises:
       SettingsError: its name does not end in .json, its folder cannot be made or written, or one of the two is there.
     """
     if output is None:
         return
+    beside = ", and the picture gets the same with .png" if picture else ""
     if output.suffix != ".json" or output.is_dir():
         what = "is a folder" if output.is_dir() else "does not end in .json"
         raise SettingsError(
-            f"--output {output} {what}; it must be the name of a JSON file, and the picture gets the same with .png. "
+            f"--output {output} {what}; it must be the name of a JSON file{beside}. "
             f"Try --output {output / 'result.json' if output.is_dir() else f'{output}.json'}."
         )
-    names = (output.name, output.with_suffix(".png").name)
+    names = (output.name, *([output.with_suffix(".png").name] if picture else ()))
     _check(output, output.parent, "in a folder", names, overwrite)
 
 

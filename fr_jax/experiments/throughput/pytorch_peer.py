@@ -10,9 +10,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from fr_jax.experiments._bench.pytorch_networks import NETWORKS, network
 from fr_jax.experiments._bench.turns import ISSUED_FROM_REST, Turn
 from fr_jax.experiments._fields import SettingsError
-from fr_jax.experiments.throughput.pytorch_network import NETWORKS, network
 
 __all__ = ["MODES", "Peer", "PeerError", "check_pytorch", "start"]
 

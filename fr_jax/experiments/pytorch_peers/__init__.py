@@ -1,0 +1,1 @@
+"""Seconds per update of PyTorch's pipelines and data parallelism."""
