@@ -63,8 +63,6 @@ class PeersSettings:
     """Examples of a mini-batch: of 32x32x3 images, 128 by default; of windows of text, 16 (random numbers)."""
     optimizer: str | None = setting(None, choices=tuple(OPTIMIZERS))
     """sgd (with momentum; the default for images) or adamw (the default for gpt)."""
-    compile: bool = False
-    """Also try torch.compile, layer by layer, and use what is faster; it needs a C++ compiler, and minutes at first."""
     cuts: tuple[int, ...] | None = None
     """Explicit cuts. Default: those that balance the layers' times, and those with one boundary a layer off."""
     rounds: int = setting(7, least=1)
@@ -133,18 +131,14 @@ def make_job(settings: PeersSettings) -> Job:
     return Job(lambda: network(settings.model, CLASSES), images, targets, settings.optimizer or "sgd")
 
 
-def fastest(settings: PeersSettings, job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """The job with the layout of images, and with or without ``torch.compile``, as the first process trains fastest."""
-    layouts = (False, True) if settings.model in NETWORKS else (False,)
-    modes = (False, True) if settings.compile else (False,)
-    jobs = [job._replace(channels_last=last, compiled=compiled) for compiled in modes for last in layouts]
-    quietly(f"{len(jobs)} ways to train on one core")
-    seconds = group().from_first(lambda: steps.trial(jobs, max(settings.microbatches)))
-    tried = [
-        {"channels_last": one.channels_last, "compiled": one.compiled, "seconds": found}
-        for one, found in zip(jobs, seconds, strict=True)
-    ]
-    return jobs[seconds.index(min(seconds))], tried
+def fastest(settings: PeersSettings, job: Job) -> tuple[Job, dict[str, float]]:
+    """The job with the layout of images in which the first process trains fastest, and the seconds of each."""
+    if settings.model not in NETWORKS:
+        return job, {}
+    jobs = {"contiguous": job, "channels last": job._replace(channels_last=True)}
+    quietly("layouts of images")
+    tried = group().from_first(lambda: steps.trial(jobs, max(settings.microbatches)))
+    return jobs[min(tried, key=tried.__getitem__)], tried
 
 
 def cuts_to_try(settings: PeersSettings, job: Job) -> list[tuple[int, ...]]:
@@ -197,8 +191,6 @@ def measure(settings: PeersSettings) -> dict[str, Any]:
     shared = {"placement": f"{settings.K} processes that share cores", "cores_by_process": cores_by_process()}
     placed = placed_on(True, settings.K) if settings.pinned else shared
     torch.set_num_threads(1)
-    if settings.compile:
-        steps.prepare_compiler()
     address = f"tcp://127.0.0.1:{group().from_first(free_port)}"
     torch.distributed.init_process_group("gloo", address, rank=group().index, world_size=settings.K)
     job, tried = fastest(settings, make_job(settings))
@@ -223,8 +215,7 @@ def measure(settings: PeersSettings) -> dict[str, Any]:
         "batch_size": batch_size(settings),
         "optimizer": job.optimizer,
         "channels_last": job.channels_last,
-        "compiled": job.compiled,
-        "tried": tried,
+        "layout_seconds": tried,
         "K": settings.K,
         **placed,
         "rounds": settings.rounds,
@@ -254,7 +245,7 @@ def rows_of(
 
 def table(result: dict[str, Any]) -> str:
     """The result as text; ``*`` marks the best of the cuts that were tried."""
-    how = ", channels last" * result["channels_last"] + ", compiled" * result["compiled"]
+    how = ", channels last" * result["channels_last"]
     head = (
         f"{result['model']}, batch {result['batch_size']}, {result['optimizer']}, PyTorch {result['torch']}{how}, "
         f"K = {result['K']}, {result['placement']}"

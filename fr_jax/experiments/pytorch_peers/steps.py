@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -42,7 +42,6 @@ class Job(NamedTuple):
       targets: of a mini-batch, a tensor.
       optimizer: a name of :data:`OPTIMIZERS`.
       channels_last: how images lie in memory inside a stage; between stages they are contiguous, as gloo wants them.
-      compiled: whether ``torch.compile`` makes each layer's kernels. Equal layers, and all contestants, share them.
     """
 
     make: Callable[[], Any]
@@ -50,17 +49,13 @@ class Job(NamedTuple):
     targets: Any
     optimizer: str
     channels_last: bool = False
-    compiled: bool = False
 
     def layers(self) -> list[Any]:
         """New layers, with the same first weights at every call."""
         import torch
 
         torch.manual_seed(0)
-        layers = list(self.make().train())
-        for layer in layers if self.compiled else ():
-            layer.compile(dynamic=False)
-        return layers
+        return list(self.make().train())
 
     def module(self, layers: Sequence[Any]) -> Any:
         """Some of the layers as one module."""
@@ -78,15 +73,6 @@ class Job(NamedTuple):
 
         name, settings = OPTIMIZERS[self.optimizer]
         return getattr(torch.optim, name)(module.parameters(), fused=True, **settings)
-
-
-def prepare_compiler() -> None:
-    """Lets ``torch.compile`` keep kernels for every size of micro-batch, and compile in this process."""
-    import torch._dynamo
-    import torch._inductor.config
-
-    torch._dynamo.config.recompile_limit = 1000  # of one function, which equal layers and all contestants share
-    torch._inductor.config.compile_threads = 1
 
 
 def _format(before: Any, after: Any) -> Any:
@@ -189,16 +175,16 @@ def data_parallel(job: Job) -> Step:
     return step
 
 
-def trial(jobs: Sequence[Job], microbatches: int, rounds: int = 5) -> list[float]:
+def trial(jobs: Mapping[str, Job], microbatches: int, rounds: int = 5) -> dict[str, float]:
     """Seconds of an update of back-propagation for each job: medians of turns, after a first update."""
-    contestants = [backprop(job, microbatches) for job in jobs]
-    seconds: list[list[float]] = [[] for _ in jobs]
+    contestants = {name: backprop(job, microbatches) for name, job in jobs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(1 + rounds):
-        for step, own in zip(contestants, seconds, strict=True):
+        for name, step in contestants.items():
             start = time.perf_counter()
             step()
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own[1:]) for own in seconds]
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(own[1:]) for name, own in seconds.items()}
 
 
 def layer_seconds(job: Job, size: int, rounds: int = 5) -> list[float]:
