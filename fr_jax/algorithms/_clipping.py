@@ -25,7 +25,7 @@ from fr_jax._placement import replicated
 from fr_jax.algorithms._losses import gradient_norm
 from fr_jax.types import Array, PyTree
 
-__all__ = ["GlobalClipState", "clipped", "squares_of_others", "with_others"]
+__all__ = ["GlobalClipState", "clipped", "others_are_finite", "squares_of_others", "with_others"]
 
 
 class GlobalClipState(NamedTuple):
@@ -76,8 +76,18 @@ def _squares_of_others(norms: list[Array | None], *, late: bool) -> list[Array]:
     return list(jnp.sum(jnp.where(own, 0, squares[None]), axis=1))
 
 
-def with_others(opt_state: PyTree, others: Array) -> PyTree:
-    """The state of a stage's optimizer, with what is known now."""
-    is_clipping = lambda node: isinstance(node, GlobalClipState)
-    know = lambda node: node._replace(others=others) if is_clipping(node) else node
-    return jax.tree.map(know, opt_state, is_leaf=is_clipping)
+def with_others(opt_state: PyTree, others: Array | None) -> PyTree:
+    """The state of a stage's optimizer, with what is known now; None: nothing."""
+
+    def know(node: Any) -> Any:
+        if not isinstance(node, GlobalClipState):
+            return node
+        return node._replace(others=jnp.zeros_like(node.others) if others is None else others)
+
+    return jax.tree.map(know, opt_state, is_leaf=lambda node: isinstance(node, GlobalClipState))
+
+
+def others_are_finite(opt_state: PyTree) -> Array | bool:
+    """Whether what such a state knows of the other stages is finite; True for another optimizer's."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, GlobalClipState))
+    return next((jnp.isfinite(node.others) for node in nodes if isinstance(node, GlobalClipState)), True)

@@ -15,11 +15,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
+from fr_jax.algorithms._clipping import others_are_finite, with_others
 from fr_jax.algorithms._losses import NOTHING, Told, gradient_norm, quotient
+from fr_jax.algorithms._nonfinite import settled
 from fr_jax.algorithms._stages import KeyStream
 from fr_jax.algorithms._vjp import with_weights, without_weights
 from fr_jax.types import Array, PyTree, Stage
@@ -33,26 +36,52 @@ class Updated(NamedTuple):
     opt_state: PyTree
     delta: PyTree | None
     grads: PyTree | None
-    gradient_norm: Array
+    measured: dict[str, Array]
 
 
 class Stepped(NamedTuple):
-    """A stage after its optimizer's step; ``grads``: the mean over M > 1 micro-batches, None if not asked for."""
+    """A stage after its optimizer's step.
+
+    Attributes:
+      measured: what ``Info.metrics`` has of it, under these names and the stage's number.
+      model_state: None if it was not given.
+      grads: the mean over M > 1 micro-batches, None if not asked for.
+    """
 
     params: PyTree
     opt_state: PyTree
-    grads: PyTree | None
-    gradient_norm: Array
+    measured: dict[str, Array]
+    model_state: PyTree | None
+    grads: PyTree | None = None
 
 
 def optimize(
-    optimizer: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree, loss: Array | tuple
-) -> tuple[PyTree, PyTree]:
-    """The weights and the optimizer's state after one step; ``loss`` is ``()`` for an optimizer that takes none."""
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    loss: Array | tuple,
+    statistics: tuple[PyTree, PyTree] | None = None,
+    *,
+    skip: bool = False,
+) -> Stepped:
+    """One optimizer step; ``loss`` is ``()`` for an optimizer that takes none.
+
+    ``statistics``: the stage's own state after and before the mini-batch. ``skip``: all stays as it was before the
+    mini-batch if the gradient is not finite.
+    """
+    norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
     takes_loss = isinstance(optimizer, optax.GradientTransformationExtraArgs) and not isinstance(loss, tuple)
     extra: dict[str, Any] = {"value": loss} if takes_loss else {}
-    updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
-    return optax.apply_updates(params, updates), opt_state
+    narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
+    updates, new_state = optimizer.update(narrow, opt_state, params, **extra)
+    moved, before = statistics or (None, None)
+    new, measured = (optax.apply_updates(params, updates), new_state, moved), {"gradient_norm": norm}
+    if skip:
+        finite = jnp.isfinite(norm) & others_are_finite(opt_state)
+        measured["skipped"] = (~finite).astype(jnp.int32)
+        new = settled(finite, new, (params, with_others(opt_state, None), before))
+    return Stepped(new[0], new[1], measured, new[2])
 
 
 def add_up(sums: PyTree, grads: PyTree) -> PyTree:
@@ -108,6 +137,7 @@ def make_replay(
     return_grads: bool,
     donate: bool,
     keep_params: bool = False,
+    skip: bool = False,
 ) -> Callable:
     """Replay, gradient (7) and, for M = 1, update.
 
@@ -131,9 +161,10 @@ def make_replay(
     ) -> Updated:
         at = params if weights is None else weights
         grads, delta_in, new_state = gradient(at, model_state, stream, h_in, delta)
-        norm = gradient_norm(grads)  # of what comes in: an optimizer may clip, scale or accumulate
-        params, opt_state = optimize(optimizer, grads, opt_state, params, told.loss)
-        return Updated(params, new_state, opt_state, delta_in, grads if return_grads else None, norm)
+        statistics = (new_state, model_state) if update_stats else None
+        new = optimize(optimizer, params, opt_state, grads, told.loss, statistics, skip=skip)
+        grads = grads if return_grads else None
+        return Updated(new.params, new.model_state, new.opt_state, delta_in, grads, new.measured)
 
     def add(weights: PyTree, model_state: PyTree, stream: KeyStream, h_in: PyTree, delta: PyTree, sums: PyTree) -> Any:
         grads, delta_in, new_state = gradient(weights, model_state, stream, h_in, delta)
@@ -196,19 +227,20 @@ def make_update(
     donate: bool,
     keep_params: bool = False,
     return_grads: bool = False,
+    skip: bool = False,
 ) -> Callable:
-    """``(params, opt_state, grads, told) -> Stepped``: one optimizer step, equation (2).
+    """``(params, opt_state, grads, told, statistics) -> Stepped``: one optimizer step, equation (2).
 
     ``grads`` are the gradient, or for M > 1 the sums of those of M micro-batches. ``keep_params``: the old weights are
-    not given back, because something in flight holds them.
+    not given back, because something in flight holds them. ``statistics`` and ``skip`` as for :func:`optimize`.
     """
 
-    def update(params: PyTree, opt_state: PyTree, grads: PyTree, told: Told = NOTHING) -> Stepped:
+    def update(
+        params: PyTree, opt_state: PyTree, grads: PyTree, told: Told = NOTHING, statistics: tuple | None = None
+    ) -> Stepped:
         grads = _mean(grads, told, M)
-        norm = gradient_norm(grads)
-        narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
-        params, opt_state = optimize(optimizer, narrow, opt_state, params, told.loss)
-        return Stepped(params, opt_state, grads if return_grads and M > 1 else None, norm)
+        new = optimize(optimizer, params, opt_state, grads, told.loss, statistics, skip=skip)
+        return new._replace(grads=grads if return_grads and M > 1 else None)
 
     # Sums are not donated: they are in float32 at least, the weights may be narrower, and most optimizers return
     # nothing else in their shape.

@@ -56,6 +56,7 @@ def make_shared(setup: Setup, *, holding: int = 0) -> Shared:
                 donate=setup.donate,
                 keep_params=k < holding,
                 return_grads=setup.return_grads,
+                skip=setup.skip_nonfinite,
             )
             for k, (optimizer, sharding) in enumerate(zip(setup.optimizers, shardings, strict=True))
         ),

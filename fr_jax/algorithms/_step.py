@@ -36,7 +36,7 @@ class Iteration:
       loss: of this mini-batch, once the last stage has run.
       told: what the updates need of this mini-batch beside gradients, on the last stage's devices.
       grads: what each stage updated with, if the method returns gradients.
-      norms: their norms; None for a stage that has not updated.
+      measured: what is reported of each stage's update, by name; None for a stage that has not updated.
       metrics: what else the step reports.
     """
 
@@ -50,10 +50,11 @@ class Iteration:
         self.loss: Any = None
         self.told = Told()
         self.grads: list[PyTree | None] = [None] * K
-        self.norms: list[Array | None] = [None] * K
+        self.measured: list[dict[str, Array] | None] = [None] * K
         self.metrics: dict[str, Array] = {}
         self.setup, self._shared, self._scored = setup, shared, []
         self._waiting: list[tuple[int, Told]] = []
+        self._before = state.model_state if setup.skip_nonfinite else None
 
     def microbatches(self, batch: Batch) -> Iterator[tuple[int, PyTree, PyTree]]:
         """``(i, inputs, targets)`` for each micro-batch i = t M .. t M + M - 1, on the first and the last stage."""
@@ -99,7 +100,7 @@ class Iteration:
             fields = self.params, self.model_state, self.opt_state, self.streams
             top = train(*(tuple(field[stages]) for field in fields), h, self.send(targets, here[-1]))
             self.params[stages], self.model_state[stages], self.opt_state[stages] = top[:3]
-            self.loss, self.norms[stages], self.told = top.loss, top.gradient_norms, Told(top.loss)
+            self.loss, self.measured[stages], self.told = top.loss, top.measured, Told(top.loss)
             self.metrics |= top.metrics
             if top.grads is not None:
                 self.grads[stages] = top.grads
@@ -130,7 +131,7 @@ class Iteration:
     ) -> PyTree | None:
         """Stage k's replay of ``h`` at its own or other weights, gradient and, for M = 1, update; delta for below."""
         if self.setup.microbatches == 1:
-            self.params[k], moved, self.opt_state[k], delta, self.grads[k], self.norms[k] = replay(
+            self.params[k], moved, self.opt_state[k], delta, self.grads[k], self.measured[k] = replay(
                 self.params[k], self.model_state[k], self.opt_state[k], self.streams[k], h, delta, told, weights
             )
         else:
@@ -155,10 +156,15 @@ class Iteration:
 
     def _optimize(self, k: int, told: Told) -> None:
         grads, self.sums[k] = self.sums[k], None
-        stepped = self._shared.updates[k](self.params[k], self.opt_state[k], grads, told)
-        self.params[k], self.opt_state[k], mean, self.norms[k] = stepped
+        # The statistics go back with a dropped update, unless a late stage has moved them for newer mini-batches too.
+        moved_here = self.setup.gradients != "late" or k == len(self.params) - 1
+        statistics = (self.model_state[k], self._before[k]) if self._before is not None and moved_here else None
+        new = self._shared.updates[k](self.params[k], self.opt_state[k], grads, told, statistics)
+        self.params[k], self.opt_state[k], self.measured[k] = new.params, new.opt_state, new.measured
+        if statistics is not None:
+            self.model_state[k] = new.model_state
         if self.setup.return_grads:
-            self.grads[k] = grads if mean is None else mean
+            self.grads[k] = grads if new.grads is None else new.grads
 
     def _take_sums(self, k: int) -> PyTree | None:
         """Stage k's sums, zeros if its last update has used them up; None for M = 1, where nothing is added."""
@@ -167,10 +173,10 @@ class Iteration:
 
     def _clip(self) -> None:
         """Norms to all stages: for updates that wait for them, or for those of the next step."""
-        late = not self.setup.waits
+        norms = [None if one is None else one["gradient_norm"] for one in self.measured]
         for k, told in self._waiting:
-            self.norms[k] = self._shared.norms[k](self.sums[k], told)
-        for k, others in enumerate(squares_of_others(self.norms, self.setup.shardings, late=late)):
+            norms[k] = self._shared.norms[k](self.sums[k], told)
+        for k, others in enumerate(squares_of_others(norms, self.setup.shardings, late=not self.setup.waits)):
             self.opt_state[k] = with_others(self.opt_state[k], others)
         for k, told in self._waiting:
             self._optimize(k, told)
@@ -187,9 +193,13 @@ class Iteration:
             **in_flight,
         }
         state = state._replace(step=self.t + 1, **{name: tuple(field) for name, field in fields.items()})
-        norms = {f"gradient_norm/{k}": norm for k, norm in enumerate(self.norms, start=1) if norm is not None}
+        of_stages = {
+            f"{name}/{k}": value
+            for k, measured in enumerate(self.measured, start=1)
+            for name, value in (measured or {}).items()
+        }
         grads = tuple(self.grads) if self.setup.return_grads else None
-        return state, Info(self.loss, grads, self.metrics | norms)
+        return state, Info(self.loss, grads, self.metrics | of_stages)
 
 
 def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Callable[[], Any]) -> Algorithm:

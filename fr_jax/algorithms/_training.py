@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from fr_jax._placement import replicated
 from fr_jax.algorithms._functions import add_up, optimize
-from fr_jax.algorithms._losses import Scored, combine, gradient_norm, quotient, score
+from fr_jax.algorithms._losses import Scored, combine, quotient, score
 from fr_jax.algorithms._stages import KeyStream
 from fr_jax.algorithms._validation import Setup
 from fr_jax.types import Array, LossFn, MetricsFn, PyTree, Stage
@@ -27,7 +27,7 @@ class Trained(NamedTuple):
     delta: PyTree | None
     loss: Array
     grads: tuple[PyTree, ...] | None
-    gradient_norms: tuple[Array, ...]
+    measured: tuple[dict[str, Array], ...]
     metrics: dict[str, Array]
 
 
@@ -80,13 +80,15 @@ def make_train(
     donate: bool,
     keep_input: bool = False,
     at_once: bool | None = None,
+    skip: bool = False,
 ) -> Callable:
     """Loss, gradients and updates in one pass: of the last stage of a method, or of all on one device.
 
     ``(params, model_state, opt_state, streams, h_in, targets) -> Trained``; unless ``at_once``, M = 1 by default,
     without the updates: ``(params, model_state, streams, h_in, targets, sums) -> Added``.
 
-    ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer.
+    ``keep_input``: ``h_in`` is not given back, because a VJP that is still to be used may share its buffer. ``skip`` as
+    for ``_functions.optimize``.
     """
     gradient = _network_gradient(stages, loss_fn, metrics_fn, of_total=M > 1, input_gradient=input_gradient)
 
@@ -100,16 +102,17 @@ def make_train(
     ) -> Trained:
         grads, delta, new_state, scored = gradient(params, model_state, streams, h_in, targets)
         loss, _, metrics = combine([scored])
-        updated = [optimize(o, g, s, p, loss) for o, g, s, p in zip(optimizers, grads, opt_state, params, strict=True)]
+        fields = optimizers, params, opt_state, grads, new_state, model_state
+        new = [optimize(o, p, s, g, loss, (m, b), skip=skip) for o, p, s, g, m, b in zip(*fields, strict=True)]
         return Trained(
-            params=tuple(p for p, _ in updated),
-            model_state=new_state,
-            opt_state=tuple(s for _, s in updated),
+            params=tuple(stage.params for stage in new),
+            model_state=tuple(stage.model_state for stage in new),
+            opt_state=tuple(stage.opt_state for stage in new),
             counts=tuple(stream.count + 1 for stream in streams),
             delta=delta,
             loss=loss,
             grads=grads if return_grads else None,
-            gradient_norms=tuple(gradient_norm(g) for g in grads),
+            measured=tuple(stage.measured for stage in new),
             metrics=metrics,
         )
 
@@ -121,13 +124,14 @@ def make_train(
         return Added(sums, new_state, tuple(stream.count + 1 for stream in streams), delta, scored)
 
     here: Any = replicated(sharding)
-    donated = ("model_state", *(("h_in",) if input_gradient and not keep_input else ()))
+    donated = ("h_in",) if input_gradient and not keep_input else ()
     if not (M == 1 if at_once is None else at_once):
         add.__name__ = "train"  # in a profile
         out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
+        donated = donated if skip else (*donated, "model_state")  # which a dropped update puts back
         # The sums are made within the step: no state holds those of the last stage.
         return jax.jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
-    donated = (*donated, "params", "opt_state")
+    donated = (*donated, "model_state", "params", "opt_state")
     out_shardings = Trained(**dict.fromkeys(Trained._fields, here))._replace(delta=sharding)
     return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
@@ -146,6 +150,7 @@ def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Cal
         donate=setup.donate,
         keep_input=keep_input,
         at_once=setup.at_once,
+        skip=setup.skip_nonfinite,
     )
 
 

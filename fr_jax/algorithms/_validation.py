@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from fr_jax._placement import check_placement, data_parallel_size, default_sharding
 from fr_jax.algorithms._auxiliary import carrying
 from fr_jax.algorithms._clipping import clipped
+from fr_jax.algorithms._nonfinite import keeping, telling
 from fr_jax.stages import check_stages, numbered
 from fr_jax.types import Batch, LossFn, MetricsFn, PyTree, Stage
 
@@ -40,6 +41,7 @@ class Setup:
     donate: bool
     microbatches: int = 1
     global_clip: float | None = None
+    skip_nonfinite: bool = False
     gradients: Gradients = "of its own"
 
     @functools.cached_property
@@ -103,6 +105,7 @@ def check_setup(
     microbatches: int = 1,
     *,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
     gradients: Gradients = "of its own",
 ) -> Setup:
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
@@ -125,7 +128,21 @@ def check_setup(
         check_between("global_clip", global_clip, 0, math.inf, "the largest norm of the network's gradient")
         of_all = {optimizer: clipped(optimizer, float(global_clip)) for optimizer in optimizers}
         optimizers = tuple(of_all[optimizer] for optimizer in optimizers)  # equal ones stay equal, and compile once
-    return Setup(stages, optimizers, shardings, loss_fn, metrics_fn, return_grads, donate, M, global_clip, gradients)
+    if skip_nonfinite:
+        stages, loss_fn = tuple(map(keeping, stages)), telling(loss_fn)
+    return Setup(
+        stages,
+        optimizers,
+        shardings,
+        loss_fn,
+        metrics_fn,
+        return_grads,
+        donate,
+        M,
+        global_clip,
+        skip_nonfinite,
+        gradients,
+    )
 
 
 def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformation, ...]:

@@ -148,7 +148,8 @@ def make_parts(setup: Setup, own: Coordinates) -> AuxiliaryCoordinatesParts:
         None if report is None else lambda out, targets: report(out[0], targets),
     ]
     gluing = [*(cache.make_gluing(stage, if_due=False) for stage in stages[:-1]), stages[-1]]
-    learn = functools.partial(make_train, input_gradient=False, return_grads=setup.return_grads, donate=donate)
+    options = {"return_grads": setup.return_grads, "donate": donate, "skip": setup.skip_nonfinite}
+    learn = functools.partial(make_train, input_gradient=False, **options)
     return AuxiliaryCoordinatesParts(
         forwards=tuple(
             functions.make_play(gluing[k], shardings[k], update_stats=False, donate=donate) for k in range(K - 1)
@@ -324,6 +325,7 @@ def auxiliary_coordinates(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """The method of auxiliary coordinates, MAC (Carreira-Perpiñán, Wang 2014), by mini-batches and gradient steps.
 
@@ -351,6 +353,8 @@ def auxiliary_coordinates(
       return_grads: also return each stage's dQ_k/dw_k (of the last W-step) in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics, computed by stage K from z_{K-1}.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm. ``Info.loss`` is Q_K, at z_{K-1}: lower than the network's own loss. Its metrics hold
@@ -370,7 +374,9 @@ def auxiliary_coordinates(
       >>> sorted(info.metrics)
       ['coordinate_error/1', 'gradient_norm/1', 'gradient_norm/2']
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, skip_nonfinite=skip_nonfinite
+    )
     own = check_own(penalty, penalty_growth, penalty_patience, w_steps, z_steps, z_learning_rate, cache_size)
     return make_algorithm(
         setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)

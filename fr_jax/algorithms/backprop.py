@@ -112,6 +112,7 @@ def backprop(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Back-propagation over the same stages and devices as the decoupled methods.
 
@@ -131,6 +132,8 @@ def backprop(
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
       global_clip: G, the largest norm of the whole network's gradient g, which is scaled by min(1, G / ||g||). The
         updates of all stages then wait for the gradients of all.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm.
@@ -159,6 +162,7 @@ def backprop(
         metrics_fn,
         microbatches,
         global_clip=global_clip,
+        skip_nonfinite=skip_nonfinite,
         gradients="on time",
     )
     return make_algorithm(setup, init, step, lambda: make_parts(setup))

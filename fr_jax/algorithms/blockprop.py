@@ -108,7 +108,8 @@ def make_parts(setup: Setup, own: Gluing) -> BlockPropParts:
         setup.metrics_fn,
     ]
     play = functools.partial(functions.make_play, update_stats=False, donate=donate)
-    learn = functools.partial(make_train, input_gradient=False, return_grads=setup.return_grads, donate=donate)
+    options = {"return_grads": setup.return_grads, "donate": donate, "skip": setup.skip_nonfinite}
+    learn = functools.partial(make_train, input_gradient=False, **options)
     return BlockPropParts(
         forwards=tuple(play(cache.make_gluing(stages[k], if_due=skip), shardings[k]) for k in blocks[:-1]),
         memories=tuple(cache.make_memory(own.h_every, shardings[k], donate=donate) for k in blocks),
@@ -217,6 +218,7 @@ def blockprop(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """BlockProp (Gotmare, Thomas, Brea, Jaggi 2018), Algorithm 1; with ``cache_size`` Algorithm 2.
 
@@ -242,6 +244,8 @@ def blockprop(
       return_grads: also return each block's dJ_k/dw_k in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics, computed by block K from h*_K.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm. ``Info.loss`` is J_K, at h*_K: lower than the network's own loss. Its metrics hold
@@ -260,7 +264,9 @@ def blockprop(
       >>> sorted(info.metrics)
       ['gluing_loss/1', 'gradient_norm/1', 'gradient_norm/2']
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, skip_nonfinite=skip_nonfinite
+    )
     own = check_own(len(setup.stages), penalty, h_steps, h_learning_rate, cache_size, h_every)
     return make_algorithm(
         setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)

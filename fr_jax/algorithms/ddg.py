@@ -183,6 +183,7 @@ def ddg(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Decoupled parallel back-propagation with delayed gradients, DDG (Huo, Gu, Yang, Huang, ICML 2018).
 
@@ -211,6 +212,8 @@ def ddg(
       global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
         Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
         of the step before.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights and optimizer
+        stay as they are, and so do statistics that would not be finite. ``Info.metrics["skipped/k"]`` is 1 then, or 0.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -243,6 +246,7 @@ def ddg(
         metrics_fn,
         microbatches,
         global_clip=global_clip,
+        skip_nonfinite=skip_nonfinite,
         gradients="late",
     )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum)

@@ -213,6 +213,7 @@ def direct_feedback_alignment(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Direct feedback alignment, DFA (Nøkland 2016).
 
@@ -234,6 +235,8 @@ def direct_feedback_alignment(
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -252,6 +255,8 @@ def direct_feedback_alignment(
       >>> state.feedback[0].shape
       (1, 8)
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, skip_nonfinite=skip_nonfinite
+    )
     own = check_feedback(feedback, len(setup.stages))
     return make_algorithm(setup, functools.partial(init, own), step, lambda: make_parts(setup, own))

@@ -28,6 +28,7 @@ from fr_jax._arrays import place
 from fr_jax._placement import replicated
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._microbatches import Shared, make_shared
+from fr_jax.algorithms._nonfinite import keeping
 from fr_jax.algorithms._stages import KeyStream, init_layer, init_stages
 from fr_jax.algorithms._step import Iteration, make_algorithm
 from fr_jax.algorithms._training import make_last
@@ -128,7 +129,9 @@ def make_parts(setup: Setup, own: SynthesizerSetup) -> DNIParts:
         pulls=tuple(functions.make_pull(shardings[k], input_gradient=k > 0) for k in below),
         synthesizes=tuple(functions.make_forward(stage, input_gradient=False) for stage in own.stages),
         errors=tuple(make_error(shardings[k]) for k in below),
-        learns=tuple(functions.make_update(own.optimizer, shardings[k], donate=donate) for k in below),
+        learns=tuple(
+            functions.make_update(own.optimizer, shardings[k], donate=donate, skip=setup.skip_nonfinite) for k in below
+        ),
         last=make_last(setup, keep_input=True),  # the VJP of M_{K-1} may share its buffer
         shared=make_shared(setup),
     )
@@ -180,7 +183,11 @@ def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, 
 
 
 def check_synthesizers(
-    synthesizers: Stage | Sequence[Stage], optimizer: optax.GradientTransformation, label_conditioning: bool, K: int
+    synthesizers: Stage | Sequence[Stage],
+    optimizer: optax.GradientTransformation,
+    label_conditioning: bool,
+    K: int,
+    skip_nonfinite: bool = False,
 ) -> SynthesizerSetup:
     """One synthesizer for all of the K-1 features, or a sequence of K-1; raises ValueError for anything else."""
     given = (synthesizers,) * (K - 1) if isinstance(synthesizers, Stage) else tuple(synthesizers or ())
@@ -198,6 +205,7 @@ def check_synthesizers(
         raise ValueError(
             f"synthesizer_optimizer {optimizer!r} is not an optax transformation. Pass one, such as optax.adam(1e-3)."
         )
+    given = tuple(map(keeping, given)) if skip_nonfinite else given
     return SynthesizerSetup(given, optimizer, label_conditioning)
 
 
@@ -213,6 +221,7 @@ def dni(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Decoupled neural interfaces, DNI (Jaderberg et al. 2016), as compared with in the features replay paper.
 
@@ -232,6 +241,8 @@ def dni(
       return_grads: also return each stage's gradient in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0. Synthesizers do likewise.
 
     Returns:
       The algorithm; its metrics hold ``synthesizer_error/k``, B ||d_k - delta_k||^2. K = 1 is plain back-propagation.
@@ -252,8 +263,10 @@ def dni(
       >>> sorted(info.metrics)
       ['gradient_norm/1', 'gradient_norm/2', 'synthesizer_error/1']
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
-    own = check_synthesizers(synthesizers, synthesizer_optimizer, label_conditioning, len(setup.stages))
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, skip_nonfinite=skip_nonfinite
+    )
+    own = check_synthesizers(synthesizers, synthesizer_optimizer, label_conditioning, len(setup.stages), skip_nonfinite)
     return make_algorithm(
         setup, functools.partial(init, own), functools.partial(step, own), lambda: make_parts(setup, own)
     )

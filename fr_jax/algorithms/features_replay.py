@@ -142,6 +142,7 @@ def make_parts(options: Options, setup: Setup) -> FeaturesReplayParts:
                 return_grads=setup.return_grads,
                 donate=donate,
                 keep_params=options.stashed,
+                skip=setup.skip_nonfinite,
             )
             for k in below
         ),
@@ -209,6 +210,7 @@ def features_replay(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Features replay, Algorithm 1 of Huo, Gu, Huang 2018 (arXiv:1807.04511).
 
@@ -247,6 +249,8 @@ def features_replay(
       global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
         Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
         of the step before.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights and optimizer
+        stay as they are, and so do statistics that would not be finite. ``Info.metrics["skipped/k"]`` is 1 then, or 0.
 
     Returns:
       The algorithm. K = 1 is plain back-propagation.
@@ -282,6 +286,7 @@ def features_replay(
         metrics_fn,
         microbatches,
         global_clip=global_clip,
+        skip_nonfinite=skip_nonfinite,
         gradients="late",
     )
     remedies = delayed.Remedies(weight_prediction, prediction_momentum, discrepancy_decay)

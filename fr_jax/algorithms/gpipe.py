@@ -138,6 +138,7 @@ def gpipe(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """GPipe (Huang et al. 2019, arXiv:1811.06965): M micro-batches forward, then backward, then one update.
 
@@ -165,6 +166,8 @@ def gpipe(
         are their means over the micro-batches, as for the loss.
       global_clip: G, the largest norm of the whole network's gradient g, which is scaled by min(1, G / ||g||). The
         updates of all stages then wait for the gradients of all.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm. Inside a step, stages k < K keep the activations of all M micro-batches, or of K-k+1.
@@ -197,6 +200,7 @@ def gpipe(
         metrics_fn,
         microbatches,
         global_clip=global_clip,
+        skip_nonfinite=skip_nonfinite,
         gradients="on time",
     )
     return make_algorithm(setup, init, functools.partial(step, schedule), lambda: make_parts(setup))

@@ -145,6 +145,7 @@ def pipedream_2bw(
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
     global_clip: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """PipeDream-2BW (Narayanan et al. 2021, arXiv:2006.09503): all gradients one update late, two weight versions.
 
@@ -165,6 +166,8 @@ def pipedream_2bw(
       global_clip: G, the largest norm of the whole network's gradient: stage k's is scaled by min(1, G / ||g||).
         Nothing waits for it: ||g|| is that of stage k's gradient and of the newest of the others that it knows, those
         of the step before.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights and optimizer
+        stay as they are, and so do statistics that would not be finite. ``Info.metrics["skipped/k"]`` is 1 then, or 0.
 
     Returns:
       The algorithm. K = 1 has nothing to overlap, and is plain back-propagation without a delay.
@@ -195,6 +198,7 @@ def pipedream_2bw(
         metrics_fn,
         microbatches,
         global_clip=global_clip,
+        skip_nonfinite=skip_nonfinite,
         gradients="late",
     )
     if setup.microbatches < len(setup.stages):

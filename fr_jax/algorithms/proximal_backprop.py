@@ -200,6 +200,7 @@ def proximal_backprop(
     return_grads: bool = False,
     donate: bool = False,
     metrics_fn: MetricsFn | None = None,
+    skip_nonfinite: bool = False,
 ) -> Algorithm:
     """Proximal back-propagation, ProxProp (Frerix et al. 2018): implicit steps of the weights of every layer.
 
@@ -220,6 +221,8 @@ def proximal_backprop(
       return_grads: also return each stage's v in ``Info.grads``.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
       metrics_fn: ``(outputs, targets) -> dict`` of further metrics of the mini-batch, computed by stage K.
+      skip_nonfinite: a stage whose gradient is not finite drops its update of that mini-batch: weights, optimizer and
+        statistics stay as they are. ``Info.metrics["skipped/k"]`` is then 1, else 0.
 
     Returns:
       The algorithm; ``gradient_norm/k`` is the norm of stage k's v. A single layer is plain back-propagation.
@@ -237,6 +240,8 @@ def proximal_backprop(
       >>> sorted(info.metrics)
       ['gradient_norm/1', 'gradient_norm/2']
     """
-    setup = check_setup(stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn)
+    setup = check_setup(
+        stages, loss_fn, optimizer, placement, return_grads, donate, metrics_fn, skip_nonfinite=skip_nonfinite
+    )
     own = check_own(proximal_step, cg_steps)
     return make_algorithm(setup, init, step, lambda: make_parts(setup, own))

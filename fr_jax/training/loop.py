@@ -95,6 +95,8 @@ def train(
 ) -> Outcome:
     """Trains from ``state.step`` to ``intervals.steps``, or until asked to stop, or until a number is not finite.
 
+    A method that drops updates that are not finite may go on after single ones (:class:`MetricsReader`).
+
     Args:
       algorithm: the method, made with ``task.loss`` and ``task.metrics``.
       task: the data, and how progress is measured.
@@ -135,14 +137,14 @@ def train(
             totals = totals.evaluated(score, task.headline, watch.seconds())
             reader.write(step, {f"test_{name}": value for name, value in score.items()}, totals.seconds)
         # After the evaluation: a run that is resumed from here does not repeat it.
-        if saving and reader.sound(step, state):
+        if saving and reader.sound(step, state, last=last):
             totals = totals._replace(seconds=watch.seconds())
             checkpoints.save(step, state, totals.metadata())
             saved = step
             reader.restart_row()
     reader.drain()
     totals = totals._replace(seconds=watch.seconds())
-    if saved < step and reader.sound(step, state):  # asked to stop between two checkpoints
+    if saved < step and reader.sound(step, state, last=True):  # asked to stop between two checkpoints
         checkpoints.save(step, state, totals.metadata())
     median = statistics.median(reader.step_seconds) if len(reader.step_seconds) >= 3 else None
     finished = step == intervals.steps and reader.divergence is None

@@ -21,7 +21,10 @@ from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.task import Task
 from fr_jax.types import Info
 
-__all__ = ["Divergence", "Intervals", "MetricsReader", "Reporter", "Stopwatch"]
+__all__ = ["LASTING", "Divergence", "Intervals", "MetricsReader", "Reporter", "Stopwatch"]
+
+LASTING = 10
+"""Steps in a row with a number that is not finite after which a run that drops such updates has diverged."""
 
 
 class Intervals(NamedTuple):
@@ -56,8 +59,9 @@ class Reporter(Protocol):
 
     ``advanced(step)``: the metrics of a step were read. ``row(row)``: a row of ``metrics.jsonl`` is complete. A
     training row has ``step``, ``epoch``, ``train_loss``, the task's metrics as ``train_<name>``, ``<unit>_per_s``,
-    ``seconds``, and the method's metrics of each stage under their own names (``gradient_norm/1``); a test row has
-    ``step``, ``epoch``, ``test_loss``, ``test_<name>`` and ``seconds``. Both have ``dataset``.
+    ``seconds``, and the method's metrics of each stage under their own names (``gradient_norm/1``; ``skipped/1`` is the
+    number of updates that the stage dropped, if any); a test row has ``step``, ``epoch``, ``test_loss``,
+    ``test_<name>`` and ``seconds``. Both have ``dataset``.
     """
 
     def advanced(self, step: int) -> None: ...
@@ -86,6 +90,9 @@ class MetricsReader:
     In a run of several processes each reads the numbers of its own stages; every ``log_every`` steps they tell each
     other, so that all of them see the same divergence and stop after the same step.
 
+    A method with metrics ``skipped/k`` drops updates that are not finite. It has diverged if they come :data:`LASTING`
+    times in a row, or at the end of the run more than once.
+
     Attributes:
       step_seconds: between one read and the next.
       divergence: where a number first was not finite, if anywhere.
@@ -113,6 +120,8 @@ class MetricsReader:
         self.step_seconds: list[float] = []
         self.divergence: Divergence | None = None
         self.stopped = False
+        self._skipping = False
+        self._since: dict[tuple[int, str], Divergence] = {}  # the numbers that are not finite now
 
     def should_stop(self) -> bool:
         """Whether the run ends here; the same in all processes."""
@@ -138,12 +147,16 @@ class MetricsReader:
         """The time since the last row was not training; it does not count in the next row's rate."""
         self._row_start = self._watch.seconds()
 
-    def sound(self, step: int, state: Any) -> bool:
-        """Whether nothing has diverged, every number of ``state`` included: a finite loss may have made bad weights."""
+    def sound(self, step: int, state: Any, *, last: bool) -> bool:
+        """Whether nothing has diverged, every number of ``state`` included: a finite loss may have made bad weights.
+
+        Where updates are dropped, what is in flight may be anything; but while the newest numbers are not finite, a
+        state is not sound unless it is the ``last``.
+        """
         if self.divergence is None:
-            found = self._group.exchange(_not_finite(step, state))
+            found = self._group.exchange(_not_finite(step, state, in_flight=not self._skipping))
             self.divergence = next((Divergence(*one) for one in found if one is not None), None)
-        return self.divergence is None
+        return self.divergence is None and (last or not self._since)
 
     def write(self, step: int, numbers: Mapping[str, float], seconds: float) -> None:
         """Reports a row."""
@@ -191,7 +204,9 @@ class MetricsReader:
         if not self._row:
             return
         names = dict.fromkeys(name for numbers in self._row for name in numbers)
-        means = {name: _mean([one[name] for one in self._row if name in one]) for name in names}
+        columns = {name: [one[name] for one in self._row if name in one] for name in names}
+        means = {name: self._mean(values) for name, values in columns.items() if not _is_count(name)}
+        means |= {name: sum(values) for name, values in columns.items() if _is_count(name) and any(values)}
         of_task = {f"train_{name}": mean for name, mean in means.items() if not _of_a_stage(name)}
         of_stages = {name: mean for name, mean in means.items() if _of_a_stage(name)}
         # Steps that were read one right after another may have the same time.
@@ -199,16 +214,29 @@ class MetricsReader:
         self.write(self._step, {**of_task, f"{self._task.unit}_per_s": rate, **of_stages}, self._seconds)
         self._row, self._row_start = [], self._seconds
 
+    def _mean(self, values: list[float]) -> float:
+        """Of those that are finite, if updates that are not are dropped, and the newest is."""
+        finite = list(filter(math.isfinite, values))
+        whole = len(finite) == len(values) or (self._skipping and math.isfinite(values[-1]))
+        return statistics.fmean(finite) if whole else math.nan
+
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
+        self._skipping = self._skipping or any(map(_is_count, numbers))
+        lasting = 1 if not self._skipping else 2 if step == self._intervals.steps else LASTING
         norms = ((k, "gradient norm", numbers.get(f"gradient_norm/{k}", 0.0)) for k in range(1, self._K + 1))
         # The loss comes first: it is the last stage's, and all gradients follow from it.
         for k, name, value in ((self._K, "loss", numbers["loss"]), *norms):
-            if self.divergence is None and not math.isfinite(value):
-                self.divergence = Divergence(step, k, f"{name} = {value}")
+            if math.isfinite(value):
+                self._since.pop((k, name), None)
+                continue
+            first = self._since.setdefault((k, name), Divergence(step, k, f"{name} = {value}"))
+            if self.divergence is None and step - first.step + 1 >= lasting:
+                self.divergence = first
 
 
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+def _is_count(name: str) -> bool:
+    """Whether a metric counts something: it is added up over the steps of a row, and left out where it is 0."""
+    return name.startswith("skipped/")
 
 
 def _of_a_stage(name: str) -> bool:
@@ -216,16 +244,20 @@ def _of_a_stage(name: str) -> bool:
     return name.rpartition("/")[2].isdecimal() and "/" in name
 
 
-def _not_finite(step: int, state: Any) -> Divergence | None:
+def _not_finite(step: int, state: Any, *, in_flight: bool = True) -> Divergence | None:
     """The first leaf here that holds a number that is not finite; tuples of a state have one entry per stage.
 
-    A stage's own state and an optimizer's may hold infinities: a mask, the best loss so far.
+    A stage's own state and an optimizer's may hold infinities: a mask, the best loss so far. Without ``in_flight`` only
+    what every method has is looked at.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        field = path[0].name if isinstance(path[0], GetAttrKey) else ""
+        if not in_flight and field not in ("params", "model_state", "opt_state"):
+            continue
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             for shard in leaf.addressable_shards:
                 values = np.asarray(shard.data)
-                may_be_infinite = isinstance(path[0], GetAttrKey) and path[0].name in ("model_state", "opt_state")
+                may_be_infinite = field in ("model_state", "opt_state")
                 bad = values[np.isnan(values) if may_be_infinite else ~np.isfinite(values)]
                 if bad.size:
                     stage = path[1].idx + 1 if len(path) > 1 and isinstance(path[1], SequenceKey) else len(state.params)

@@ -33,6 +33,7 @@ def numbers(process: subprocess.Popen) -> dict[str, dict]:
     [
         ["fr-M"],
         pytest.param(["gpipe", "bp", "ddg", "dfa", "dni", "blockprop", "proxprop", "mac"], marks=pytest.mark.slow),
+        pytest.param(["bp-clipped", "fr-clipped", "fr-penalised"], marks=pytest.mark.slow),
         pytest.param(["1f1b", "fr-corrected", "fr-stashed", "ddg-M", "bp-M", "2bw"], marks=pytest.mark.slow),
     ],
     ids=" ".join,

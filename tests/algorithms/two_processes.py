@@ -28,6 +28,16 @@ def make_batches(placement):
         yield fr.Batch(place(inputs, placement[0]), place(targets, placement[-1]), place(index, placement[0]))
 
 
+def penalised(method):
+    """The method for stages with losses of their own."""
+
+    def apply(params, state, h, /, *, key=None, train=True):
+        return h, fr.WithLoss(state, 0.01 * (h**2).mean())
+
+    activity = fr.Stage(lambda key, h: ((), ()), apply)
+    return lambda stages, *args, **options: method([fr.chain(*s.layers, activity) for s in stages], *args, **options)
+
+
 METHODS = {
     "fr": fr.features_replay,
     "bp": fr.backprop,
@@ -45,6 +55,9 @@ METHODS = {
     "ddg-M": functools.partial(fr.ddg, microbatches=2),
     "bp-M": functools.partial(fr.backprop, microbatches=2),
     "2bw": functools.partial(fr.pipedream_2bw, microbatches=4),
+    "bp-clipped": functools.partial(fr.backprop, global_clip=0.1, skip_nonfinite=True),
+    "fr-clipped": functools.partial(fr.features_replay, global_clip=0.1, skip_nonfinite=True),
+    "fr-penalised": penalised(functools.partial(fr.features_replay, microbatches=2)),
 }
 
 

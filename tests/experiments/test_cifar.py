@@ -24,6 +24,7 @@ from fr_jax.experiments._run import program as program_module
 from fr_jax.experiments._run import records
 from fr_jax.experiments._run.console import Console
 from fr_jax.models import MODELS, resnet20
+from fr_jax.training import classification
 from fr_jax.training.checkpoints import Checkpoints
 from fr_jax.training.metrics_log import read_rows
 from fr_jax.types import Stage
@@ -386,6 +387,33 @@ def test_divergence_without_a_checkpoint(program, tmp_path):
     code, _, err = program("--K", 1, *QUICK, "--learning-rate", "1e38", "--workdir", tmp_path)
     assert code == 3 and "in stage 1 at step " in err and "there is no checkpoint yet" in err
     assert load(tmp_path / "summary.json")["test_accuracy"] is None
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_mini_batch_that_is_not_finite(program, tmp_path, monkeypatch, skip):
+    """Stage 1 is a step late, so that both stages drop their update in the row of step 4."""
+    make = classification.input_pipeline
+
+    def spoilt(*args, **options):
+        pipeline = make(*args, **options)
+
+        def train_batch(step):
+            batch = pipeline.train_batch(step)
+            return batch._replace(inputs=batch.inputs * (np.nan if step == 2 else 1.0))
+
+        return pipeline._replace(train_batch=train_batch)
+
+    monkeypatch.setattr(classification, "input_pipeline", spoilt)
+    words = ["--K", 2, *QUICK, "--workdir", tmp_path, *([] if skip else ["--no-skip-nonfinite"])]
+    code, out, err = program(*words)
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "train_loss" in row]
+    if not skip:
+        assert code == 3 and "the run diverged: loss = nan in stage 2 at step 3" in err
+        return
+    assert code == 0 and np.isfinite(load(tmp_path / "summary.json")["test_accuracy"])
+    assert [[row.get(f"skipped/{k}") for k in (1, 2)] for row in rows] == [[None, None], [1, 1], [None, None]]
+    assert all(row["train_loss"] is not None for row in rows)
+    assert out.count("a loss or gradient was not finite. Stage 1, 2 dropped the update; training goes on") == 1
 
 
 def test_disk_full_at_a_checkpoint(program, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from fr_jax.data.pipelines import InputPipeline
 from fr_jax.training.interrupt import StopRequest
 from fr_jax.training.loop import Intervals, Outcome, Totals, train
-from fr_jax.training.metrics_reader import Stopwatch, _not_finite
+from fr_jax.training.metrics_reader import LASTING, Stopwatch, _not_finite
 from fr_jax.training.profiler import Profiler
 from fr_jax.training.task import ACCURACY, Headline, Task
 from fr_jax.types import Algorithm, Info
@@ -21,6 +21,12 @@ EARLIER = Totals(100.0, {"test_loss": 1.0, "test_accuracy": 0.9, "best_test_accu
 class FakeState(NamedTuple):
     step: int
     params: tuple[Any, ...]
+
+
+class DeltaState(NamedTuple):
+    step: int
+    params: tuple[Any, ...]
+    deltas: tuple[Any, ...]
 
 
 class FullState(NamedTuple):
@@ -232,6 +238,49 @@ def test_a_gradient_that_is_not_finite_names_its_stage():
     outcome = fake.train(checkpoint_every=100)
     assert outcome.divergence == (5, 2, "gradient norm = inf")
     assert fake.steps_of("save") == [] == fake.steps_of("test")
+
+
+class Careful(Fake):
+    """Its method drops updates that are not finite; ``bad`` are the steps with such a loss."""
+
+    def __init__(self, bad, steps=40, **options):
+        super().__init__(losses=dict.fromkeys(bad, math.nan), norms={(s, 2): math.inf for s in bad}, **options)
+        for step in range(1, steps + 1):
+            self.metrics[step] = {f"skipped/{k}": int(k == 2 and step in bad) for k in (1, 2)}
+
+
+def test_single_updates_that_were_dropped_are_counted():
+    fake = Careful({2, 5, 6, 12})
+    outcome = fake.train(steps=12, log_every=3)
+    assert outcome.finished and outcome.divergence is None
+    losses, counts = [row["train_loss"] for row in fake.rows], [row.get("skipped/2") for row in fake.rows]
+    assert losses[::2] == [2.0, 8.0] and counts == [1, 2, None, 1]
+    assert math.isnan(losses[1]) and math.isnan(losses[3])  # the newest is not finite
+    assert not any("skipped/1" in row for row in fake.rows)
+    assert all(math.isfinite(row["gradient_norm/1"]) for row in fake.rows)
+
+
+def test_no_state_is_saved_while_the_newest_numbers_are_in_doubt_but_the_last():
+    fake = Careful({2, 5, 6, 12})
+    assert fake.train(steps=12, checkpoint_every=2).finished
+    assert fake.steps_of("save") == [4, 8, 10, 12]
+
+
+@pytest.mark.parametrize(("bad", "steps"), [(range(7, 41), 40), (range(19, 21), 20)])
+def test_what_lasts_is_a_divergence_where_updates_are_dropped(bad, steps):
+    fake = Careful(set(bad))
+    outcome = fake.train(steps=steps, checkpoint_every=6, eval_every=6)
+    assert outcome.divergence == (bad[0], 2, "loss = nan") and not outcome.finished
+    assert outcome.step <= bad[0] + LASTING + 3
+    assert max(fake.steps_of("save")) < bad[0]
+
+
+def test_what_is_in_flight_may_be_anything_where_updates_are_dropped():
+    state = FakeState(1, (jnp.zeros(2), jnp.array([jnp.nan])))
+    assert _not_finite(1, state, in_flight=False) == (1, 2, "params/1 = nan")
+    flying = DeltaState(1, params=(jnp.zeros(2),), deltas=(jnp.array([jnp.nan]),))
+    assert _not_finite(1, flying, in_flight=False) is None
+    assert _not_finite(1, flying) == (1, 1, "deltas/0 = nan")
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -169,6 +169,9 @@ class CommonSettings:
     """Times the weight: added to the gradient with sgd; decoupled with the others (times the learning rate)."""
     clip: float | None = setting(None, above=0)
     """Largest norm of each stage's gradient; a larger gradient is scaled down to it. Default: no clipping."""
+    skip_nonfinite: bool = setting(True)
+    """After a mini-batch with a loss or gradient that is not finite go on: each stage drops its update, and a row of
+    metrics.jsonl counts it. A run of ten such steps has diverged; with --no-skip-nonfinite the first one ends it."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16; parameters are always float32."""
     balance: str = setting("flops", choices=("flops", "time", "uniform"), free="resume")

@@ -83,6 +83,7 @@ class Console:
 
     def __init__(self, session: Session, log: MetricsLog, first_step: int) -> None:
         self._task, self._log = session.task, log
+        self._skipped: dict[str, int] = {}  # updates that each stage has dropped
         self._screen = sys.stdout or io.StringIO()  # a daemon may have none
         seldom = 0.5 if self._screen.isatty() else 10.0  # seconds; a log file is not a screen
         self._bar = tqdm(
@@ -120,9 +121,22 @@ class Console:
             self.say(f"epoch {row['epoch']:6.2f}  {scores}  ({row['seconds']:.0f} s)")
         else:
             rate = row[f"{self._task.unit}_per_s"]
-            shown = [self._text(name, value) for name, value in numbers.items()]
+            shown = [self._text(name, value) for name, value in numbers.items()] + self._skips(row)
             # The bar draws itself at its interval; a refresh for each row would fill a log file.
             self._bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} {self._task.unit}/s"]), refresh=False)
+
+    def _skips(self, row: dict[str, Any]) -> list[str]:
+        """How many mini-batches were dropped so far, if any; the first time, a line that says so."""
+        new = {name: int(value) for name, value in row.items() if name.startswith("skipped/")}
+        if new and not self._skipped:
+            stages = ", ".join(sorted(name.removeprefix("skipped/") for name in new))
+            self.say(
+                f"step {row['step']:,}: a loss or gradient was not finite. Stage {stages} dropped the update; training "
+                "goes on, and counts such mini-batches (skipped, here and in metrics.jsonl)."
+            )
+        for name, value in new.items():
+            self._skipped[name] = self._skipped.get(name, 0) + value
+        return [f"{max(self._skipped.values())} skipped"] if self._skipped else []
 
     def _text(self, name: str, value: float) -> str:
         headline = self._task.headline

@@ -102,6 +102,7 @@ def make_algorithm(
         return_grads=return_grads,
         donate=not return_grads,
         metrics_fn=task.metrics,
+        skip_nonfinite=settings.skip_nonfinite,
     )
 
 
