@@ -28,11 +28,13 @@ def figure(result: Mapping[str, Any]) -> Figure:
     lines = [row for row in result["lines"] if row["K"] > 1 and row["extra_updates"] is not None]
     shown = list(groups(result))
     rows = math.ceil(len(shown) / COLUMNS)
-    note = (
-        f"Data: {result['problem'].get('data_source')}. {result['machine']}, jax {result['jax']}, {result['date']}.\n"
-        "Below: updates times simulated seconds per update, over 1F1B with the same K and M; transfer/compute ratio: "
-        "the seconds in which the features of a mini-batch cross a cut, over those of a step of back-propagation."
-    )
+    note = f"Data: {result['problem'].get('data_source')}. {result['machine']}, jax {result['jax']}, {result['date']}."
+    if rows:
+        note += (
+            "\nBelow: updates times simulated seconds per update, over 1F1B with the same K and M; transfer/compute "
+            "ratio: the seconds in which the features of a mini-batch cross a cut, over those of a step of "
+            "back-propagation on one device."
+        )
     height = 1.8 + 0.24 * max(len(lines), 1)
     title = f"{result['problem']['model']}: updates and time to back-propagation's loss"
     drawing, space = page(14, 1.6 + height + 3.6 * rows, title, note)
@@ -58,12 +60,12 @@ def _draw_updates(panel: Axes, lines: list[Mapping[str, Any]]) -> None:
         percent = 100 * row["extra_updates"]
         spread = 100 * (row["extra_updates_deviation"] or 0.0)
         panel.barh(place, percent, xerr=spread or None, color=colour, alpha=0.85, height=0.7)
-        panel.annotate(
-            f"{percent:.1f} %", (max(percent, 0), place), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        beside = (max(percent + spread, 0), place)
+        panel.annotate(f"{percent:.1f} %", beside, (4, 0), textcoords="offset points", va="center", fontsize=8)
     labels = [f"{row['optimizer']}, {row['label']}, {row['steps']:,} updates" for row in lines]
     panel.set_yticks(range(len(lines)), labels, fontsize=8)
     panel.invert_yaxis()
+    panel.margins(x=0.1)
     panel.set_xscale("symlog", linthresh=10)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("extra updates to back-propagation's loss (%)")
