@@ -8,8 +8,8 @@ functions ``init``, ``step`` and ``predict``.
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
 - Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``,
-  ``direct_feedback_alignment``, ``proximal_backprop``, ``auxiliary_coordinates``; ``staleness`` has remedies for late
-  gradients.
+  ``direct_feedback_alignment``, ``proximal_backprop``, ``auxiliary_coordinates``, and, for dense networks,
+  ``equilibrium_propagation``; ``staleness`` has remedies for late gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -27,6 +27,7 @@ from fr_jax.algorithms.blockprop import blockprop
 from fr_jax.algorithms.ddg import ddg
 from fr_jax.algorithms.direct_feedback_alignment import direct_feedback_alignment
 from fr_jax.algorithms.dni import dni
+from fr_jax.algorithms.equilibrium_propagation import equilibrium_propagation
 from fr_jax.algorithms.features_replay import features_replay
 from fr_jax.algorithms.gpipe import gpipe
 from fr_jax.algorithms.pipedream_2bw import pipedream_2bw
@@ -57,6 +58,7 @@ __all__ = [
     "direct_feedback_alignment",
     "distributed",
     "dni",
+    "equilibrium_propagation",
     "features_replay",
     "from_linen",
     "gpipe",

@@ -45,7 +45,17 @@ LIBRARY_FLOOR = 4.5
 
 SIBLINGS_MAY_MEET = set(FLOORS) - {"algorithms", "experiments"}
 PARTS_OF_METHODS = (
-    *("_auxiliary", "_clipping", "_delayed", "_example_cache", "_functions", "_history", "_layers", "_losses"),
+    *(
+        "_auxiliary",
+        "_clipping",
+        "_delayed",
+        "_dense",
+        "_example_cache",
+        "_functions",
+        "_history",
+        "_layers",
+        "_losses",
+    ),
     *("_microbatches", "_nonfinite", "_per_layer", "_stages", "_step", "_training", "_validation", "_vjp", "staleness"),
 )
 SHARED_BY_METHODS = {f"fr_jax.algorithms.{name}" for name in PARTS_OF_METHODS}

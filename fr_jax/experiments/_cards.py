@@ -18,10 +18,14 @@ Values = Mapping[str, Any]
 
 
 class TrainingSet(NamedTuple):
-    """What a method may need to know of the training data: how many examples and classes there are, if any."""
+    """What a method may need to know of the training data: how many examples and classes there are, if any.
+
+    ``values``: those of an example, for methods that make their network themselves.
+    """
 
     examples: int | None
     classes: int | None
+    values: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Compared:
       schedule: what its step loop issues; None if that is not known.
       work: ``(k, K, own) -> StageWork``, what stage k = 0..K-1 does in one step.
       decoupled: whether stages work on different mini-batches at the same time.
+      alone_bp: whether it is back-propagation if K = 1.
     """
 
     short: str
@@ -43,10 +48,11 @@ class Compared:
     schedule: MethodSchedule | None = None
     work: Callable[[int, int, Values], StageWork] = lambda k, K, own: StageWork()
     decoupled: bool = False
+    alone_bp: bool = True
 
     def speedup(self, K: int, own: Values) -> float | None:
-        """The bound; with K = 1 every method is back-propagation."""
-        return 1.0 if K == 1 else None if self.bound is None else self.bound(K, own)
+        """The bound; with K = 1 nearly every method is back-propagation."""
+        return 1.0 if K == 1 and self.alone_bp else None if self.bound is None else self.bound(K, own)
 
     def last_stage_weight(self, K: int, own: Values) -> float:
         """The last stage's work for a layer over that of the first, for :func:`fr_jax.balance`; backward counts 2."""
@@ -71,6 +77,9 @@ class Method(Compared):
       at_cut: ``own -> Stage``, a network of its own at each cut.
       late: whether the gradients of stage k are (K-k)/M updates late (:func:`fr_jax.staleness.mean_delay`).
       check: ``(own, K)``, raises SettingsError for own settings that do not go together, or not with K stages.
+      models: those that it can train; empty for all.
+      whole: whether it trains the network in one piece, with K = 1, and has no gradient of back-propagation's kind.
+      without: settings of a run that mean nothing to it, and why.
       note: what a reader of its training loss must know.
     """
 
@@ -81,6 +90,9 @@ class Method(Compared):
     at_cut: Callable[[Values], Stage] | None = None
     late: bool = False
     check: Callable[[Values, int], None] = lambda own, K: None
+    models: tuple[str, ...] = ()
+    whole: bool = False
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     @property

@@ -18,6 +18,7 @@ import pytest
 from fr_jax.experiments import cifar, lm
 from fr_jax.experiments._cli.checks import check, resolve
 from fr_jax.experiments._cli.command_line import parse
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run.console import Console
 from fr_jax.experiments._run.tasks import kind_of
@@ -91,10 +92,14 @@ def test_the_network_of_the_gpu_preset():
 
 
 def test_micro_batches_are_for_methods_that_have_them():
-    for method in METHODS:
+    for method, card in METHODS.items():
         settings = parse("lm", lm.LM.defaults, ["--method", method])
+        if card.models:
+            with pytest.raises(SettingsError, match=f"--method {method} trains dense networks only, --model mlp, and"):
+                check(settings)
+            continue
         check(settings)
-        assert settings.microbatches == (4 if "microbatches" in METHODS[method].defaults else None)
+        assert settings.microbatches == (4 if "microbatches" in card.defaults else None)
 
 
 def test_a_length_in_epochs_replaces_that_of_the_preset():

@@ -11,7 +11,7 @@ import pytest
 import fr_jax as fr
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
 from fr_jax.diagnostics.simulation.times import balanced_shares, times_of_costs
-from fr_jax.experiments._methods import METHODS, REFERENCES, Method, listed
+from fr_jax.experiments._methods import METHODS, REFERENCES, Method, TrainingSet, listed
 
 CARDS = {**METHODS, **REFERENCES}
 
@@ -38,6 +38,8 @@ def test_bounds_are_the_closed_forms():
     assert METHODS["dni"].speedup(1, {}) == METHODS["blockprop"].speedup(1, {}) == 1
     assert METHODS["blockprop"].speedup(2, {}) is None
     assert [METHODS["dfa"].speedup(K, {}) for K in (1, 2, 4)] == [1, 1.5, 2]
+    assert [METHODS["proxprop"].speedup(K, {"cg_steps": 3}) for K in (1, 2)] == [1 / 3, 1 / 3]
+    assert METHODS["eqprop"].speedup(1, {}) is None
 
 
 def test_work_of_the_last_stage():
@@ -56,6 +58,8 @@ def test_work_of_the_last_stage():
         ("2bw", "pipedream_2bw", {}, {"microbatches": 8}),
         ("dfa", "direct_feedback_alignment", {}, {"placement": None}),
         ("mac", "auxiliary_coordinates", {"z_steps": 7}, {"z_steps": 7, "cache_size": None}),
+        ("eqprop", "equilibrium_propagation", {}, {"layer_sizes": (3, 2, 10), "centred": True, "beta": 0.5}),
+        ("eqprop", "equilibrium_propagation", {"one_sided": True, "relaxation_step": 1.0}, {"centred": False}),
         ("proxprop", "proximal_backprop", {"cg_steps": 5}, {"cg_steps": 5, "proximal_step": 1.0}),
     ],
 )
@@ -64,8 +68,9 @@ def test_own_settings_reach_the_method(monkeypatch, method, factory, given, expe
     accepted = inspect.signature(getattr(fr, factory))
     taken = []
     monkeypatch.setattr(fr, factory, lambda *args, **own: taken.append(accepted.bind(*args, **own).arguments))
-    stages = fr.partition(fr.models.mlp(depth=2, width=2), (1,))
-    METHODS[method].make(METHODS[method].defaults | given, stages, None, optax.sgd(1.0), None, placement=None)
+    card, data = METHODS[method], TrainingSet(examples=100, classes=10, values=3)
+    stages = fr.partition(fr.models.mlp(depth=2, width=2), () if card.whole else (1,))
+    card.make(card.defaults | given, stages, None, optax.sgd(1.0), data, placement=None)
     assert expected.items() <= taken[0].items()
 
 
@@ -119,12 +124,12 @@ def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, program_en
     assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
     assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
     assert "[ours] How much of it. Default: 1.5." in said and "0.25 for ours" in said
-    assert "mac or ours (our method)" in said
+    assert "(equilibrium propagation) or ours (our method)" in said
 
 
 def test_titles():
     assert listed() == (
         "fr (features replay), bp (back-propagation), ddg, dni, blockprop, gpipe, 2bw (PipeDream-2BW), dfa (direct "
-        "feedback alignment), proxprop (proximal back-propagation) or mac"
+        "feedback alignment), proxprop (proximal back-propagation), mac or eqprop (equilibrium propagation)"
     )
     assert METHODS["gpipe"].titled({"microbatches": 4}, ", K = 2") == "GPipe, K = 2, M = 4"

@@ -32,6 +32,10 @@ OWN = {
 }
 
 
+def stages(method: str) -> list[str]:
+    return ["--K", "1" if METHODS[method].whole else "2"]
+
+
 def checksums(folder: pathlib.Path) -> dict[str, Any]:
     """Name -> kind and CRC32 or value, of everything in the last checkpoint."""
     files = (path for path in (folder / "checkpoints" / "12" / "index").rglob("*") if path.is_file())
@@ -68,8 +72,8 @@ def test_the_network_of_blockprops_figure_2():
 )
 def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
     """From the checkpoint of step 10 on; stages on devices of their own."""
-    out = train_and_resume(program, tmp_path, "--method", method, "--K", "2", *QUICK, *OWN.get(method, []))
-    assert f"mlp, {METHODS[method].title}, K = 2" in out
+    out = train_and_resume(program, tmp_path, "--method", method, *stages(method), *QUICK, *OWN.get(method, []))
+    assert f"mlp, {METHODS[method].title}, K = {stages(method)[1]}" in out
 
 
 # What else a state can hold between steps, with four micro-batches for each of four stages.
@@ -115,7 +119,8 @@ def test_one_device_and_data_parallelism(program, tmp_path, method):
     losses = {}
     for name, flags in {"one": ["--devices", 1], "two each": ["--data-parallel", 2]}.items():
         folder = tmp_path / name
-        code, _, err = program("--method", method, "--K", 2, *QUICK, *flags, *OWN.get(method, []), "--workdir", folder)
+        words = [*stages(method), *QUICK, *flags, *OWN.get(method, []), "--workdir", folder]
+        code, _, err = program("--method", method, *words)
         assert code == 0, err
         losses[name] = [row["train_loss"] for row in read_rows(folder / "metrics.jsonl") if "train_loss" in row]
     np.testing.assert_allclose(losses["one"], losses["two each"], rtol=2e-3)

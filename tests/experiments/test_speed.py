@@ -101,6 +101,7 @@ def test_each_number_of_micro_batches_is_timed():
         (["--microbatches", "3"], "cannot be split into the 3 equal parts of bp"),
         (["--microbatches", "fr=0"], "--microbatches fr=0: fr=0 is malformed"),
         (["--K", "9", "--methods", "2bw"], "--microbatches 8 are too few for the --K 9 stages of 2bw"),
+        (["--methods", "eqprop"], "eqprop trains the network in one piece: there are no stages to look at"),
         (["--model", "resnet21"], "--model resnet21 is unknown"),
         (["--methods", "frr"], "--methods frr is unknown"),
         (["--rounds", "0"], "--rounds 0 is out of range"),

@@ -100,6 +100,7 @@ def test_overwriting_starts_anew(tmp_path):
         (["--every", "0"], "--every 0"),
         (["--gradient-batches", "-1"], "--gradient-batches -1 is out of range; it must be at least 0"),
         (["--distributed"], "one process"),
+        (["--method", "eqprop"], "--method eqprop has no stages whose directions back-propagation's gradient could be"),
     ],
 )
 def test_refusals(words, said, capsys, tmp_path):

@@ -49,6 +49,7 @@ def check_shared(settings: SharedSettings, methods: Iterable[str]) -> None:
     for method in methods:
         choice("method", method, METHODS)
     _check_owners(settings, methods)
+    _check_cards(settings, methods)
     _check_optimizer(settings, methods)
     if settings.steps is not None and settings.epochs is not None:
         raise SettingsError("--steps and --epochs were both given; a run has one length. Drop one of them.")
@@ -71,6 +72,22 @@ def _check_owners(settings: SharedSettings, methods: Sequence[str]) -> None:
                 )
             words = "" if value is True else f" {text(value)}"
             raise SettingsError(f"{flag(field.name)}{words} is {whose}. Drop the flag.")
+
+
+def _check_cards(settings: SharedSettings, methods: Sequence[str]) -> None:
+    """A model that a method cannot train is an error, and so is a setting that means nothing to any of the methods."""
+    cards = [METHODS[method] for method in methods]
+    for method, card in zip(methods, cards, strict=True):
+        if card.models and settings.model not in card.models:
+            raise SettingsError(
+                f"--method {method} trains dense networks only, --model {' or '.join(card.models)}, and not "
+                f"{settings.model}. Use such a model, or another method."
+            )
+    of_preset = PRESETS.get(settings.preset or "", {})
+    for name, why in cards[0].without.items() if cards else ():
+        value, default = getattr(settings, name, None), getattr(type(settings), name, None)
+        if value and value not in (default, of_preset.get(name)) and all(name in card.without for card in cards):
+            raise SettingsError(f"{flag(name)} {text(value)} means nothing to {methods[0]}: {why}. Drop the flag.")
 
 
 OF_CHOICES = (
@@ -111,6 +128,8 @@ def check(settings: TrainSettings) -> None:
         raise SettingsError("--resume and --overwrite were both given; one continues a run, the other deletes it.")
     check_cuts(settings.cuts, settings.K)
     own = own_of_method(settings, settings.method)
+    if METHODS[settings.method].whole and settings.K > 1:
+        raise SettingsError(f"--method {settings.method} does not cut the network into --K {settings.K}. Use --K 1.")
     METHODS[settings.method].check(own, settings.K)
     if settings.dataset != "auto" or _batch_size(settings, "digits") == _batch_size(settings, "auto"):
         _check_split(_batch_size(settings, settings.dataset), own.get("microbatches", 1), settings.data_parallel)
@@ -140,6 +159,8 @@ def check_parts(batch_size: int, parts: int, method: str) -> None:
 def check_own(settings: SharedSettings, method: str, K: int) -> None:
     """Raises SettingsError if a method's own settings do not suit each other, K stages, or the mini-batch."""
     own = own_of_method(settings, method)
+    if METHODS[method].whole:
+        raise SettingsError(f"{method} trains the network in one piece: there are no stages to look at. Leave it out.")
     METHODS[method].check(own, K)
     check_parts(settings.batch_size or 1, own.get("microbatches", 1), method)
 
@@ -206,7 +227,8 @@ def _learning_rate(settings: TrainSettings) -> float:
         return settings.learning_rate
     if settings.optimizer != "sgd":
         return ADAPTIVE_RATE
-    rate = METHODS[settings.method if settings.K > 1 else "bp"].learning_rate
+    card = METHODS[settings.method]
+    rate = METHODS["bp"].learning_rate if settings.K == 1 and card.alone_bp else card.learning_rate
     return rate / MODEL_CARDS[settings.model].rate_divisor if settings.model in MODEL_CARDS else rate
 
 

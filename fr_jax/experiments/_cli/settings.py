@@ -273,7 +273,7 @@ def owners(name: str) -> tuple[str, ...]:
 
 def belongs(name: str, method: str, model: str) -> bool:
     """Whether a setting is one of a run with this method and this model."""
-    return not owners(name) or bool({method, model} & {*owners(name)})
+    return name not in METHODS[method].without and (not owners(name) or bool({method, model} & {*owners(name)}))
 
 
 def given(settings: SharedSettings, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,12 +93,14 @@ def make_algorithm(
 
     With ``return_grads`` it is set up for inspection instead: it returns gradients, and a state outlives its step.
     """
-    return METHODS[settings.method].make(
+    card = METHODS[settings.method]
+    inputs = jax.tree.leaves(task.pipeline.train_batch(0).inputs) if card.whole else []
+    return card.make(
         own_of_method(settings, settings.method),
         stages,
         task.loss,
         make_optimizers(settings, task.pipeline.steps_per_epoch),
-        TrainingSet(task.examples, task.num_classes),
+        TrainingSet(task.examples, task.num_classes, sum(math.prod(leaf.shape[1:]) for leaf in inputs) or None),
         placement=placement,
         return_grads=return_grads,
         donate=not return_grads,

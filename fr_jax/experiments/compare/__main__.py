@@ -33,7 +33,8 @@ class Axes:
         ("bp", "fr", "ddg", "dni"),
         choices=tuple(METHODS),
         series="distinct",
-        help=f"Any of {listed()}. bp does not depend on K: it runs once per seed, on one device.",
+        help=f"Any of {listed()}. bp does not depend on K, and eqprop has K = 1: they run once per seed, on one "
+        "device.",
     )
     K: tuple[int, ...] = setting((4,), least=1, series="distinct")
     """Numbers of stages."""
@@ -87,7 +88,8 @@ def plan(settings: CompareSettings) -> list[Planned]:
             own = {n: value if belongs(n, method, settings.model) else _unset(n) for n, value in shared.items()}
             own["learning_rate"] = rates.get(method, settings.learning_rate)
             parts = [{"microbatches": M} for M in numbers.get(method, ())] or [{}]
-            for K, split, variant in itertools.product((1,) if method == "bp" else settings.K, parts, variants):
+            stages = (1,) if method == "bp" or METHODS[method].whole else settings.K
+            for K, split, variant in itertools.product(stages, parts, variants):
                 changed = split | {n: value for n, value in variant.items() if belongs(n, method, settings.model)}
                 chosen: dict[str, Any] = {**own, **changed, "K": K, "method": method, "seed": seed}
                 run = TrainSettings(**chosen)

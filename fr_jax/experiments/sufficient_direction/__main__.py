@@ -28,7 +28,7 @@ from fr_jax.experiments._cli import command_line, harness
 from fr_jax.experiments._cli.command_line import Program
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.settings import TrainSettings
-from fr_jax.experiments._fields import check_fields, setting
+from fr_jax.experiments._fields import SettingsError, check_fields, setting
 from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import program
 from fr_jax.experiments._run.session import Session, make_algorithm
@@ -185,6 +185,11 @@ def check(settings: SufficientDirectionSettings) -> None:
       SettingsError: for the first setting that cannot be used.
     """
     check_fields(settings)
+    if settings.method in METHODS and METHODS[settings.method].whole:
+        raise SettingsError(
+            f"--method {settings.method} has no stages whose directions back-propagation's gradient could be compared "
+            "with. Use another method."
+        )
     one_process(
         "sufficient_direction adds up what all stages have, and runs in one process.",
         "Start it without fr_jax.launch, --coordinator and --distributed; its stages spread over the devices of this "

@@ -322,6 +322,7 @@ def test_check_says_what_is_valid(change, complaint):
         ("late_b1", 0.99),
         ("cg_steps", 1),
         ("z_steps", 9),
+        ("free_steps", 9),
     ],
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
@@ -329,7 +330,7 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
     having = [method for method, entry in METHODS.items() if name in entry.defaults]
     assert having
     for method in METHODS:
-        settings = TrainSettings(method=method, **{name: value})
+        settings = TrainSettings(**run_of(method), **{name: value})
         if method in having:
             check(settings)
             assert getattr(resolve(settings, "digits", 1433), name) == value
@@ -346,6 +347,32 @@ def test_a_setting_of_another_method_is_an_error(name, value, capsys):
     assert set(shown[shown.index("[") + 1 : shown.index("]")].split(", ")) == set(having)
 
 
+def run_of(method):
+    """What a run by a method cannot do without."""
+    card = METHODS[method]
+    return {"method": method} | ({"model": card.models[0]} if card.models else {}) | ({"K": 1} if card.whole else {})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model": "resnet20"}, "--method eqprop trains dense networks only, --model mlp, and not resnet20"),
+        ({"K": 3}, "--method eqprop does not cut the network into --K 3. Use --K 1"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 means nothing to eqprop: it computes in float32. Drop the flag"),
+        ({"dropout_rate": 0.1}, "--dropout-rate 0.1 means nothing to eqprop: its units have no dropout"),
+    ],
+)
+def test_what_a_method_cannot_do_is_an_error(change, complaint):
+    with pytest.raises(SettingsError, match=re.escape(complaint)):
+        check(TrainSettings(**run_of("eqprop") | change))
+    check(TrainSettings(**run_of("eqprop"), dropout_rate=0.0))
+
+
+def test_the_default_rate_of_a_method_that_is_not_back_propagation_for_one_stage():
+    rates = [resolve(TrainSettings(method=method, K=1), "digits", 1433).learning_rate for method in ("dfa", "proxprop")]
+    assert rates == [METHODS["bp"].learning_rate, METHODS["proxprop"].learning_rate]
+
+
 def test_a_setting_of_another_model_is_an_error():
     for name in MODEL_CARDS["mlp"].defaults:
         with pytest.raises(SettingsError, match=r"is a setting of --model mlp and gpt, not of resnet20. Drop"):
@@ -355,7 +382,7 @@ def test_a_setting_of_another_model_is_an_error():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_own_settings_are_filled_in_for_the_method_alone(method):
-    resolved = resolve(TrainSettings(method=method), "digits", 1433)
+    resolved = resolve(TrainSettings(**run_of(method)), "digits", 1433)
     for owner, entry in METHODS.items():
         for name, default in entry.defaults.items():
             if owner == method:
