@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fr_jax.diagnostics.simulation.timeline import simulate, summarise
-from fr_jax.experiments._methods import COMPARED as METHODS
 from fr_jax.experiments.scaling import __main__ as scaling
+from fr_jax.experiments.scaling.network import COMPARED as METHODS
 from fr_jax.experiments.scaling.network import STEP, Network, ideal, schedule, speedups
 
 SMALL = [

@@ -162,11 +162,12 @@ def _kind(path: tuple[Any, ...]) -> str:
 
 
 def _stages(state: Any) -> tuple[StageMemory, ...]:
-    # Every field of a state except `step` has one entry per stage: path[1] is the stage.
+    # A field of a state has one entry per stage: path[1] is the stage. What a method keeps once, such as the progress
+    # of auxiliary_coordinates, counts for the last stage.
     K = len(state.params)
     held = [Counter() for _ in range(K)]
     for path, buffer in jax.tree.leaves_with_path(state):
-        held[path[1].idx][_kind(path)] += buffer.nbytes
+        held[getattr(path[1], "idx", K - 1)][_kind(path)] += buffer.nbytes
     return tuple(StageMemory(*(one[kind] for kind in StageMemory._fields)) for one in held)
 
 

@@ -178,6 +178,7 @@ SCHEDULES: Mapping[str, MethodSchedule] = {
     "ddg": ddg,
     "dni": dni,
     "gpipe": gpipe,
+    "2bw": ddg,
 }
 
 

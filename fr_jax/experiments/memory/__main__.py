@@ -57,7 +57,7 @@ class MemorySettings:
         ("bp", "fr", "ddg", "recompute", "fr-one-device"),
         choices=tuple(CONTESTANTS),
         series="distinct",
-        help=f"{', '.join(METHODS)}, fr-stashed (features replay at stashed weights) and 1f1b (gpipe with that "
+        help=f"{', '.join(name for name in CONTESTANTS if name in METHODS)}, fr-stashed (features replay at stashed weights) and 1f1b (gpipe with that "
         "schedule) over K devices; on one device: fr-one-device (features replay), checkpoint (back-propagation with "
         "jax.checkpoint around each stage, which XLA undoes on a CPU), recompute (the same, each stage a function of "
         "its own).",

@@ -149,7 +149,7 @@ def _checkpoint(stages: Sequence[Stage], *arguments: Any, **common: Any) -> Algo
 
 
 CONTESTANTS = {
-    **{name: _over_devices(card) for name, card in METHODS.items()},
+    **{name: _over_devices(card) for name, card in METHODS.items() if not card.whole},
     "fr-stashed": _over_devices(METHODS["fr"], title="features replay, stashed weights", replay_weights="stashed"),
     "1f1b": _over_devices(METHODS["gpipe"], "1f1b", "1F1B", pipeline_schedule="1f1b"),
     "checkpoint": Contestant("jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", recomputes=True),

@@ -33,6 +33,7 @@ KINDS = {
     "ddg": ({"forward", "backward", "update"}, {"last"}),
     "dni": ({"forward", "synthesize", "backward", "update", "learn"}, {"last"}),
     "gpipe": ({"forward", "backward", "update"}, {"gradient", "update"}),
+    "2bw": ({"forward", "backward", "update"}, {"last"}),
 }
 
 
