@@ -57,10 +57,10 @@ class MemorySettings:
         ("bp", "fr", "ddg", "recompute", "fr-one-device"),
         choices=tuple(CONTESTANTS),
         series="distinct",
-        help=f"{', '.join(name for name in CONTESTANTS if name in METHODS)}, fr-stashed (features replay at stashed weights) and 1f1b (gpipe with that "
-        "schedule) over K devices; on one device: fr-one-device (features replay), checkpoint (back-propagation with "
-        "jax.checkpoint around each stage, which XLA undoes on a CPU), recompute (the same, each stage a function of "
-        "its own).",
+        help=f"{', '.join(name for name in CONTESTANTS if name in METHODS)}, fr-stashed (features replay at stashed "
+        "weights) and 1f1b (gpipe with that schedule) over K devices; on one device: fr-one-device (features replay), "
+        "checkpoint (back-propagation with jax.checkpoint around each stage, which XLA undoes on a CPU), recompute "
+        "(the same, each stage a function of its own).",
     )
     batch_size: int = setting(128, least=1)
     """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes."""
