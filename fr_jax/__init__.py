@@ -9,7 +9,7 @@ functions ``init``, ``step`` and ``predict``.
 - Where to run: ``placement``; ``distributed`` for several processes.
 - Methods: ``features_replay``, ``ddg``, ``pipedream_2bw``, ``dni``, ``blockprop``, ``gpipe``, ``backprop``,
   ``direct_feedback_alignment``, ``proximal_backprop``, ``auxiliary_coordinates``, and, for dense networks,
-  ``equilibrium_propagation``; ``staleness`` has remedies for late gradients.
+  ``equilibrium_propagation`` and ``admm``; ``staleness`` has remedies for late gradients.
 - ``layer_params``: the weights of a state, layer by layer; ``models``: networks as lists of layers.
 
 To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoints), ``fr_jax.plotting``,
@@ -21,6 +21,7 @@ from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms._layers import layer_params
 from fr_jax.algorithms._per_layer import per_layer
+from fr_jax.algorithms.admm import admm
 from fr_jax.algorithms.auxiliary_coordinates import auxiliary_coordinates
 from fr_jax.algorithms.backprop import backprop
 from fr_jax.algorithms.blockprop import blockprop
@@ -47,6 +48,7 @@ __all__ = [
     "Stage",
     "State",
     "WithLoss",
+    "admm",
     "auxiliary_coordinates",
     "backprop",
     "balance",

@@ -32,6 +32,7 @@ FLOORS = {
     "experiments": 6,
     "experiments._fields": 6.1,
     "experiments._cards": 6.15,
+    "experiments._dense_cards": 6.17,
     "experiments._remedies": 6.15,
     "experiments._methods": 6.2,
     "experiments._models": 6.2,

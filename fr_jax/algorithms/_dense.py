@@ -65,7 +65,7 @@ def goals(targets: Array, outputs: Array) -> Array:
     """What the outputs ``(B, n)`` should be: targets ``(B, n)``, or 0 and 1 for labels ``(B,)``."""
     n = outputs.shape[1]
     if jnp.issubdtype(targets.dtype, jnp.integer) and targets.ndim == 1:
-        return jax.nn.one_hot(targets, n, dtype=outputs.dtype)
+        return targets.astype(outputs.dtype)[:, None] if n == 1 else jax.nn.one_hot(targets, n, dtype=outputs.dtype)
     if targets.shape != outputs.shape:
         raise ValueError(
             f"targets {targets.dtype} of shape {targets.shape} were given for {n} outputs; they must be labels (B,), "

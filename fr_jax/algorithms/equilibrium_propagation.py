@@ -171,7 +171,7 @@ def check_own(
             bound = "a finite number above 0" if most == math.inf else f"a number above 0, at most {most:g}"
             raise ValueError(f"{name} = {value!r} was given; it must be {bound}.")
     counts = check_count("free_steps", free_steps), check_count("nudged_steps", nudged_steps)
-    return Relaxation(float(beta), bool(centred), *counts, float(step_size), float(input_scale))
+    return Relaxation(float(beta), centred, *counts, float(step_size), float(input_scale))
 
 
 def equilibrium_propagation(

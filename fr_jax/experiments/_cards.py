@@ -79,6 +79,7 @@ class Method(Compared):
       check: ``(own, K)``, raises SettingsError for own settings that do not go together, or not with K stages.
       models: those that it can train; empty for all.
       whole: whether it trains the network in one piece, with K = 1, and has no gradient of back-propagation's kind.
+      full_batch: whether every step sees all training examples.
       without: settings of a run that mean nothing to it, and why.
       note: what a reader of its training loss must know.
     """
@@ -92,6 +93,7 @@ class Method(Compared):
     check: Callable[[Values, int], None] = lambda own, K: None
     models: tuple[str, ...] = ()
     whole: bool = False
+    full_batch: bool = False
     without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import fr_jax as fr
 from fr_jax.diagnostics.simulation import schedules
 from fr_jax.experiments._cards import Compared, Method, TrainingSet, Values
+from fr_jax.experiments._dense_cards import DENSE_CARDS
 from fr_jax.experiments._fields import SettingsError, own_setting
 from fr_jax.experiments._remedies import ACCUMULATE, DISCREPANCY_DECAY, REMEDIES, check_prediction, remedied
 from fr_jax.partitioning.costs import StageWork
@@ -55,7 +54,6 @@ PIPELINE_SCHEDULE = own_setting(
 )
 
 
-BETA = own_setting("beta", float, "Strength of the nudge (eqprop).", above=0)
 PENALTY = own_setting(
     "penalty",
     float,
@@ -157,23 +155,6 @@ def _proxprop(
     own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: Any, **common: Any
 ) -> Algorithm:
     return fr.proximal_backprop(stages, loss_fn, optimizer, **own, **common)
-
-
-def _layer_sizes(stages: Sequence[Stage], data: TrainingSet) -> tuple[int, ...]:
-    """Those of an mlp, for methods that make their network themselves."""
-    assert data.values is not None
-    inputs = jax.ShapeDtypeStruct((1, data.values), jnp.float32)
-    params, _ = jax.eval_shape(stages[0].init, jax.random.key(0), inputs)
-    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
-    return (data.values, *(units for _, units in kernels))
-
-
-def _eqprop(
-    own: Values, stages: Sequence[Stage], loss_fn: Any, optimizer: Any, data: TrainingSet, **common: Any
-) -> Algorithm:
-    left = dict(own)
-    options = {"centred": not left.pop("one_sided"), "step_size": left.pop("relaxation_step")}
-    return fr.equilibrium_propagation(_layer_sizes(stages, data), optimizer, **left, **options, **common)
 
 
 METHODS: dict[str, Method] = {
@@ -327,26 +308,7 @@ METHODS: dict[str, Method] = {
         ),
         note="MAC's training loss is taken at its coordinates, where it is lower than the network's own.",
     ),
-    "eqprop": Method(
-        short="EqProp",
-        title="equilibrium propagation",
-        make=_eqprop,
-        learning_rate=0.025,
-        own={
-            BETA: 0.5,
-            own_setting("one_sided", bool, "Nudge one way only, as in the first paper."): False,
-            own_setting("free_steps", int, "Steps of the free phase.", least=1): 50,
-            own_setting("nudged_steps", int, "Steps of each nudged phase.", least=1): 20,
-            own_setting("relaxation_step", float, "Their length epsilon.", above=0, most=1): 0.5,
-            own_setting("input_scale", float, "Factor of the (normalised) inputs.", above=0): 0.3,
-        },
-        models=("mlp",),
-        whole=True,
-        alone_bp=False,
-        without={"dtype": "it computes in float32", "dropout_rate": "its units have no dropout"},
-        note="Equilibrium propagation trains another network of the mlp's sizes, with units between 0 and 1, by their "
-        "squared error: of its losses and the others' only the accuracies compare.",
-    ),
+    **DENSE_CARDS,
 }
 
 DATA_PARALLEL, LOCKSTEP = "dp", "fr-lockstep"

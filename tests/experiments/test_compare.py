@@ -53,6 +53,14 @@ def test_plan_gives_every_method_the_settings_that_it_has():
     assert own == [(None, None, 0.5), (8, None, 0.5), (8, 2, 0.5)]
 
 
+def test_plan_leaves_out_what_means_nothing_to_a_method_of_all_examples():
+    given = {"learning_rate": 0.1, "momentum": 0.5, "batch_size": 64, "model": "mlp"}
+    bp, admm = (one.settings for one in plan(CompareSettings(methods=("bp", "admm"), K=(3,), **given)))
+    assert (bp.learning_rate, bp.momentum, bp.batch_size, bp.K) == (0.1, 0.5, 64, 1)
+    assert (admm.learning_rate, admm.momentum, admm.batch_size, admm.K) == (None, 0.9, None, 1)
+    assert plan(CompareSettings(methods=("admm",), model="mlp", batch_size=64))[0].settings.batch_size == 64
+
+
 def test_plan_runs_several_numbers_of_micro_batches():
     plain = {"methods": ("bp", "fr", "gpipe", "2bw", "dni"), "K": (4,)}
     usual = ["bp-K1-seed0", "fr-K4-seed0", "gpipe-K4-seed0", "2bw-K4-seed0", "dni-K4-seed0"]

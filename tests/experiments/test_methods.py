@@ -58,6 +58,7 @@ def test_work_of_the_last_stage():
         ("2bw", "pipedream_2bw", {}, {"microbatches": 8}),
         ("dfa", "direct_feedback_alignment", {}, {"placement": None}),
         ("mac", "auxiliary_coordinates", {"z_steps": 7}, {"z_steps": 7, "cache_size": None}),
+        ("admm", "admm", {"beta": 2.0}, {"layer_sizes": (3, 2, 10), "beta": 2.0, "gamma": 10.0, "warm_start": 10}),
         ("eqprop", "equilibrium_propagation", {}, {"layer_sizes": (3, 2, 10), "centred": True, "beta": 0.5}),
         ("eqprop", "equilibrium_propagation", {"one_sided": True, "relaxation_step": 1.0}, {"centred": False}),
         ("proxprop", "proximal_backprop", {"cg_steps": 5}, {"cg_steps": 5, "proximal_step": 1.0}),
@@ -124,12 +125,12 @@ def test_a_card_is_all_that_a_program_needs_of_a_new_method(tmp_path, program_en
     assert "mlp, our method, K = 2" in said and "Resuming after step 1 of 2" in said
     assert "1.5 0.05" in said  # a fifth of the card's learning rate: no batch normalisation
     assert "[ours] How much of it. Default: 1.5." in said and "0.25 for ours" in said
-    assert "(equilibrium propagation) or ours (our method)" in said
+    assert "admm or ours (our method)" in said
 
 
 def test_titles():
     assert listed() == (
         "fr (features replay), bp (back-propagation), ddg, dni, blockprop, gpipe, 2bw (PipeDream-2BW), dfa (direct "
-        "feedback alignment), proxprop (proximal back-propagation), mac or eqprop (equilibrium propagation)"
+        "feedback alignment), proxprop (proximal back-propagation), mac, eqprop (equilibrium propagation) or admm"
     )
     assert METHODS["gpipe"].titled({"microbatches": 4}, ", K = 2") == "GPipe, K = 2, M = 4"

@@ -178,7 +178,13 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
         must be.
     """
     check(settings)
-    batch_size, own = _batch_size(settings, dataset), own_of_method(settings, settings.method)
+    card, own = METHODS[settings.method], own_of_method(settings, settings.method)
+    batch_size = examples if card.full_batch else _batch_size(settings, dataset)
+    if card.full_batch and settings.batch_size not in (None, examples):
+        raise SettingsError(
+            f"--batch-size {settings.batch_size} cannot be used: {settings.method} has all {examples:,} training "
+            "examples in every step. Drop the flag."
+        )
     if batch_size > examples:
         raise SettingsError(
             f"--batch-size {batch_size} is too large; it must be at most the {examples:,} training examples. "
@@ -186,11 +192,11 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
         )
     _check_split(batch_size, own.get("microbatches", 1), settings.data_parallel)
     steps_per_epoch = examples // batch_size
-    steps = settings.steps or (settings.epochs or {"digits": 15, "mnist": 5}.get(dataset, 1)) * steps_per_epoch
-    milestones = settings.milestones if settings.schedule == "steps" else ()
+    epochs = settings.epochs or (50 if card.full_batch else {"digits": 15, "mnist": 5}.get(dataset, 1))
+    steps = settings.steps or epochs * steps_per_epoch
+    milestones = settings.milestones if settings.schedule == "steps" and "schedule" not in card.without else ()
     if milestones is None:
-        epochs = steps / steps_per_epoch
-        milestones = (round(epochs / 2, 6), round(epochs * 3 / 4, 6))
+        milestones = tuple(round(share * steps / steps_per_epoch, 6) for share in (1 / 2, 3 / 4))
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
     values |= own | own_of_model(settings)
     values |= {
@@ -202,7 +208,7 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
         "learning_rate": _learning_rate(settings),
         "workdir": settings.workdir or default_workdir(settings, dataset),
         "eval_every": settings.eval_every or steps_per_epoch,
-        "checkpoint_every": settings.checkpoint_every or min(steps_per_epoch, 200),
+        "checkpoint_every": settings.checkpoint_every or (10 if card.full_batch else min(steps_per_epoch, 200)),
     }
     return Resolved(**values)
 

@@ -145,7 +145,7 @@ class CommonSettings:
     sample_bytes: int | None = setting(None, least=0, free="process", vary=False, owners=("gpt",))
     """[gpt] Length of that text; 0 for none. Default: 400."""
     epochs: int | None = setting(None, least=1, free="resume")
-    """Passes over the training set. Default: 15 for digits, 5 for MNIST, 1 otherwise; minutes on two CPU cores."""
+    """Passes over the training set. Default: 15 for digits, 5 for MNIST, 50 for admm, else 1; minutes on two cores."""
     steps: int | None = setting(None, least=1, free="resume")
     """Mini-batches to train for, instead of epochs."""
     batch_size: int | None = setting(None, least=1)

@@ -33,8 +33,7 @@ class Axes:
         ("bp", "fr", "ddg", "dni"),
         choices=tuple(METHODS),
         series="distinct",
-        help=f"Any of {listed()}. bp does not depend on K, and eqprop has K = 1: they run once per seed, on one "
-        "device.",
+        help=f"Any of {listed()}. bp does not depend on K, and eqprop and admm have K = 1: one run per seed.",
     )
     K: tuple[int, ...] = setting((4,), least=1, series="distinct")
     """Numbers of stages."""
@@ -86,7 +85,9 @@ def plan(settings: CompareSettings) -> list[Planned]:
         for method in settings.methods:
             # What belongs to other methods keeps its default, since a run refuses settings that are not its own.
             own = {n: value if belongs(n, method, settings.model) else _unset(n) for n, value in shared.items()}
-            own["learning_rate"] = rates.get(method, settings.learning_rate)
+            own["learning_rate"] = rates.get(method, own["learning_rate"])
+            if METHODS[method].full_batch and not all(METHODS[other].full_batch for other in settings.methods):
+                own["batch_size"] = None  # that of the others
             parts = [{"microbatches": M} for M in numbers.get(method, ())] or [{}]
             stages = (1,) if method == "bp" or METHODS[method].whole else settings.K
             for K, split, variant in itertools.product(stages, parts, variants):

@@ -323,6 +323,7 @@ def test_check_says_what_is_valid(change, complaint):
         ("cg_steps", 1),
         ("z_steps", 9),
         ("free_steps", 9),
+        ("beta", 2.0),
     ],
 )
 def test_a_setting_of_another_method_is_an_error(name, value, capsys):
@@ -366,6 +367,30 @@ def test_what_a_method_cannot_do_is_an_error(change, complaint):
     with pytest.raises(SettingsError, match=re.escape(complaint)):
         check(TrainSettings(**run_of("eqprop") | change))
     check(TrainSettings(**run_of("eqprop"), dropout_rate=0.0))
+
+
+def test_a_method_of_all_examples_and_without_learning_rate():
+    given = run_of("admm")
+    resolved = resolve(TrainSettings(**given), "digits", 1433)
+    assert (resolved.batch_size, resolved.steps, resolved.learning_rate, resolved.milestones) == (1433, 50, 0.0, ())
+    assert (resolved.eval_every, resolved.checkpoint_every) == (1, 10)  # a state has outputs of every example
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    config = {name: value for name, value in dataclasses.asdict(resolved).items() if name in names}
+    again = resolve(TrainSettings(**config | {"epochs": None}), "digits", 1433)  # as --init-from reads it
+    assert again.batch_size == 1433
+    with pytest.raises(SettingsError, match="--batch-size 64 cannot be used: admm has all 1,433 training examples in"):
+        resolve(TrainSettings(**given, batch_size=64), "digits", 1433)
+    for change, text in (
+        ({"learning_rate": 0.1}, "--learning-rate 0.1"),
+        ({"schedule": "cosine"}, "--schedule cosine"),
+        ({"milestones": (1.0,)}, "--milestones 1.0"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"clip": 1.0}, "--clip 1.0"),
+    ):
+        with pytest.raises(
+            SettingsError, match=f"{text} means nothing to admm: it solves for its weights and takes no"
+        ):
+            check(TrainSettings(**given, **change))
 
 
 def test_the_default_rate_of_a_method_that_is_not_back_propagation_for_one_stage():
