@@ -74,7 +74,7 @@ def optimize(
     takes_loss = isinstance(optimizer, optax.GradientTransformationExtraArgs) and not isinstance(loss, tuple)
     extra: dict[str, Any] = {"value": loss} if takes_loss else {}
     narrow = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
-    updates, new_state = optimizer.update(narrow, opt_state, params, **extra)
+    updates, new_state = _updated(optimizer, narrow, opt_state, params, extra)
     moved, before = statistics or (None, None)
     new, measured = (optax.apply_updates(params, updates), new_state, moved), {"gradient_norm": norm}
     if skip:
@@ -82,6 +82,23 @@ def optimize(
         measured["skipped"] = (~finite).astype(jnp.int32)
         new = settled(finite, new, (params, with_others(opt_state, None), before))
     return Stepped(new[0], new[1], measured, new[2])
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree, extra: dict[str, Any]
+) -> tuple[PyTree, PyTree]:
+    """``optimizer.update``; a ValueError if it needs what the methods do not have."""
+    try:
+        return optimizer.update(grads, opt_state, params, **extra)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        given = "value=loss and nothing else" if extra else "no value=loss"
+        raise ValueError(
+            f"the optimizer's update cannot be called ({error}): this stage gives it {given}. Choose another "
+            "optimizer, or another method than dni, whose stages below the last do not know the loss; what takes "
+            "value=loss is an optax.GradientTransformationExtraArgs."
+        ) from error
 
 
 def add_up(sums: PyTree, grads: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ import optax
 from fr_jax._arrays import place
 from fr_jax._placement import default_sharding
 from fr_jax.algorithms._per_layer import PerLayerState
+from fr_jax.algorithms._validation import check_alive
 from fr_jax.types import PyTree, State
 
 __all__ = ["DifferentStatesError", "carry_over", "layer_params"]
@@ -54,6 +55,7 @@ def layer_params(state: State) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
             "layer_params() was given a state on devices of several processes. Save a checkpoint and restore it in one "
             "process."
         )
+    check_alive("layer_params()", params=params, model_state=model_state)
     return jax.device_put((params, model_state), here)
 
 

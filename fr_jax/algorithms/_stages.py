@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ def init_stages(
         for i, (layer, layer_key) in enumerate(zip(layers, layer_keys, strict=True), start=first):
             with _named_layer(k, i, h):
                 p, s = _init_or_take(layer, layer_key, h, here, given_params[i], given_states[i], i)
+                _check_weights(p)
                 h, has_loss = _applied(setup, layer, p, s, h, dropout_key)
                 auxiliary = auxiliary or has_loss
             weights.append(p)
@@ -110,6 +112,7 @@ def init_stages(
         first += len(layers)
         if k < len(setup.stages) - 1:
             _check_feature(h, k + 1)
+    _warn_of_narrow_weights(made_params)
     spec = BatchSpec(TreeSpec.of(batch.inputs), TreeSpec.of(batch.targets), counts)
     return Stages(
         params=tuple(made_params),
@@ -231,6 +234,29 @@ def _applied(setup: Setup, layer: Stage, params: PyTree, state: PyTree, h: PyTre
         )
     _check_state(state, moved)
     return h, losses is not None
+
+
+def _check_weights(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} of this layer is {leaf.dtype}{list(leaf.shape)}; weights must be "
+                "floating point, because they have a gradient. Let the layer's init() return it as a part of its "
+                "state, (params, state)."
+            )
+
+
+def _warn_of_narrow_weights(params: PyTree) -> None:
+    """A warning if weights are kept in less than 32 bits, in which small updates are lost."""
+    kinds = {str(leaf.dtype): jnp.finfo(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    for dtype, info in kinds.items():
+        if info.bits < 32:
+            warnings.warn(
+                f"this network keeps weights in {dtype}, where an update of less than {float(info.eps) / 4:.1g} of a "
+                "weight is rounded away: with a small learning rate it stands still. Keep weights in float32 and "
+                f"compute in {dtype} (Flax: param_dtype=float32, dtype={dtype}).",
+                stacklevel=5,
+            )
 
 
 def _check_state(state: PyTree, moved: PyTree) -> None:

@@ -16,7 +16,7 @@ from fr_jax._placement import data_parallel_size, replicated
 from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
-from fr_jax.algorithms._validation import Setup, check_batch, iteration
+from fr_jax.algorithms._validation import Setup, check_batch, check_inputs, iteration, naming_deleted
 from fr_jax.types import Algorithm, Array, Batch, Info, InitAlgorithm, Predict, PyTree, Step
 
 LAST = slice(-1, None)
@@ -216,11 +216,13 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:
-        return init(setup, parts(), key, batch, params, model_state)
+        with naming_deleted("init()", params=params, model_state=model_state):
+            return init(setup, parts(), key, batch, params, model_state)
 
     @_documented(Step)
     def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
-        return step(setup, parts(), state, batch)
+        with naming_deleted("step()", state=state, batch=batch):
+            return step(setup, parts(), state, batch)
 
     return Algorithm(init_, step_, make_predict(setup))
 
@@ -241,11 +243,13 @@ def make_predict(setup: Setup) -> Predict:
 
     @_documented(Predict)
     def predict(state: Any, inputs: PyTree, /) -> PyTree:
+        check_inputs(inputs)
         D = math.lcm(*map(data_parallel_size, setup.shardings))
         size = jax.tree.leaves(inputs)[0].shape[0]
-        h = _padded(inputs, -size % D)
-        for k, infer in enumerate(stages()):
-            h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
+        with naming_deleted("predict()", state=state, inputs=inputs):
+            h = _padded(inputs, -size % D)
+            for k, infer in enumerate(stages()):
+                h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
         return _first_rows(size, replicated(setup.shardings[-1]))(h) if size % D else h
 
     return predict

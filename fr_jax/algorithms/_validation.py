@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Sharding
 
@@ -150,6 +152,11 @@ def per_stage(optimizer: Optimizers, K: int) -> tuple[optax.GradientTransformati
     one = isinstance(optimizer, optax.GradientTransformation) or not isinstance(optimizer, Sequence)
     optimizers = (optimizer,) * K if one else tuple(optimizer)
     for member in optimizers:
+        if isinstance(member, optax.MultiSteps):
+            raise ValueError(
+                "an optax.MultiSteps was given as optimizer, which is not an optax transformation; give its "
+                ".gradient_transformation()."
+            )
         if not isinstance(member, optax.GradientTransformation):
             raise ValueError(
                 f"optimizer {member!r} is not an optax transformation. Pass one, such as optax.sgd(0.1), for all "
@@ -220,13 +227,67 @@ def check_example(batch: Batch, called: str = "init()") -> None:
 
 def _check_kind(batch: Batch, called: str) -> None:
     trees = batch[:2] if isinstance(batch, Batch) else ()
-    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
-    if not trees or not all(jax.tree.leaves(tree) and all(map(is_array, jax.tree.leaves(tree))) for tree in trees):
+    if not trees or not all(map(jax.tree.leaves, trees)) or not all(map(_is_array, jax.tree.leaves(batch))):
         kinds = f" of {type(batch.inputs).__name__} and {type(batch.targets).__name__}" if trees else ""
         raise ValueError(
             f"{called} was given a {type(batch).__name__}{kinds} as batch; it must be fr_jax.Batch(inputs, targets), "
-            "arrays or pytrees of arrays with the examples along the first axis."
+            f"arrays or pytrees of arrays with the examples along the first axis.{_how_to_convert(batch)}"
         )
+
+
+def _is_array(x: Any) -> bool:
+    """Whether ``x`` is an array of numbers, or describes one, with a dtype that NumPy and JAX know."""
+    dtype = getattr(x, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return dtype.kind not in "OSUmM" and hasattr(x, "shape")
+    return dtype is not None and isinstance(x, jax.Array | jax.ShapeDtypeStruct)  # a random key's, for example
+
+
+def _how_to_convert(tree: PyTree) -> str:
+    foreign = next((x for x in jax.tree.leaves(tree) if not _is_array(x) and hasattr(x, "numpy")), None)
+    return "" if foreign is None else f" A {type(foreign).__name__} of another library becomes one by .numpy()."
+
+
+def check_inputs(inputs: PyTree) -> None:
+    """Raises ValueError if what ``predict`` is given is not an array, or a pytree of arrays, of as many rows."""
+    leaves = jax.tree.leaves(inputs)
+    if not leaves or not all(map(_is_array, leaves)):
+        raise ValueError(
+            f"predict() was given a {type(inputs).__name__} as inputs; it must be an array (N, ...), or a pytree of "
+            f"arrays, as the inputs of a batch.{_how_to_convert(inputs)}"
+        )
+    if len({leaf.shape[:1] for leaf in leaves}) != 1 or not leaves[0].shape:
+        shapes = jax.tree.map(lambda leaf: leaf.shape, inputs)
+        raise ValueError(
+            f"predict() was given inputs of shape {shapes}; all must have the same number of examples along the first "
+            "axis."
+        )
+
+
+def check_alive(called: str, **given: PyTree) -> None:
+    """Raises ValueError if an array was deleted: ``given`` by the names that they have in ``called``."""
+    is_deleted = lambda leaf: isinstance(leaf, jax.Array) and leaf.is_deleted()
+    for name, tree in given.items():
+        if any(map(is_deleted, jax.tree.leaves(tree))):
+            raise ValueError(
+                f"{called} was given arrays that are gone, in {name}: a step with donate=True reuses those of its "
+                "state, and a jitted function with donate_argnums its arguments. Go on from the state that step() "
+                "returned, or keep old ones with donate=False."
+            )
+
+
+@contextlib.contextmanager
+def naming_deleted(called: str, **given: PyTree) -> Iterator[None]:
+    """:func:`check_alive` where JAX has met a deleted array, so that it costs nothing otherwise."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "deleted" in str(error) or "donated" in str(error):
+            try:
+                check_alive(called, **given)
+            except ValueError as better:
+                raise better from error
+        raise
 
 
 def check_split(batch: Batch, M: int, shardings: Sequence[Sharding]) -> None:

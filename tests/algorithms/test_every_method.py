@@ -1,6 +1,7 @@
 """What holds for every method alike: what is refused, and JAX's stricter modes."""
 
 import functools
+from contextlib import nullcontext
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,123 @@ def test_what_is_no_mini_batch_is_refused(method):
             algorithm.step(state, bad)
 
 
+class Tensor:
+    """Of another library: shape and dtype, and neither is NumPy's."""
+
+    shape, dtype = (4, 3), "torch.float32"
+
+    def numpy(self):
+        return np.ones(self.shape, np.float32)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "bad", [Tensor(), np.full((4, 3), "a"), np.full((4, 3), None)], ids=["tensor", "text", "objects"]
+)
+def test_arrays_that_are_no_numbers_are_refused(method, bad):
+    algorithm = plain(method)
+    state, advice = algorithm.init(KEY, batch()), r".* A Tensor of another library .*\.numpy" * isinstance(bad, Tensor)
+    with pytest.raises(ValueError, match=r"init\(\) was given a Batch of \w+ and ArrayImpl" + advice):
+        algorithm.init(KEY, batch()._replace(inputs=bad))
+    with pytest.raises(ValueError, match=r"step\(\) was given a Batch of ArrayImpl and \w+ as batch" + advice):
+        algorithm.step(state, batch()._replace(targets=bad))
+    with pytest.raises(ValueError, match=r"predict\(\) was given a \w+ as inputs" + advice):
+        algorithm.predict(state, bad)
+
+
+def test_predict_refuses_what_has_no_rows():
+    algorithm = plain(fr.backprop)
+    state = algorithm.init(KEY, batch())
+    for bad, said in (
+        ([[1.0, 2.0, 3.0]], "a list as inputs; it must be an array"),
+        ((), "a tuple as inputs; it must be an array"),
+        (np.float32(1), r"inputs of shape \(\); all must have the same number of examples"),
+        ((np.ones((4, 3)), np.ones((5, 3))), r"inputs of shape \(\(4, 3\), \(5, 3\)\); all must have"),
+    ):
+        with pytest.raises(ValueError, match=r"predict\(\) was given " + said):
+            algorithm.predict(state, bad)
+
+
+@pytest.mark.parametrize("method", [fr.backprop, fr.features_replay, fr.ddg])
+def test_a_donated_state_is_named(method):
+    algorithm = method([dense(4), dense(2)], squared_error, optax.adam(0.1), donate=True)
+    old = algorithm.init(KEY, batch())
+    new, _ = algorithm.step(old, batch())
+    for called, call in (
+        ("step", lambda: algorithm.step(old, batch())),
+        ("predict", lambda: algorithm.predict(old, batch().inputs)),
+        ("layer_params", lambda: fr.layer_params(old)),
+        ("init", lambda: algorithm.init(KEY, batch(), old.params)),
+    ):
+        with pytest.raises(ValueError, match=rf"{called}\(\) was given arrays that are gone, in \w+: .*donate=False"):
+            call()
+    gone = batch()
+    gone.inputs.delete()
+    with pytest.raises(ValueError, match=r"step\(\) was given arrays that are gone, in batch: "):
+        algorithm.step(new, gone)
+    algorithm.step(new, batch())
+
+
+def test_integers_among_the_weights_are_refused():
+    counting = fr.Stage(
+        lambda key, x: ({"w": jnp.ones(3), "n": jnp.zeros(2, int)}, ()), lambda p, s, x, **_: (x * p["w"], s)
+    )
+    algorithm = fr.features_replay([dense(3), counting, dense(2)], squared_error, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"params\['n'\] of this layer is int32\[2\]; .* its state") as caught:
+        algorithm.init(KEY, batch())
+    assert "This is layer 1" in caught.value.__notes__[0]
+
+
+def test_narrow_weights_are_warned_of():
+    """In bfloat16 a weight of 1 does not move by 1/512, and by 1/100 it does."""
+    algorithm = fr.backprop([dense(2, param_dtype=jnp.bfloat16)], squared_error, optax.sgd(0.1))
+    with pytest.warns(UserWarning, match=r"weights in bfloat16, .* less than 0\.002 of a weight .*param_dtype=float32"):
+        algorithm.init(KEY, batch())
+    w = jnp.ones((), jnp.bfloat16)
+    assert w - jnp.asarray(1 / 513, w.dtype) == w and w - jnp.asarray(1 / 100, w.dtype) != w
+
+
+def test_multi_steps_objects_are_refused():
+    """What they make is an optimizer: of four updates two move the weights."""
+    wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
+    for optimizer in (wrapped, [optax.sgd(0.1), wrapped]):
+        with pytest.raises(ValueError, match=r"an optax.MultiSteps .*\.gradient_transformation\(\)"):
+            fr.backprop([dense(4), dense(2)], squared_error, optimizer)
+    algorithm = fr.backprop([dense(4), dense(2)], squared_error, wrapped.gradient_transformation())
+    state, moved = algorithm.init(KEY, batch()), []
+    for _ in range(4):
+        old, (state, _) = state, algorithm.step(state, batch())
+        moved.append(bool((jax.tree.leaves(old.params[1])[1] != jax.tree.leaves(state.params[1])[1]).any()))
+    assert moved == [False, True, False, True]
+
+
+@every_method
+def test_a_plateau_reduces_the_rate_of_every_stage(method):
+    """Weights that do not move have a loss that does not fall."""
+    optimizer = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
+    algorithm = method([dense(4), dense(2)], squared_error, optimizer)
+    state = algorithm.init(KEY, batch())
+    if method is dni:
+        with pytest.raises(
+            ValueError, match=r"update cannot be called \(.*'value'\): this stage gives it no value=loss"
+        ):
+            algorithm.step(state, batch())
+        return
+    for _ in range(6):
+        state, _ = algorithm.step(state, batch())
+    assert max(float(optax.tree.get(opt_state, "scale")) for opt_state in state.opt_state) <= 0.5
+
+
+def test_an_optimizer_that_asks_for_more_is_named():
+    def update(grads, state, params=None, *, value, hessian, **extra):
+        return grads, state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    algorithm = fr.backprop([dense(2)], squared_error, optimizer)
+    with pytest.raises(ValueError, match=r"'hessian'\): this stage gives it value=loss and nothing else"):
+        algorithm.step(algorithm.init(KEY, batch()), batch())
+
+
 @every_method
 def test_a_loss_that_is_no_number_is_refused(method):
     algorithm = method([dense(4), dense(2)], lambda y, z: (y - z) ** 2, optax.sgd(0.1))
@@ -83,7 +201,8 @@ def test_half_precision_under_strict_promotion(method, param_dtype):
     """Optimizers and networks that mix types need JAX's own promotion; the methods do not."""
     layer = lambda features: dense(features, dtype=jnp.bfloat16, param_dtype=param_dtype)
     algorithm = method([layer(4), layer(2)], squared_error, optax.sgd(0.1))
-    with jax.numpy_dtype_promotion("strict"):
+    warns = pytest.warns(UserWarning, match="weights in bfloat16") if param_dtype == jnp.bfloat16 else nullcontext()
+    with jax.numpy_dtype_promotion("strict"), warns:
         state, info = algorithm.step(algorithm.init(KEY, batch(jnp.bfloat16)), batch(jnp.bfloat16))
     assert jax.tree.leaves(state.params)[0].dtype == param_dtype and jnp.isfinite(info.loss)
 
