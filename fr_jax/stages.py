@@ -6,6 +6,7 @@ import functools
 import inspect
 import operator
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,37 @@ from fr_jax.types import Array, PyTree, Stage, WithLoss
 if TYPE_CHECKING:
     from flax import linen as nn
 
-__all__ = ["chain", "from_linen", "partition", "traced_once"]
+__all__ = ["chain", "dies_with_function", "from_linen", "partition", "traced_once"]
+
+
+def dies_with_function(make: Callable[..., Callable]) -> Callable[..., Callable]:
+    """Caches ``make(function, *args)``, a jitted function of ``function``, for as long as that is alive.
+
+    ``make`` is given a stand-in that does not keep ``function`` alive: a cache that did would hold for ever what users
+    close over, such as a table of embeddings, and what was compiled for it.
+    """
+    kept: weakref.WeakKeyDictionary[Callable, dict[tuple, Callable]] = weakref.WeakKeyDictionary()
+
+    def cached(function: Callable, *args: Any) -> Callable:
+        try:
+            of_function = kept.setdefault(function, {})
+        except TypeError:  # it cannot be a key
+            return make(function, *args)
+        if args not in of_function:
+            of_function[args] = make(_without_holding(function), *args)
+        return of_function[args]
+
+    return cached
+
+
+def _without_holding(function: Callable) -> Callable:
+    reference: Any = weakref.ref(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return reference()(*args, **kwargs)
+
+    call.__name__ = getattr(function, "__name__", call.__name__)  # in a profile
+    return call
 
 
 def chain(*stages: Stage) -> Stage:
@@ -108,9 +139,12 @@ def numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(counted)
 
 
-@functools.lru_cache(maxsize=1024)  # bounded: it keeps functions, and what they compiled, alive
+@dies_with_function
 def traced_once(apply: Callable) -> Callable:
-    """``jit`` of a stage's ``apply``, so that equal layers share one trace; inside a jit XLA inlines the call."""
+    """``jit`` of a stage's ``apply``, so that equal layers share one trace; inside a jit XLA inlines the call.
+
+    ``key`` and ``train`` go by keyword.
+    """
     return jax.jit(apply, static_argnames="train")
 
 
@@ -195,9 +229,14 @@ def _warn_of_inference(module: nn.Module, outermost: nn.Module, args: tuple, kwa
         )
 
 
-@functools.lru_cache(maxsize=1024)
-def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...], written: str) -> Stage:
-    # `written` is part of the cache's key: it tells apart what is equal and not the same, 2 and 2.0.
+_wrapped: weakref.WeakValueDictionary[tuple, Callable] = weakref.WeakValueDictionary()
+"""The ``apply`` of each stage that was made of a Linen module, as long as anything else holds it.
+
+It has its stage as an attribute, because nothing can refer weakly to a tuple.
+"""
+
+
+def _wrap_linen(module: nn.Module, call_kwargs: tuple[tuple[str, object], ...]) -> Stage:
     from flax import linen as nn
 
     accepts = _accepted_modes(module)
@@ -273,12 +312,18 @@ def from_linen(module: nn.Module, **call_kwargs: object) -> Stage:
             f"from_linen() was given {module!r}; it must be a Flax Linen module, such as flax.linen.Dense(10). "
             "A class must be called first; other functions are wrapped as fr_jax.Stage(init, apply)."
         )
-    arguments = (module, tuple(sorted(call_kwargs.items())), repr((module, sorted(call_kwargs.items()))))
+    arguments = (module, tuple(sorted(call_kwargs.items())))
+    key = (*arguments, repr(arguments))  # what is written tells apart what is equal and not the same, 2 and 2.0
     try:
-        hash(arguments)
+        apply: Any = _wrapped.get(key)
     except TypeError:  # not hashable: nn.Sequential([...]), for example, holds a list
-        return _wrap_linen.__wrapped__(*arguments)
-    return _wrap_linen(*arguments)
+        return _wrap_linen(*arguments)
+    if apply is not None:
+        return apply.stage
+    stage = _wrap_linen(*arguments)
+    vars(stage.apply)["stage"] = stage
+    _wrapped[key] = stage.apply
+    return stage
 
 
 def partition(layers: Sequence[Stage], cuts: Sequence[int]) -> tuple[Stage, ...]:

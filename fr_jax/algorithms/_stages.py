@@ -18,6 +18,7 @@ from fr_jax._placement import replicated
 from fr_jax.algorithms._auxiliary import carried, check_loss, taken_apart
 from fr_jax.algorithms._per_layer import with_own_keys
 from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_example, check_split
+from fr_jax.stages import dies_with_function
 from fr_jax.types import Array, Batch, PyTree, Stage, WithLoss
 
 
@@ -196,7 +197,7 @@ def init_layer(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -
     return _jitted_init(layer.init, treedef, tuple(leaves), sharding)(key)
 
 
-@functools.lru_cache(maxsize=1024)
+@dies_with_function
 def _jitted_init(init: Callable, treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
     """One compilation for all equal layers of a device."""
     return jax.jit(lambda key: init(key, _zeros(treedef.unflatten(leaves))), out_shardings=sharding)

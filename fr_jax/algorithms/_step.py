@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from fr_jax._arrays import put
 from fr_jax._placement import data_parallel_size, replicated
@@ -250,7 +249,12 @@ def make_predict(setup: Setup) -> Predict:
             h = _padded(inputs, -size % D)
             for k, infer in enumerate(stages()):
                 h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
-        return _first_rows(size, replicated(setup.shardings[-1]))(h) if size % D else h
+        return first_rows(size)(h) if size % D else h
+
+    @functools.lru_cache(maxsize=128)
+    def first_rows(size: int) -> Callable:
+        rows = lambda h: jax.tree.map(lambda leaf: leaf[:size], h)
+        return jax.jit(rows, out_shardings=replicated(setup.shardings[-1]))
 
     return predict
 
@@ -260,8 +264,3 @@ def _padded(x: PyTree, rows: int) -> PyTree:
     if not rows:
         return x
     return jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(leaf.shape[0] + rows), leaf.shape[0] - 1)], x)
-
-
-@functools.lru_cache(maxsize=128)
-def _first_rows(size: int, sharding: Sharding) -> Callable:
-    return jax.jit(lambda h: jax.tree.map(lambda leaf: leaf[:size], h), out_shardings=sharding)

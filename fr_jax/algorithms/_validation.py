@@ -54,7 +54,8 @@ class Setup:
     @functools.cached_property
     def takes_loss(self) -> tuple[bool, ...]:
         """Whether the optimizers of the stages use ``value=loss``."""
-        return tuple(map(_uses_value, self.optimizers))
+        of_each = {optimizer: _uses_value(optimizer) for optimizer in set(self.optimizers)}
+        return tuple(of_each[optimizer] for optimizer in self.optimizers)
 
     @property
     def waits(self) -> bool:
@@ -67,7 +68,6 @@ class Setup:
         return self.microbatches == 1 and not self.waits
 
 
-@functools.lru_cache(maxsize=128)
 def _uses_value(optimizer: optax.GradientTransformation) -> bool:
     """Whether ``value=`` reaches anything in ``update``: optax.chain takes extra arguments for all its members."""
     if not isinstance(optimizer, optax.GradientTransformationExtraArgs):

@@ -2,8 +2,10 @@
 
 import functools
 import gc
+import weakref
 from collections import Counter
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,10 @@ METHODS = {
 }
 
 
+def dni(stages, loss_fn, optimizer):
+    return fr.dni(stages, loss_fn, optimizer, fr.models.synthesizer(), optax.sgd(1e-3))
+
+
 @pytest.fixture(autouse=True)
 def quick_collection():
     """What is alive before a test is left out of its many garbage collections."""
@@ -45,6 +51,37 @@ def quick_collection():
 
 def squared_error(y, z):
     return jnp.mean((y - z) ** 2)
+
+
+def used_up(make):
+    """Weak references to what a user made for a network, after all of the library has seen it."""
+    tables = [jnp.arange(3000.0) + i for i in range(3)]
+
+    def apply(params, state, x, *, key=None, train=True):
+        return x * params[None] + tables[0][None, :5], state
+
+    layers = [fr.Stage(lambda key, x: (tables[0][:5], ()), apply), fr.from_linen(nn.Dense(3, name="of_this_test"))]
+    loss_fn = lambda y, z: jnp.mean((y - z) ** 2) + tables[1][0]
+    optimizer = optax.scale_by_schedule(lambda count: -tables[2][count])  # tests share optax.sgd
+    algorithm = make([layers[0], fr.chain(*layers)], loss_fn, optimizer)
+    batch = fr.Batch(np.ones((6, 5), np.float32), np.ones((6, 3), np.float32))
+    state = algorithm.init(jax.random.key(0), batch)
+    for _ in range(3):
+        state, _ = algorithm.step(state, batch)
+    fr.layer_flops(layers, batch.inputs)
+    algorithm.predict(state, batch.inputs)
+    assert fr.from_linen(nn.Dense(3, name="of_this_test")).apply is layers[1].apply
+    return [weakref.ref(one) for one in (*tables, layers[1].init, layers[1].apply, algorithm.step)]
+
+
+@pytest.mark.parametrize(
+    "method", ["fr", "ddg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bp", "fr-M", "dni"))]
+)
+def test_what_a_network_closes_over_dies_with_its_algorithm(method):
+    """Tables of a stage, the loss and the optimizer, and the functions that they were compiled into."""
+    gone = used_up(dni if method == "dni" else METHODS[method])
+    gc.collect()
+    assert [one() for one in gone] == [None] * 6
 
 
 @pytest.fixture(scope="module")
