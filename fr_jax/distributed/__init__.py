@@ -2,6 +2,7 @@
 
 from fr_jax.distributed._coordination import Group, GroupError
 from fr_jax.distributed._joining import COORDINATOR, NUM_PROCESSES, PROCESS_ID, free_port, group, initialize, is_first
+from fr_jax.distributed._reading import read
 
 __all__ = [
     "COORDINATOR",
@@ -13,4 +14,5 @@ __all__ = [
     "group",
     "initialize",
     "is_first",
+    "read",
 ]

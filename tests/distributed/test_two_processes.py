@@ -41,6 +41,9 @@ def pair(program_env, tmp_path):
         assert (first["key"], second["key"]) == (None, jax.random.key_data(jax.random.key(7)).tolist())
         assert (first["to_first"], second["to_first"]) == ({"x": VALUES, "y": ONE_MORE}, {})
         assert (first["from_first"], second["from_first"]) == (None, ONE_MORE)
+        assert first["read"] == {"x": VALUES, "y": VALUES, "here": 0}
+        assert second["read"] == {"x": VALUES, "y": VALUES, "here": 1}
+        assert first["shown"] == second["shown"] == "15.0000"
         return started
 
     yield pair

@@ -29,6 +29,8 @@ def moved():
         "key": seen(jax.random.key_data(key)),
         "to_first": {name: array.tolist() for name, array in collected.items()},
         "from_first": seen(back),
+        "read": jax.tree.map(np.ndarray.tolist, distributed.read({"x": x, "y": y, "here": jax.process_index()})),
+        "shown": f"{distributed.read(y.sum()):.4f}",
     }
 
 
