@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-__all__ = ["check_placement", "data_parallel_size", "default_sharding", "placement", "replicated"]
+__all__ = [
+    "check_placement",
+    "data_parallel_size",
+    "default_sharding",
+    "placement",
+    "replicated",
+    "without_context_mesh",
+]
 
 
 def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
@@ -71,13 +81,29 @@ def replicated(sharding: Sharding | None) -> Sharding | None:
 
 
 def data_parallel_size(sharding: Sharding | None) -> int:
-    """D, the number of devices over which the batch is split.
+    """D, the number of parts into which the batch is split: not all axes of a mesh need split it.
 
     Example:
       >>> [data_parallel_size(sharding) for sharding in placement(2)]
       [1, 1]
     """
-    return sharding.num_devices if isinstance(sharding, NamedSharding) else 1
+    if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
+        return 1
+    axes = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def without_context_mesh() -> AbstractContextManager[Any]:
+    """A context in which the placement of the stages counts, and no mesh that the caller has set.
+
+    Under ``jax.set_mesh`` a jitted function spreads what it makes over that mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(None)  # type: ignore[arg-type]  # it takes None
+    except ValueError:  # inside a transformation, which step() refuses
+        return contextlib.nullcontext()
 
 
 def default_sharding() -> Sharding:

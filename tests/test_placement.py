@@ -1,9 +1,17 @@
+import functools
+import math
+from contextlib import nullcontext
+
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import fr_jax as fr
+import fr_jax.data as fr_data
 from fr_jax._arrays import put
 from fr_jax._placement import data_parallel_size, replicated
 
@@ -54,3 +62,65 @@ def test_no_placement_leaves_arrays_where_they_are():
     assert (replicated(None), data_parallel_size(None)) == (None, 1)
     x = jnp.ones(2)
     assert put(x, None) is x
+
+
+def mesh(*shape):
+    devices = DEVICES[: math.prod(shape)]
+    return jax.make_mesh(shape, ("data", "model")[: len(shape)], (AxisType.Auto,) * len(shape), devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("spec", "D"),
+    [(("data",), 2), (("model",), 4), ((("data", "model"),), 8), ((), 1), ((None, "data"), 1), (("data", "model"), 2)],
+)
+def test_the_parts_of_a_batch_are_counted_and_not_the_devices(spec, D):
+    sharding = NamedSharding(mesh(2, 4), PartitionSpec(*spec))
+    assert data_parallel_size(sharding) == D
+    assert sharding.shard_shape((8, 8))[0] == 8 // D
+
+
+@functools.cache
+def algorithm_on(placement):
+    stages = fr.partition(fr.models.mlp(depth=2, width=8, dropout_rate=0.5), (1,))
+    return fr.features_replay(stages, lambda y, z: jnp.mean((y - z) ** 2), optax.adam(0.1), placement=placement)
+
+
+def trained(placement, context=None):
+    """Three steps of a small network, and its prediction for as many rows as no number of devices divides."""
+    algorithm, rng = algorithm_on(placement), np.random.default_rng(0)
+    batches = [fr.Batch(*(rng.standard_normal((6, n)).astype(np.float32) for n in (5, 10))) for _ in range(3)]
+    with jax.set_mesh(context) if context else nullcontext():
+        state = algorithm.init(jax.random.key(0), batches[0])
+        for batch in batches:
+            state, info = algorithm.step(state, batch)
+        return state, info, algorithm.predict(state, batches[0].inputs[:5])
+
+
+def test_a_mesh_of_two_axes_trains_as_one_axis_does():
+    """The batch of 6 is split over 2 of 4 devices, and copied along the other axis."""
+    one = trained(fr.placement(2, DEVICES[:2], data_parallel=2))
+    two = trained((NamedSharding(mesh(2, 2), PartitionSpec("data")),) * 2)
+    chex.assert_trees_all_close(
+        *(jax.tree.map(np.asarray, (r[0].params, r[2])) for r in (one, two)), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("placed", [False, True], ids=["default", "placed"])
+def test_a_mesh_around_the_library_changes_nothing(placed, axis_type):
+    placement = fr.placement(2, DEVICES[2:4]) if placed else None
+    context = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    inside, plain = trained(placement, context), trained(placement)  # in this order: it is traced inside
+    chex.assert_trees_all_equal(plain, inside)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(inside), strict=True):
+        assert getattr(a, "sharding", None) == getattr(b, "sharding", None)
+
+
+def test_a_mesh_around_the_input_pipeline_changes_nothing():
+    dataset = fr_data.load("synthetic")
+    batch = fr_data.input_pipeline(dataset, 6, seed=0).train_batch(0)
+    with jax.set_mesh(mesh(8)):
+        pipeline = fr_data.input_pipeline(dataset, 6, seed=0)
+        inside, _ = pipeline.train_batch(0), next(pipeline.test_batches())
+    chex.assert_trees_all_equal(batch, inside)
+    assert inside.inputs.sharding == batch.inputs.sharding

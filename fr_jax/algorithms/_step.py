@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fr_jax._arrays import put
-from fr_jax._placement import data_parallel_size, replicated
+from fr_jax._placement import data_parallel_size, replicated, without_context_mesh
 from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
@@ -215,12 +215,12 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:
-        with naming_deleted("init()", params=params, model_state=model_state):
+        with naming_deleted("init()", params=params, model_state=model_state), without_context_mesh():
             return init(setup, parts(), key, batch, params, model_state)
 
     @_documented(Step)
     def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
-        with naming_deleted("step()", state=state, batch=batch):
+        with naming_deleted("step()", state=state, batch=batch), without_context_mesh():
             return step(setup, parts(), state, batch)
 
     return Algorithm(init_, step_, make_predict(setup))
@@ -245,11 +245,11 @@ def make_predict(setup: Setup) -> Predict:
         check_inputs(inputs)
         D = math.lcm(*map(data_parallel_size, setup.shardings))
         size = jax.tree.leaves(inputs)[0].shape[0]
-        with naming_deleted("predict()", state=state, inputs=inputs):
+        with naming_deleted("predict()", state=state, inputs=inputs), without_context_mesh():
             h = _padded(inputs, -size % D)
             for k, infer in enumerate(stages()):
                 h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
-        return first_rows(size)(h) if size % D else h
+            return first_rows(size)(h) if size % D else h
 
     @functools.lru_cache(maxsize=128)
     def first_rows(size: int) -> Callable:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from fr_jax._arrays import place
+from fr_jax._placement import default_sharding, without_context_mesh
 from fr_jax.data.download import DataError
 from fr_jax.data.image_sets import Dataset
 from fr_jax.data.text import Corpus, Text
@@ -212,7 +213,8 @@ def _train_batches(
     def train_batch(step: int) -> Batch:
         epoch, batch = divmod(step, steps_per_epoch)
         where = place(np.array([epoch, batch], np.uint32), whole)
-        return gather(images, labels, order(epoch), key, where)
+        with without_context_mesh():
+            return gather(images, labels, order(epoch), key, where)
 
     return train_batch
 
@@ -234,7 +236,9 @@ def _test_batches(
 
     def test_batches() -> Iterator[tuple[Batch, int]]:
         for start in range(0, count, batch_size):
-            yield cut(examples, place(np.int32(start), whole)), min(batch_size, count - start)
+            with without_context_mesh():
+                batch = cut(examples, place(np.int32(start), whole))
+            yield batch, min(batch_size, count - start)
 
     return test_batches
 
@@ -263,7 +267,7 @@ def _fold(key: Array, *data: int | Array) -> Array:
 
 def _shardings(sharding: Sharding | None) -> Shardings:
     if sharding is None:
-        sharding = jnp.zeros(()).sharding
+        sharding = default_sharding()
     if isinstance(sharding, NamedSharding):
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         return whole, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
