@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fr_jax.data._digests import not_published
 from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import Archive, DataError
 
@@ -26,10 +27,14 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 
 
 class IdxFile(NamedTuple):
-    """One of the four files: its array is ``(records, 28, 28)`` or ``(records,)``, its download is gzipped."""
+    """One of the four files: its array is ``(records, 28, 28)`` or ``(records,)``, its download is gzipped.
+
+    ``md5`` is that of the unpacked file; None is not compared.
+    """
 
     shape: tuple[int, ...]
     archive: Archive
+    md5: str | None = None
 
     @property
     def header(self) -> bytes:
@@ -42,19 +47,29 @@ class IdxFile(NamedTuple):
         return len(self.header) + math.prod(self.shape)
 
 
-def _file(name: str, shape: tuple[int, ...], md5: str) -> IdxFile:
+def _file(name: str, shape: tuple[int, ...], packed_md5: str, md5: str) -> IdxFile:
     url, *mirrors = (mirror + name + ".gz" for mirror in MIRRORS)
-    return IdxFile(shape, Archive(url, md5, tuple(mirrors)))
+    return IdxFile(shape, Archive(url, packed_md5, tuple(mirrors)), md5)
 
 
-# In the order of Arrays.
+# In the order of Arrays: MD5 of the gzipped file, and of what is in it.
 FILES: dict[str, IdxFile] = {
-    name: _file(name, shape, md5)
-    for name, shape, md5 in (
-        ("train-images-idx3-ubyte", (60_000, 28, 28), "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-        ("train-labels-idx1-ubyte", (60_000,), "d53e105ee54ea40749a09fcbcd1e9432"),
-        ("t10k-images-idx3-ubyte", (10_000, 28, 28), "9fb629c4189551a2d022fa330f9573f3"),
-        ("t10k-labels-idx1-ubyte", (10_000,), "ec29112dd5afa0611ce80d1b7f02629c"),
+    name: _file(name, shape, *md5)
+    for name, shape, *md5 in (
+        (
+            "train-images-idx3-ubyte",
+            (60_000, 28, 28),
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "6bbc9ace898e44ae57da46a324031adb",
+        ),
+        ("train-labels-idx1-ubyte", (60_000,), "d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+        (
+            "t10k-images-idx3-ubyte",
+            (10_000, 28, 28),
+            "9fb629c4189551a2d022fa330f9573f3",
+            "2646ac647ad5339dbf082846283269ea",
+        ),
+        ("t10k-labels-idx1-ubyte", (10_000,), "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
     )
 }
 
@@ -87,8 +102,8 @@ def find(place: Path) -> Path | None:
     return fullest if _paths(fullest) else None
 
 
-def read(folder: Path) -> Arrays:
-    """Reads a folder with the four files, as found by :func:`find`.
+def read(folder: Path) -> tuple[Arrays, tuple[str, ...]]:
+    """Reads a folder with the four files, as found by :func:`find`; says which are not the published ones.
 
     Raises:
       DataError: a file is missing, cannot be unpacked, has the wrong type or size, or holds a label out of range.
@@ -101,9 +116,13 @@ def read(folder: Path) -> Arrays:
             f"{folder} is not a complete copy of MNIST: {', '.join(missing)} missing. It must hold {', '.join(FILES)} "
             f"(each plain or .gz). Download {urls} and put it next to the others"
         )
-    train_images, train_labels, test_images, test_labels = (_decode(paths[name], FILES[name]) for name in FILES)
+    contents = {name: _unpacked(paths[name], file) for name, file in FILES.items()}
+    train_images, train_labels, test_images, test_labels = (
+        _decode(paths[name], file, contents[name]) for name, file in FILES.items()
+    )
     train_labels, test_labels = train_labels.astype(np.int32), test_labels.astype(np.int32)
-    return Arrays(train_images[..., None], train_labels, test_images[..., None], test_labels)
+    different = not_published(contents, {name: file.md5 for name, file in FILES.items() if file.md5}, paths)
+    return Arrays(train_images[..., None], train_labels, test_images[..., None], test_labels), different
 
 
 def _paths(folder: Path) -> dict[str, Path]:
@@ -118,8 +137,8 @@ def _paths(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _decode(path: Path, file: IdxFile) -> np.ndarray:
-    content, header, axes = _unpacked(path, file), file.header, len(file.shape)
+def _decode(path: Path, file: IdxFile, content: bytes) -> np.ndarray:
+    header, axes = file.header, len(file.shape)
     problem = None
     if content[:4] != header[:4]:
         magic = content[:4].hex() or "nothing"

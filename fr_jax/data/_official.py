@@ -36,5 +36,5 @@ class OfficialData(NamedTuple):
     archives: tuple[Archive, ...]  # the official downloads, all of them needed
     find: Callable[[Path], Path | None]  # what `read` accepts, at or below a folder or file given by a user
     # From what `find` returned, from the downloaded archive, or from the folder of the downloaded archives if there are
-    # several. Raises DataError if data are missing or damaged.
-    read: Callable[[Path], Arrays]
+    # several; with the names of the files that are not as published. Raises DataError if data are missing or damaged.
+    read: Callable[[Path], tuple[Arrays, tuple[str, ...]]]

@@ -58,9 +58,11 @@ def load(
     not found and cannot be downloaded, it falls back to ``digits`` with a prominent line. ``digits`` and ``synthetic``
     need no files.
 
-    ``data_dir`` is a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files, its parent, the official
-    ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files, each plain or ``.gz``, or its
-    parent, if the folder is called ``mnist``, ``MNIST`` or ``MNIST/raw``. ``log`` receives each line for the user.
+    ``data_dir`` is a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files or those of the Python
+    version, its parent, the official ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files,
+    each plain or ``.gz``, or its parent, if the folder is called ``mnist``, ``MNIST`` or ``MNIST/raw``. Files of the
+    right form and other contents are named and read; pickles are read only if they are the published ones. ``log``
+    receives each line for the user.
 
     Raises:
       DataError: the name is unknown, or the data are damaged or missing (with ``data_dir``, also for ``auto``).
@@ -79,7 +81,7 @@ def load(
     wanted = preferred if name == "auto" else name
     official = _mnist.official() if wanted == "mnist" else _cifar.official(wanted)
     if data_dir is not None:
-        return _given(official, Path(data_dir).expanduser())
+        return _given(official, Path(data_dir).expanduser(), log)
     try:
         return _searched(official, log)
     except FetchError as error:
@@ -102,10 +104,10 @@ def _check_name(problem: str, name: str, valid: tuple[str, ...]) -> None:
         raise DataError(f"{problem} {name!r}. Valid names: {', '.join(valid)}.{meant}")
 
 
-def _given(official: OfficialData, data_dir: Path) -> Dataset:
+def _given(official: OfficialData, data_dir: Path, log: Log) -> Dataset:
     place = official.find(data_dir)
     if place is not None:
-        return _labelled(official, official.read(place), f"the official {official.kind_of_files} files in {place}")
+        return _read(official, place, f"{official.kind_of_files} files in {place}", log)
     copy = _tfds_copies.find(official.name, data_dir)
     if copy is not None:
         return _labelled(official, _tfds_copies.read(copy, official), f"the TFDS copy in {copy}")
@@ -128,9 +130,22 @@ def _searched(official: OfficialData, log: Log) -> Dataset:
     except FetchError as error:
         raise FetchError(f"{official.title} is not on this machine, and {error}. {_what_to_do(official)}") from error
     if len(found) == 1:
-        return _labelled(official, official.read(found[0]), f"the official archive {found[0]}")
+        return _read(official, found[0], f"archive {found[0]}", log)
     folder = found[0].parent
-    return _labelled(official, official.read(folder), f"the official {official.kind_of_files} files in {folder}")
+    return _read(official, folder, f"{official.kind_of_files} files in {folder}", log)
+
+
+def _read(official: OfficialData, place: Path, what: str, log: Log) -> Dataset:
+    """Reads data files, and calls them official if they are the published ones, bit by bit."""
+    arrays, different = official.read(place)
+    if not different:
+        return _labelled(official, arrays, f"the official {what}")
+    urls = ", ".join(archive.url for archive in official.archives)
+    log(
+        f"!!! NOT THE PUBLISHED {official.title}: {', '.join(different)} in {place} should have the same size and "
+        f"other contents (MD5 or SHA-1). Training on what is there; the published data are at {urls}."
+    )
+    return _labelled(official, arrays, f"{what} that are not the official ones")
 
 
 def _from_tfds(official: OfficialData, log: Log) -> Dataset | None:

@@ -19,6 +19,7 @@ def bare_machine(tmp_path, monkeypatch):
             train_files=dict.fromkeys(layout.train_files, 30),
             test_files=dict.fromkeys(layout.test_files, 20),
             archive=layout.archive._replace(url=CLOSED + layout.archive.file_name),
+            digests={},
         )
         monkeypatch.setitem(_cifar.FORMATS, name, small)
     for name, file in list(_mnist.FILES.items()):

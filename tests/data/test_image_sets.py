@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tarfile
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fr_jax import data
-from fr_jax.data import _cifar, _tfds_copies, download, image_sets
+from fr_jax.data import _cifar, _digests, _mnist, _tfds_copies, download, image_sets
 from fr_jax.data.image_sets import DataError, load
 
 NAMES = ("cifar10", "cifar100")
@@ -120,6 +121,173 @@ def test_official_files(kind, name, tmp_path):
     assert (dataset.name, dataset.num_classes) == (name, _cifar.FORMATS[name].num_classes)
     assert dataset.crop and dataset.flip
     assert str(tmp_path) in dataset.source and _cifar.FORMATS[name].title in dataset.source
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+def publish(monkeypatch, name, contents):
+    """Makes these the published files; who has them all is told nothing."""
+    layout = _cifar.FORMATS[name]
+    digests = {file: md5(content) for file, content in contents.items()}
+    monkeypatch.setitem(_cifar.FORMATS, name, layout._replace(digests=digests))
+    return contents
+
+
+def test_all_files_have_published_digests(monkeypatch):
+    monkeypatch.undo()
+    for layout in _cifar.FORMATS.values():
+        assert layout.digests.keys() == layout.files.keys() | layout.pickles.keys()
+        for file, digest in layout.digests.items():
+            assert len(digest) == (40 if file in layout.files else 32)
+    assert all(len(file.md5) == 32 for file in _mnist.FILES.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_only_what_was_published_is_official(kind, name, tmp_path, monkeypatch):
+    publish(monkeypatch, name, make_files(name))
+    place, lines = make_place(kind, name, tmp_path / "data"), []
+    assert " from the official data files in " in load(name, place, log=lines.append).source
+    assert lines == []
+    contents, layout = make_files(name), _cifar.FORMATS[name]
+    (file,) = layout.test_files
+    contents[file] = contents[file][:-1] + bytes([contents[file][-1] ^ 1])
+    if kind == "folder":
+        (place / file).write_bytes(contents[file])
+    else:
+        write_archive(place, in_folder(name, contents))
+    dataset = load(name, place, log=lines.append)
+    assert f"from data files in {place} that are not the official ones" in dataset.source
+    assert len(lines) == 1 and f"NOT THE PUBLISHED {layout.title}: {file} in {place}" in lines[0]
+
+
+def test_what_was_right_is_not_read_through_again(tmp_path, monkeypatch):
+    publish(monkeypatch, "cifar10", make_files("cifar10"))
+    place, compared = make_place("folder", "cifar10", tmp_path / "data"), []
+    monkeypatch.setattr(
+        _digests, "is_published", lambda content, digest: compared.append(digest) or md5(content) == digest
+    )
+    for _ in range(2):
+        assert "the official" in load("cifar10", place).source
+        assert len(compared) == 6
+    os.utime(place / "test_batch.bin", ns=(0, 0))  # which may have been written again
+    load("cifar10", place)
+    assert len(compared) == 7
+
+
+def test_an_archive_is_read_to_its_checksum(tmp_path):
+    place = make_place("archive", "cifar10", tmp_path)
+    packed = place.read_bytes()
+    place.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
+    assert "is not a readable .tar.gz archive (CRC check failed" in fail("cifar10", place)
+
+
+def test_an_archive_that_unpacks_to_very_much_is_refused(tmp_path):
+    members = in_folder("cifar10", make_files("cifar10")) | {"zeros": bytes(5 * 2**20)}
+    place = write_archive(tmp_path / "a.tar.gz", members)
+    assert "it unpacks to more than " in fail("cifar10", place)
+
+
+@pytest.mark.parametrize("file", ["data_batch_1.bin", "mine.bin", "data_batch_1"])
+def test_a_single_file_is_named_as_such(file, tmp_path):
+    (tmp_path / file).write_bytes(make_files("cifar10")["data_batch_1.bin"])
+    message = fail("cifar10", tmp_path / file)
+    assert f"{file} is a single file" in message and f"such as {tmp_path}" in message and "archive" not in message
+
+
+def python_2(name, file, content, labels_name=b"labels"):
+    """The pickle that Python 2 and NumPy 1.6 wrote for CIFAR, instruction by instruction (protocol 2)."""
+    layout = _cifar.FORMATS[name]
+    records = np.frombuffer(content, np.uint8).reshape(-1, layout.label_bytes + 3072)
+    n, raw = len(records), records[:, layout.label_bytes :].tobytes()
+    text = lambda word: b"U" + bytes([len(word)]) + word
+    number = lambda value: b"K" + bytes([value]) if value < 256 else b"M" + value.to_bytes(2, "little")
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNN"
+        + b"J\xff\xff\xff\xff" * 2
+        + b"K\x00tb"
+    )
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+    array += (
+        b"(K\x01" + number(n) + number(3072) + b"\x86" + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    )
+    labels = b"](" + b"".join(map(number, records[:, layout.label_bytes - 1])) + b"e"
+    names = b"](" + b"".join(text(b"image_%d.png" % i) for i in range(n)) + b"e"
+    return (
+        b"\x80\x02}(" + text(b"batch_label") + text(b"training batch") + text(labels_name) + labels
+        + text(b"data") + array + text(b"filenames") + names + b"u."
+    )  # fmt: skip
+
+
+def make_pickles(name):
+    labels = b"labels" if name == "cifar10" else b"fine_labels"
+    return {file[:-4]: python_2(name, file, content, labels) for file, content in make_files(name).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["folder", "parent", "archive", "archive's folder"])
+def test_the_python_version_is_read(kind, name, tmp_path, monkeypatch):
+    layout, pickles = _cifar.FORMATS[name], publish(monkeypatch, name, make_pickles(name))
+    assert pickle.loads(next(iter(pickles.values())), encoding="bytes")[b"data"].dtype == np.uint8
+    expected = load(name, make_place("folder", name, tmp_path / "binary"))
+    if "archive" in kind:
+        members = {f"{layout.python_folder}/{file}": content for file, content in pickles.items()}
+        place = write_archive(tmp_path / layout.python_archive.file_name, members)
+    else:
+        place = write_folder(tmp_path / layout.python_folder, pickles)
+    dataset = load(name, place.parent if kind in ("parent", "archive's folder") else place)
+    for a, b in zip(dataset[1:5], expected[1:5], strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert "the official data files" in dataset.source
+
+
+class Attack:
+    def __reduce__(self):
+        return Path.touch, (Path("attacked"),)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_no_code_of_a_pickle_is_run(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickles = make_pickles("cifar10") | {"data_batch_3": pickle.dumps({b"labels": [], b"data": Attack()})}
+    if published:
+        publish(monkeypatch, "cifar10", pickles)
+    message = fail("cifar10", write_folder(tmp_path / "cifar-10-batches-py", pickles))
+    assert (
+        "data_batch_3 is not a pickle of CIFAR (it asks for pathlib" if published else "they are not read. Download"
+    ) in message
+    assert "cifar-10-binary.tar.gz" in message or "cifar-10-python.tar.gz" in message
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (pickle.dumps([1]), "holds a list and not a dictionary"),
+        (pickle.dumps({b"labels": [1] * 29}), "does not have a list of 30 labels"),
+        (pickle.dumps({b"labels": [1] * 30}), "does not have 30 images of 3,072 bytes"),
+        (pickle.dumps({b"labels": [1] * 30, b"data": np.zeros((29, 3072), np.uint8)}, 3), "does not have 30 images"),
+        (pickle.dumps({b"labels": [1] * 30, b"data": np.zeros((30, 3072), np.int8)}, 3), "does not have 30 images"),
+        (
+            pickle.dumps({b"labels": [10] * 30, b"data": np.zeros((30, 3072), np.uint8)}, 3),
+            "record 0 of test_batch has the label 10",
+        ),
+        (b"\x80\x02}(", "is not a pickle of CIFAR"),
+        (b"", "is not a pickle of CIFAR"),
+    ],
+)
+def test_another_structure_of_a_pickle_is_named(content, said, tmp_path, monkeypatch):
+    small = _cifar.FORMATS["cifar10"]._replace(test_files={"test_batch.bin": 30})
+    monkeypatch.setitem(_cifar.FORMATS, "cifar10", small)
+    pickles = publish(monkeypatch, "cifar10", make_pickles("cifar10") | {"test_batch": content})
+    assert said in fail("cifar10", write_folder(tmp_path / "cifar-10-batches-py", pickles))
 
 
 def test_auto_takes_cifar10_from_the_data_folder(tmp_path):
@@ -385,6 +553,7 @@ def test_with_tensorflow_and_without_network_tfds_is_not_started(monkeypatch):
 def test_real_cifar10(monkeypatch):
     monkeypatch.undo()
     dataset = load("cifar10", Path(os.environ["FR_JAX_TEST_DATA"]))
+    assert "from the official data files in" in dataset.source
     assert dataset.train_images.shape == (50_000, 32, 32, 3) and dataset.test_images.shape == (10_000, 32, 32, 3)
     np.testing.assert_array_equal(np.bincount(dataset.train_labels), 5000)
     np.testing.assert_array_equal(np.bincount(dataset.test_labels), 1000)

@@ -96,6 +96,20 @@ def test_official_files(folder, spelling, tmp_path):
     assert dataset.source.endswith(str(tmp_path / "data" / folder))
 
 
+def test_only_what_was_published_is_official(tmp_path, monkeypatch):
+    contents, lines = make_contents(), []
+    for name, content in contents.items():
+        monkeypatch.setitem(_mnist.FILES, name, _mnist.FILES[name]._replace(md5=hashlib.md5(content).hexdigest()))
+    folder = write(tmp_path, contents)
+    assert "the official idx files" in load("mnist", folder, log=lines.append).source and lines == []
+    other = contents[NAMES[0]][:-1] + bytes([contents[NAMES[0]][-1] ^ 1])
+    write(tmp_path, {NAMES[0]: other})
+    assert (
+        f"from idx files in {folder} that are not the official ones" in load("mnist", folder, log=lines.append).source
+    )
+    assert len(lines) == 1 and f"NOT THE PUBLISHED MNIST: {NAMES[0]} in" in lines[0]
+
+
 def test_one_of_the_files_stands_for_its_folder(tmp_path):
     assert_is_ours(load("mnist", write(tmp_path / "data", make_contents()) / "train-labels-idx1-ubyte.gz"))
 
