@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +20,7 @@ __all__ = ["Group", "GroupError", "distributed_state"]
 T = TypeVar("T")
 
 POLL_MILLISECONDS = 1000
+REMIND_SECONDS = 60.0  # after so long, and again, a process says what it waits for
 
 
 class GroupError(RuntimeError):
@@ -29,45 +36,64 @@ class GroupError(RuntimeError):
 
 
 class Group:
-    """The ``size`` processes of a run, of which this is number ``index``; an ordinary process is a group of size 1."""
+    """The ``size`` processes of a run, of which this is number ``index``; an ordinary process is a group of size 1.
+
+    Attributes:
+      patience: seconds after which a process that is alive but does not go on ends the run.
+    """
 
     def __init__(self, index: int = 0, size: int = 1) -> None:
         self.index, self.size = index, size
-        self._exchanges = 0
+        self.patience = math.inf
+        self._exchanges = self._signs = 0
+        self._is_exchanging, self._is_patient = False, False
 
     def exchange(self, value: T) -> list[T]:
         """The ``value`` (JSON) of every process, in order. All must call it, in the same order.
 
-        It waits for the slowest process; a process that dies ends the others (see :func:`initialize`).
+        It waits for the slowest process; a process that dies ends the others (see :func:`initialize`). After a minute,
+        and every minute, it prints which processes have not come.
 
         Raises:
-          GroupError: another process called :meth:`fail`.
+          GroupError: another process called :meth:`fail`, or has not come within ``patience``.
         """
         if self.size == 1:
             return [value]
+        self._is_exchanging = True
+        try:
+            return self._exchange(value)
+        finally:
+            self._is_exchanging = False
+            self.sign()
+
+    def _exchange(self, value: Any) -> list[Any]:
         number, self._exchanges = self._exchanges, self._exchanges + 1
         text = json.dumps(value)
         try:
-            _client().key_value_set(f"fr_jax/{number}/{self.index}", text)
+            _client().key_value_set(_key(number, self.index), text)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(error) from error
-        texts = [text if index == self.index else self._get(f"fr_jax/{number}/{index}") for index in range(self.size)]
+        begun = time.monotonic()
+        texts = [text if index == self.index else self._get(number, index, begun) for index in range(self.size)]
         if number:  # all processes have begun this exchange, so all have read the one before
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_delete(f"fr_jax/{number - 1}/{self.index}")
+                _client().key_value_delete(_key(number - 1, self.index))
         return [json.loads(text) for text in texts]
 
     def from_first(self, make: Callable[[], T]) -> T:
         """The result of ``make`` in process 0 (JSON), in every process; the others do not call it.
 
         If ``make`` uses JAX, let all call ``jax.devices()`` before: their backends wait for each other when they start.
+        The others wait for as long as it takes.
         """
-        return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
+        with self._patiently():
+            return self.exchange(make() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
     def first_goes_first(self, make: Callable[[], T]) -> T:
         """Calls ``make`` in process 0, then in the others, which find what it has downloaded or cached."""
-        made = make() if self.index == 0 else None
-        self.exchange(None)
+        with self._patiently():
+            made = make() if self.index == 0 else None
+            self.exchange(None)
         return made if self.index == 0 else make()  # type: ignore[return-value]
 
     def check_same(self, what: str, value: Any) -> None:
@@ -92,17 +118,111 @@ class Group:
                 return "ALREADY_EXISTS" not in str(error)
         return True
 
-    def _get(self, key: str) -> str:
-        """Waits for ``key``, and checks in between whether a process gave up."""
+    def sign(self) -> None:
+        """A sign that this process goes on, for :meth:`watched`."""
+        self._signs += 1
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watches the calling thread: where it gives no :meth:`sign` for a minute, a line says where it is.
+
+        So a process says that it is stuck, and so do those that wait for it inside JAX, where they come to no exchange.
+        After ``patience`` the process is ended (exit code 1), and the others with it.
+        """
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+        arguments = threading.get_ident(), over
+        threading.Thread(target=self._watch, args=arguments, name="fr_jax watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, thread: int, over: threading.Event) -> None:
+        seen, since, said = self._signs, time.monotonic(), 0
+        while not over.wait(POLL_MILLISECONDS / 1000):
+            # An exchange says itself what it waits for; what process 0 does alone takes its time.
+            if self._signs != seen or self._is_exchanging or self._is_patient:
+                seen, since, said = self._signs, time.monotonic(), 0
+            seconds = time.monotonic() - since
+            if seconds >= (said + 1) * REMIND_SECONDS:
+                said += 1
+                where = _place(sys._current_frames().get(thread))
+                _say(f"process {self.index} has been in {where} for {_time(seconds)}: busy, stuck, or waiting.")
+            if seconds > self.patience:
+                _say(f"process {self.index} did not go on for {_time(seconds)}, and is ended. {ADVICE}")
+                self.fail(1)
+                os._exit(1)  # the thread that is stuck cannot raise
+
+    @contextlib.contextmanager
+    def _patiently(self) -> Iterator[None]:
+        self._is_patient = True
+        try:
+            yield
+        finally:
+            self._is_patient = False
+
+    def _get(self, number: int, index: int, begun: float) -> str:
+        """Waits for what process ``index`` brings to exchange ``number``, and checks in between if one gave up."""
+        said = int((time.monotonic() - begun) / REMIND_SECONDS)
         while True:
             try:
-                return _client().blocking_key_value_get(key, POLL_MILLISECONDS)
+                return _client().blocking_key_value_get(_key(number, index), POLL_MILLISECONDS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise _unreachable(error) from error
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                index, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
-                raise GroupError(f"process {index} failed; see its output.", exit_code, reported=True)
+                failed, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
+                raise GroupError(f"process {failed} failed; see its output.", exit_code, reported=True)
+            seconds = time.monotonic() - begun
+            if seconds > self.patience and not self._is_patient:
+                raise GroupError(f"{self._missing(number)} within {_time(seconds)}. {ADVICE}")
+            if seconds >= (said + 1) * REMIND_SECONDS:
+                said += 1
+                _say(f"process {self.index} waits: after {_time(seconds)} {self._missing(number)}.")
+
+    def _missing(self, number: int) -> str:
+        """Which processes have not come to an exchange, and which one that is."""
+
+        def has_come(index: int) -> bool:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                return bool(_client().key_value_try_get(_key(number, index)))
+            return False
+
+        missing = ", ".join(str(index) for index in range(self.size) if not has_come(index))
+        where = _place(sys._getframe())
+        return f"process {missing}, alive but busy or stuck, has not come to meeting {number}, in {where}"
+
+
+ADVICE = (
+    "See where it is (py-spy dump --pid PID), or give it more time: a process is waited for ten times as long as "
+    "--heartbeat says."
+)
+
+
+def _key(number: int, index: int) -> str:
+    return f"fr_jax/{number}/{index}"
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where a thread is, outside of this file: the function, its file and the line."""
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    code = frame.f_code
+    file = os.sep.join(code.co_filename.split(os.sep)[-2:])
+    return f"{code.co_qualname} ({file}, line {frame.f_lineno})"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _say(text: str) -> None:
+    print(f"fr_jax: {text}", file=sys.stderr, flush=True)
 
 
 def distributed_state() -> Any:

@@ -16,6 +16,7 @@ from fr_jax.distributed._rendezvous import meet
 __all__ = ["COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "free_port", "group", "initialize", "is_first"]
 
 HEARTBEAT_SECONDS = 60
+STUCK = 10  # heartbeats that a process may take for what it does alone: a first compilation can take minutes
 JOIN_SECONDS = 300
 LEAVE_SECONDS = 20  # how long a process that ends waits for the others to end too
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "FR_JAX_COORDINATOR", "FR_JAX_NUM_PROCESSES", "FR_JAX_PROCESS_ID"
@@ -41,6 +42,7 @@ def initialize(
       process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
       heartbeat_seconds: after so long without a sign of life from one process, JAX aborts the others (exit code 134).
+        One that is alive but does not come to a meeting is named every minute, and waited for ten times as long.
       join_seconds: how long to wait for all processes at the start. With ``detect``, or for a process that is lost
         just after all have come, JAX does the waiting and aborts (exit code 134).
 
@@ -84,6 +86,7 @@ def initialize(
     except (RuntimeError, ValueError, OSError) as error:
         raise GroupError(_why_not_joined(known, error), 2) from error
     atexit.register(_keep_clients)
+    group().patience = STUCK * heartbeat_seconds
     return group().size > 1
 
 

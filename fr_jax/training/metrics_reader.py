@@ -173,6 +173,7 @@ class MetricsReader:
         self._untold.append(
             (step, {name: float(read(x) if isinstance(x, jax.Array) else x) for name, x in here.items()})
         )
+        self._group.sign()
         now = time.perf_counter()
         if self._last_read is not None:
             self.step_seconds.append(now - self._last_read)

@@ -1,11 +1,14 @@
 import json
 import socket
 import sys
+import threading
+import time
 
+import jax
 import pytest
 
 from fr_jax import distributed
-from fr_jax.distributed import Group, GroupError
+from fr_jax.distributed import Group, GroupError, _coordination
 from fr_jax.distributed.launch import start
 
 
@@ -79,6 +82,74 @@ def test_values_that_differ_are_named():
     with pytest.raises(GroupError, match="process 1 has another setting than process 0: K is 3, not 2") as caught:
         group.check_same("setting", {})
     assert not caught.value.reported
+
+
+class Store:
+    """A key-value store in which only this process has set anything."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def key_value_set(self, key, value):
+        self.kept[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self.kept:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self.kept[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if key not in self.kept:
+            time.sleep(0.02)
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.kept[key]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Process 0 of three, with a store in which process 1 has come to meeting 0; a minute takes 0.1 s."""
+    store = Store()
+    store.key_value_set("fr_jax/0/1", "null")
+    monkeypatch.setattr(_coordination, "_client", lambda: store)
+    monkeypatch.setattr(_coordination, "REMIND_SECONDS", 0.1)
+    monkeypatch.setattr(_coordination, "POLL_MILLISECONDS", 20)
+    return Group(0, 3)
+
+
+def test_who_does_not_come_is_named_again_and_again_until_patience_ends(alone, capsys):
+    alone.patience = 0.35
+    with pytest.raises(
+        GroupError, match=r"process 2, alive .* not come to meeting 0, in test_who_\w+ .*line \d+\) within 0 s"
+    ):
+        alone.exchange(None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("fr_jax: process 0 waits: after 0 s process 2, alive but busy or stuck, has not come to")
+
+
+def test_what_process_0_does_alone_is_waited_for(alone, capsys):
+    alone.patience = 0.01
+    store = _coordination._client()
+    threading.Timer(0.25, store.key_value_set, ("fr_jax/0/2", "null")).start()
+    assert alone.first_goes_first(lambda: time.sleep(0.05)) is None
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_process_that_does_not_go_on_says_where_it_is(alone, capsys, monkeypatch):
+    ended = []
+    monkeypatch.setattr(_coordination.os, "_exit", lambda code: ended.append(code) or setattr(alone, "patience", 9))
+    alone.patience = 0.35
+    with alone.watched():
+        for _ in range(10):
+            alone.sign()
+            time.sleep(0.02)
+        assert capsys.readouterr().err == ""
+        time.sleep(0.6)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(" process 0 has been in test_a_process_that_does_not_go_on" in line for line in lines[:3])
+    assert "did not go on for 0 s, and is ended" in lines[3] and ended == [1]
+    assert _coordination._client().kept["fr_jax/failed"] == "[0, 1]"
 
 
 SCRIPT = """

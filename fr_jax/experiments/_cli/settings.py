@@ -235,7 +235,7 @@ class ProcessSettings:
     distributed: bool = setting(False, free="process")
     """Find the other processes from SLURM, Open MPI or Kubernetes."""
     heartbeat: int = setting(60, least=2, free="process")
-    """Seconds without a sign of life of one process after which the others end."""
+    """Seconds without a sign of life of one process after which the others end; 10 times as many if it is stuck."""
 
 
 @dataclasses.dataclass(frozen=True)

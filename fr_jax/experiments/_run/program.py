@@ -140,6 +140,7 @@ def _train(
         with contextlib.ExitStack() as stack:
             report = stack.enter_context(reporting(session, folder, state.step))
             hooks = [stack.enter_context(made) for made in _hooks(session, folder, state.step, hook)]
+            stack.enter_context(group.watched())
             outcome = train(
                 session.algorithm,
                 session.task,
