@@ -16,7 +16,7 @@ To import by name: ``fr_jax.data``, ``fr_jax.training`` (loop, tasks, checkpoint
 ``fr_jax.diagnostics`` (timelines, times, memory, sufficient direction) and ``fr_jax.reference`` (NumPy).
 """
 
-from fr_jax import distributed, models
+from fr_jax import _interrupts, distributed, models  # noqa: F401  # the first before all that takes time
 from fr_jax._placement import placement
 from fr_jax.algorithms import staleness
 from fr_jax.algorithms._layers import layer_params

@@ -16,6 +16,7 @@ PACKAGE = "fr_jax"
 FLOORS = {
     "types": 1,
     "_files": 1,
+    "_interrupts": 1,
     "distributed": 1,
     "reference": 1,
     "stages": 2,

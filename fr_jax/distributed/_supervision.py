@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import BinaryIO, TypeAlias
 
@@ -138,16 +139,41 @@ _writing = threading.Lock()
 
 def _copy_lines(pipe: BinaryIO, out: object, prefix: str) -> None:
     """Copies a process's output, each line with a prefix."""
-    rest = b""  # the beginning of a line whose end has not come
+    rest, shorten = b"", _make_shorten()  # the beginning of a line whose end has not come
     with pipe:
         while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
             # splitlines also ends a line at \r, with which a progress bar is drawn again.
             *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").splitlines(keepends=True)
             if rest.endswith((b"\n", b"\r")):
                 whole, rest = [*whole, rest], b""
-            _write(out, "".join(prefix + line.decode(errors="replace") for line in whole))
+            _write(out, "".join(prefix + line.decode(errors="replace") for line in map(shorten, whole) if line))
     if rest:
         _write(out, f"{prefix}{rest.decode(errors='replace')}\n")
+
+
+# How messages of JAX's coordination service begin, and those of this library and of Python that may follow.
+_LOGGED = re.compile(rb"(?P<level>[EFWI])\d{4} [\d:.]+\s+\d+ (coordination_service\w*\.cc|client\.h):\d+\]")
+_OTHERS = (b"fr_jax: ", b"Traceback ")
+_LOST = b"fr_jax: JAX ends this process, because another one has died or cannot be reached.\n"
+
+
+def _make_shorten() -> Callable[[bytes], bytes]:
+    """``line -> line`` for the lines of one stream in order: one line for the C++ stack of a member of a lost group.
+
+    JAX (0.10.2) aborts a process that can no longer reach the others, and prints some thirty lines.
+    """
+    in_message = is_over = False  # a message may have several lines; nothing but the stack comes after the last
+
+    def shorten(line: bytes) -> bytes:
+        nonlocal in_message, is_over
+        logged = _LOGGED.match(line)
+        in_message = logged is not None or (in_message and not line.startswith(_OTHERS))
+        if is_over or logged is None or logged["level"] != b"F":
+            return b"" if is_over or in_message else line
+        is_over = True
+        return _LOST
+
+    return shorten
 
 
 def _write(out: object, text: str) -> None:

@@ -63,3 +63,30 @@ def test_lines_of_a_progress_bar_are_marked_too(capsys):
     with os.fdopen(read, "rb") as pipe:
         supervision._copy_lines(pipe, sys.stdout, "[3] ")
     assert capsys.readouterr().out == "[3] one\n[3] \r[3]  10%\r[3]  20%\n[3] last\n"
+
+
+STACK = """before
+E1130 23:21:24.284078   22187 coordination_service.cc:1549] [10392933063878083065] Use error polling to propagate
+1
+The tasks have crashed. Check the task logs for an earlier error.
+Traceback (most recent call last):
+KeyError: 1
+E1130 23:21:24.284844   22198 coordination_service_agent.cc:289] Polled an error from coordination service.
+F1130 23:20:23.084046   21486 client.h:80] Terminating process because the JAX distributed service detected errors.
+Additional GRPC error information from remote target coordination_service
+*** Check failure stack trace: ***
+    @     0x7fee34a40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
+def test_the_stack_of_a_member_of_a_lost_group_is_one_line(capfd):
+    program = f"import os, sys; sys.stderr.write({STACK!r}); sys.stderr.flush(); os.abort()"
+    assert wait(start(["-c", program], 1, pin=False)) == 134
+    assert capfd.readouterr().err.splitlines()[:-1] == [
+        "[0] before",
+        "[0] Traceback (most recent call last):",
+        "[0] KeyError: 1",
+        "[0] fr_jax: JAX ends this process, because another one has died or cannot be reached.",
+        "fr_jax: process 0 was ended by SIGABRT; the others cannot continue.",
+    ]

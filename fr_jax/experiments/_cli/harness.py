@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fr_jax import distributed
+from fr_jax import _interrupts, distributed
 from fr_jax.distributed import GroupError
 from fr_jax.experiments._fields import SettingsError, flag
 
@@ -75,6 +75,7 @@ def main(
 
 def exit_code(work: Callable[[], Any]) -> int:
     """Does the work; an error that its user can fix is one message and an exit code (:data:`EXIT_CODES`)."""
+    _interrupts.started()
     try:
         code = work()
         return code if isinstance(code, int) else FINISHED
