@@ -16,6 +16,7 @@ from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
 from fr_jax.algorithms._validation import Setup, check_batch, check_inputs, iteration, naming_deleted
+from fr_jax.distributed._alike import comparison
 from fr_jax.types import Algorithm, Array, Batch, Info, InitAlgorithm, Predict, PyTree, Step
 
 LAST = slice(-1, None)
@@ -212,16 +213,23 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
     """
     # Not at once: the functions name devices in their shardings, and a factory touches none.
     parts = functools.cache(make_parts)
+    alike = functools.cache(lambda: comparison(setup.shardings))
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:
         with naming_deleted("init()", params=params, model_state=model_state), without_context_mesh():
-            return init(setup, parts(), key, batch, params, model_state)
+            state = init(setup, parts(), key, batch, params, model_state)
+        if compare := alike():
+            compare.init(key, batch)
+        return state
 
     @_documented(Step)
     def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
         with naming_deleted("step()", state=state, batch=batch), without_context_mesh():
-            return step(setup, parts(), state, batch)
+            stepped = step(setup, parts(), state, batch)
+        if compare := alike():
+            compare.step(batch)
+        return stepped
 
     return Algorithm(init_, step_, make_predict(setup))
 

@@ -70,14 +70,14 @@ class Group:
         number, self._exchanges = self._exchanges, self._exchanges + 1
         text = json.dumps(value)
         try:
-            _client().key_value_set(_key(number, self.index), text)
+            client().key_value_set(_key(number, self.index), text)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(error) from error
         begun = time.monotonic()
         texts = [text if index == self.index else self._get(number, index, begun) for index in range(self.size)]
         if number:  # all processes have begun this exchange, so all have read the one before
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_delete(_key(number - 1, self.index))
+                client().key_value_delete(_key(number - 1, self.index))
         return [json.loads(text) for text in texts]
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -113,7 +113,7 @@ class Group:
         """Tells the others that this process gives up, so that they stop too; False if another one did so before."""
         if self.size > 1:
             try:
-                _client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
+                client().key_value_set("fr_jax/failed", json.dumps([self.index, exit_code]))
             except Exception as error:
                 return "ALREADY_EXISTS" not in str(error)
         return True
@@ -169,12 +169,12 @@ class Group:
         said = int((time.monotonic() - begun) / REMIND_SECONDS)
         while True:
             try:
-                return _client().blocking_key_value_get(_key(number, index), POLL_MILLISECONDS)
+                return client().blocking_key_value_get(_key(number, index), POLL_MILLISECONDS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise _unreachable(error) from error
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                failed, exit_code = json.loads(_client().key_value_try_get("fr_jax/failed"))
+                failed, exit_code = json.loads(client().key_value_try_get("fr_jax/failed"))
                 raise GroupError(f"process {failed} failed; see its output.", exit_code, reported=True)
             seconds = time.monotonic() - begun
             if seconds > self.patience and not self._is_patient:
@@ -188,7 +188,7 @@ class Group:
 
         def has_come(index: int) -> bool:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                return bool(_client().key_value_try_get(_key(number, index)))
+                return bool(client().key_value_try_get(_key(number, index)))
             return False
 
         missing = ", ".join(str(index) for index in range(self.size) if not has_come(index))
@@ -234,7 +234,8 @@ def distributed_state() -> Any:
     return distributed.global_state
 
 
-def _client() -> Any:
+def client() -> Any:
+    """The key-value store that the processes share."""
     return distributed_state().client
 
 

@@ -110,7 +110,7 @@ def alone(monkeypatch):
     """Process 0 of three, with a store in which process 1 has come to meeting 0; a minute takes 0.1 s."""
     store = Store()
     store.key_value_set("fr_jax/0/1", "null")
-    monkeypatch.setattr(_coordination, "_client", lambda: store)
+    monkeypatch.setattr(_coordination, "client", lambda: store)
     monkeypatch.setattr(_coordination, "REMIND_SECONDS", 0.1)
     monkeypatch.setattr(_coordination, "POLL_MILLISECONDS", 20)
     return Group(0, 3)
@@ -130,7 +130,7 @@ def test_who_does_not_come_is_named_again_and_again_until_patience_ends(alone, c
 
 def test_what_process_0_does_alone_is_waited_for(alone, capsys):
     alone.patience = 0.01
-    store = _coordination._client()
+    store = _coordination.client()
     threading.Timer(0.25, store.key_value_set, ("fr_jax/0/2", "null")).start()
     assert alone.first_goes_first(lambda: time.sleep(0.05)) is None
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -149,7 +149,7 @@ def test_a_process_that_does_not_go_on_says_where_it_is(alone, capsys, monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert all(" process 0 has been in test_a_process_that_does_not_go_on" in line for line in lines[:3])
     assert "did not go on for 0 s, and is ended" in lines[3] and ended == [1]
-    assert _coordination._client().kept["fr_jax/failed"] == "[0, 1]"
+    assert _coordination.client().kept["fr_jax/failed"] == "[0, 1]"
 
 
 SCRIPT = """
