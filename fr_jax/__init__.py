@@ -3,7 +3,7 @@
 A network is cut into K stages, each placed on its own device, and trained by a method: an ``Algorithm`` of pure
 functions ``init``, ``step`` and ``predict``.
 
-- Stages: ``Stage``, ``WithLoss``, ``from_linen``, ``chain``, ``partition``.
+- Stages: ``Stage``, ``WithLoss``, ``from_linen``, ``from_nnx``, ``from_equinox``, ``chain``, ``partition``.
 - Where to cut: ``cut``; or step by step ``layer_costs``, ``layer_flops``, ``layer_times``, ``balance`` and
   ``balance_stages``.
 - Where to run: ``placement``; ``distributed`` for several processes.
@@ -36,7 +36,7 @@ from fr_jax.algorithms.proximal_backprop import proximal_backprop
 from fr_jax.partitioning.balance import balance, balance_stages
 from fr_jax.partitioning.costs import layer_costs, layer_flops, layer_times
 from fr_jax.partitioning.cut import cut
-from fr_jax.stages import chain, from_linen, partition
+from fr_jax.stages import chain, from_equinox, from_linen, from_nnx, partition
 from fr_jax.types import Algorithm, Batch, Info, Stage, State, WithLoss
 
 __version__ = "0.2.0"
@@ -62,7 +62,9 @@ __all__ = [
     "dni",
     "equilibrium_propagation",
     "features_replay",
+    "from_equinox",
     "from_linen",
+    "from_nnx",
     "gpipe",
     "layer_costs",
     "layer_flops",

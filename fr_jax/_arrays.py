@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from fr_jax._placement import resting
 from fr_jax.types import Array, PyTree
 
 __all__ = ["from_first", "is_readable", "place", "put", "read", "to_first", "windows"]
@@ -40,7 +41,9 @@ def put(x: PyTree, sharding: Sharding | None) -> PyTree:
       True
     """
 
-    def put_leaf(leaf: Array) -> Array:
+    def put_leaf(leaf: Array, sharding: Any = sharding) -> Array:
+        if isinstance(sharding, NamedSharding):
+            sharding = resting(sharding, np.shape(leaf))
         if not isinstance(leaf, jax.Array):
             return jax.device_put(np.array(leaf), sharding)
         traced = isinstance(leaf, jax.core.Tracer)
@@ -90,10 +93,12 @@ def place(x: PyTree, sharding: Sharding | None, *, copy: bool = True) -> PyTree:
       True
     """
     if sharding is None or sharding.is_fully_addressable:
-        return put(x, sharding) if copy else jax.device_put(x, sharding)
+        lying = lambda leaf: jax.device_put(leaf, resting(sharding, np.shape(leaf)))
+        return put(x, sharding) if copy else jax.tree.map(lying, x)
 
     # device_put refuses to send an array of one process to a device of another, but that process already has it.
-    def place_leaf(leaf: Array | np.ndarray | np.generic) -> Array:
+    def place_leaf(leaf: Array | np.ndarray | np.generic, sharding: Any = sharding) -> Array:
+        sharding = resting(sharding, np.shape(leaf))
         if not isinstance(leaf, jax.Array):
             leaf = np.array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype), copy=copy or None)
         mine = sharding.addressable_devices_indices_map(leaf.shape).items()

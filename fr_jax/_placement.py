@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,17 +13,26 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from fr_jax.types import PyTree
+
 __all__ = [
     "check_placement",
     "data_parallel_size",
     "default_sharding",
+    "jit",
     "placement",
     "replicated",
+    "resting",
     "without_context_mesh",
 ]
 
+DATA, SHARDS = "data", "shards"
+"""The axis of a stage's mesh; by its name it says whether the weights are copied to each device or split, too."""
 
-def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1) -> tuple[Sharding, ...]:
+
+def placement(
+    K: int, devices: Sequence[jax.Device] | None = None, data_parallel: int = 1, *, shard_params: bool = False
+) -> tuple[Sharding, ...]:
     """Chooses the devices of K stages.
 
     The devices are taken in groups of ``data_parallel``. Stage k gets group k, round robin if there are fewer groups
@@ -33,13 +43,16 @@ def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel
       devices: the devices to use; all of ``jax.devices()`` by default.
       data_parallel: D, devices per stage. With D > 1 the batch (leading axis) is split over them, the weights are
         copied to each, and XLA adds up the gradients.
+      shard_params: split the weights over the D devices of a stage, too, and with them gradients and what optimizers
+        keep: each array along its largest axis that D divides (:func:`resting`). XLA gathers weights where they are
+        used. A device then holds about 1/D of them between the functions of a step.
 
     Returns:
       One sharding per stage, for arrays with a batch axis: a ``SingleDeviceSharding``, or a ``NamedSharding`` over
-      the axis ``"data"``. :func:`replicated` gives that of the weights.
+      the axis ``"data"``, or ``"shards"`` for split weights. :func:`replicated` gives that of the weights.
 
     Raises:
-      ValueError: K or D is less than one, or there are fewer than D devices.
+      ValueError: K or D is less than one, there are fewer than D devices, or weights are to be split over one.
 
     Example:
       >>> len(placement(4))
@@ -56,15 +69,20 @@ def placement(K: int, devices: Sequence[jax.Device] | None = None, data_parallel
             f"be 1 to {len(devices)}. Use fewer, or give JAX more devices (on a CPU: --devices N, or "
             'jax.config.update("jax_num_cpu_devices", N) before anything else).'
         )
+    if shard_params and data_parallel == 1:
+        raise ValueError(
+            "shard_params = True with data_parallel = 1 splits the weights over a single device. Give "
+            f"data_parallel = D, from 2 to the {len(devices)} device(s) there are, or drop shard_params."
+        )
     groups = [devices[i : i + data_parallel] for i in range(0, len(devices) - data_parallel + 1, data_parallel)]
-    return tuple(_sharding(groups[k % len(groups)]) for k in range(K))
+    axis = SHARDS if shard_params else DATA
+    return tuple(_sharding(groups[k % len(groups)], axis) for k in range(K))
 
 
-def _sharding(group: Sequence[jax.Device]) -> Sharding:
+def _sharding(group: Sequence[jax.Device], axis: str) -> Sharding:
     if len(group) == 1:
         return SingleDeviceSharding(group[0])
-    mesh = Mesh(np.asarray(group), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(Mesh(np.asarray(group), (axis,), axis_types=(AxisType.Auto,)), PartitionSpec(axis))
 
 
 def replicated(sharding: Sharding | None) -> Sharding | None:
@@ -78,6 +96,46 @@ def replicated(sharding: Sharding | None) -> Sharding | None:
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding
+
+
+def _splits_weights(sharding: Any) -> bool:
+    """Whether it is :func:`replicated` of a stage whose weights are split."""
+    return isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (SHARDS,) and not any(sharding.spec)
+
+
+def resting(sharding: Any, shape: Sequence[int]) -> Any:
+    """Where an array that was to be placed with ``sharding`` lies: split where a stage splits its weights.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("shards",), axis_types=(AxisType.Auto,))
+      >>> resting(NamedSharding(mesh, PartitionSpec()), (3, 8, 4)).spec
+      PartitionSpec(None, 'shards', None)
+    """
+    if not _splits_weights(sharding):
+        return sharding
+    D = sharding.num_devices
+    axis = max((axis for axis, size in enumerate(shape) if size % D == 0), key=lambda axis: shape[axis], default=None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(SHARDS if i == axis else None for i in range(len(shape)))))
+
+
+def jit(function: Callable, *, out_shardings: Any, **options: Any) -> Callable:
+    """``jax.jit``, but for outputs that would be :func:`replicated` and whose stage splits its weights."""
+    known = lambda leaf: leaf is None or isinstance(leaf, Sharding)
+    leaves, structure = jax.tree.flatten(out_shardings, is_leaf=known)
+    if not any(map(_splits_weights, leaves)):
+        return jax.jit(function, out_shardings=out_shardings, **options)
+
+    def lay(sharding: Sharding | None, part: PyTree) -> PyTree:
+        if not _splits_weights(sharding):
+            return part
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, resting(sharding, x.shape)), part)
+
+    @functools.wraps(function)
+    def laid_out(*arguments: Any, **named: Any) -> Any:
+        return jax.tree.map(lay, out_shardings, function(*arguments, **named), is_leaf=known)
+
+    others = structure.unflatten(None if _splits_weights(leaf) else leaf for leaf in leaves)
+    return jax.jit(laid_out, out_shardings=others, **options)
 
 
 def data_parallel_size(sharding: Sharding | None) -> int:

@@ -25,7 +25,8 @@ def canonical(name):
 def declared_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["tfds"], *extras["tensorboard"], *extras["pytorch"]]
+    optional = (one for extra in ("tfds", "tensorboard", "pytorch", "equinox") for one in extras[extra])
+    requirements = [*project["dependencies"], *optional]
     return {canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
 
 

@@ -58,6 +58,15 @@ def test_impossible_placements_are_refused(K, devices, data_parallel, said):
         fr.placement(K, DEVICES[:devices], data_parallel)
 
 
+def test_weights_are_split_over_several_devices_only():
+    with pytest.raises(ValueError, match=r"shard_params = True with data_parallel = 1 .* from 2 to the 4 device"):
+        fr.placement(2, DEVICES[:4], shard_params=True)
+    here = replicated(fr.placement(1, DEVICES[:4], 4, shard_params=True)[0])
+    whole = {"kernel": jnp.ones((8, 12)), "bias": jnp.ones(3), "count": jnp.ones(())}
+    shards = {name: x.addressable_shards[0].data.shape for name, x in put(whole, here).items()}
+    assert shards == {"kernel": (8, 3), "bias": (3,), "count": ()}
+
+
 def test_no_placement_leaves_arrays_where_they_are():
     assert (replicated(None), data_parallel_size(None)) == (None, 1)
     x = jnp.ones(2)

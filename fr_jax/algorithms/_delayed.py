@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import put
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms import _history as fifo
 from fr_jax.algorithms._history import History
 from fr_jax.algorithms._losses import NOTHING, Told, combine, score, wide
@@ -175,7 +175,7 @@ def make_ahead(shardings: Sequence[Sharding], remedies: Remedies) -> tuple[Calla
         return tuple(lambda params, opt_state, horizon: params for _ in shardings[:-1])
     predict = lambda params, opt_state, horizon: predicted(params, opt_state, horizon, strength, b)
     here = map(replicated, shardings[:-1])
-    return tuple(jax.jit(predict, static_argnums=2, out_shardings=sharding) for sharding in here)
+    return tuple(jit(predict, static_argnums=2, out_shardings=sharding) for sharding in here)
 
 
 def make_back(shardings: Sequence[Sharding], remedies: Remedies) -> tuple[Callable, ...]:
@@ -183,5 +183,5 @@ def make_back(shardings: Sequence[Sharding], remedies: Remedies) -> tuple[Callab
     if remedies.discrepancy_decay == 1:
         return tuple(lambda params, opt_state, horizon: None for _ in shardings[:-1])
     here = map(replicated, shardings[:-1])
-    run = [jax.jit(corrected, static_argnums=2, out_shardings=sharding) for sharding in here]
+    run = [jit(corrected, static_argnums=2, out_shardings=sharding) for sharding in here]
     return tuple(lambda params, opt_state, n, run=one: run(params, opt_state, n) if n else None for one in run)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._losses import wide
 from fr_jax.algorithms._stages import zeros
 from fr_jax.algorithms._validation import batch_size
@@ -60,8 +60,8 @@ def make_memory(every: int, sharding: Sharding | None, *, donate: bool) -> tuple
         return jax.tree.map(lambda rows, new: rows.at[index].set(new, **safe), cache, h)
 
     here = replicated(sharding)
-    recall = jax.jit(recall, donate_argnames="visits" if donate else (), out_shardings=(sharding, sharding, here))
-    return recall, jax.jit(store, donate_argnames="cache" if donate else (), out_shardings=here)
+    recall = jit(recall, donate_argnames="visits" if donate else (), out_shardings=(sharding, sharding, here))
+    return recall, jit(store, donate_argnames="cache" if donate else (), out_shardings=here)
 
 
 def make_gluing(stage: Stage, *, if_due: bool) -> Stage:

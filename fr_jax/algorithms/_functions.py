@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._clipping import others_are_finite, with_others
 from fr_jax.algorithms._losses import NOTHING, Told, gradient_norm, quotient
 from fr_jax.algorithms._nonfinite import settled
@@ -116,7 +116,7 @@ def make_play(stage: Stage, sharding: Sharding | None, *, update_stats: bool, do
     here = replicated(sharding)
     # h_in stays: the history holds it for the replay.
     donated = "model_state" if donate and update_stats else ()
-    return jax.jit(play, donate_argnames=donated, out_shardings=(sharding, here, here))
+    return jit(play, donate_argnames=donated, out_shardings=(sharding, here, here))
 
 
 def _replayed(stage: Stage, staleness: int, *, input_gradient: bool, update_stats: bool) -> Callable:
@@ -193,10 +193,10 @@ def make_replay(
     donated = (*(("model_state",) if update_stats else ()), *(("h_in",) if input_gradient else ()))
     if M > 1:
         add.__name__ = "replay"  # in a profile
-        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else (), out_shardings=(here, here, sharding))
+        return jit(add, donate_argnames=(*donated, "sums") if donate else (), out_shardings=(here, here, sharding))
     donated = (*donated, "opt_state", *(() if keep_params else ("params",)))
     out_shardings = Updated(**dict.fromkeys(Updated._fields, here))._replace(delta=sharding)
-    return jax.jit(replay, donate_argnames=donated if donate else (), out_shardings=out_shardings)
+    return jit(replay, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
 
 def make_forward(stage: Stage, *, input_gradient: bool, keep_weights: bool = True) -> Callable:
@@ -233,7 +233,7 @@ def make_pull(sharding: Sharding | None, *, input_gradient: bool, donate_sums: b
         return grads if sums is None else add_up(sums, grads), delta_in[0] if input_gradient else None
 
     donated = "sums" if donate_sums else ()
-    return jax.jit(pull, donate_argnames=donated, out_shardings=(replicated(sharding), sharding))
+    return jit(pull, donate_argnames=donated, out_shardings=(replicated(sharding), sharding))
 
 
 def make_update(
@@ -262,7 +262,7 @@ def make_update(
     # Sums are not donated: they are in float32 at least, the weights may be narrower, and most optimizers return
     # nothing else in their shape.
     donated = ("opt_state",) if keep_params else ("params", "opt_state")
-    return jax.jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
+    return jit(update, donate_argnames=donated if donate else (), out_shardings=replicated(sharding))
 
 
 def _mean(sums: PyTree, told: Told, M: int) -> PyTree:
@@ -278,7 +278,7 @@ def _mean(sums: PyTree, told: Told, M: int) -> PyTree:
 
 def make_norm(sharding: Sharding | None, *, M: int = 1) -> Callable:
     """``(grads, told) -> norm`` of what :func:`make_update` is given."""
-    return jax.jit(lambda grads, told: gradient_norm(_mean(grads, told, M)), out_shardings=replicated(sharding))
+    return jit(lambda grads, told: gradient_norm(_mean(grads, told, M)), out_shardings=replicated(sharding))
 
 
 def make_infer(stage: Stage) -> Callable:

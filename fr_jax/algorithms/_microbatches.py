@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import Scored, combine, wide
 from fr_jax.algorithms._validation import Setup
@@ -46,8 +46,8 @@ def make_shared(setup: Setup, *, holding: int = 0) -> Shared:
     return Shared(
         split_inputs=make_split(shardings[0], M),
         split_targets=make_split(shardings[-1], M),
-        combine=jax.jit(combined, out_shardings=replicated(shardings[-1])),
-        zeros=tuple(jax.jit(_zeros, out_shardings=replicated(sharding)) for sharding in shardings),
+        combine=jit(combined, out_shardings=replicated(shardings[-1])),
+        zeros=tuple(jit(_zeros, out_shardings=replicated(sharding)) for sharding in shardings),
         updates=tuple(
             functions.make_update(
                 optimizer,
@@ -80,4 +80,4 @@ def make_split(sharding: Sharding | None, M: int) -> Callable:
         return tuple(part(m) for m in range(M))
 
     # Rows m, m+M, ... and not a contiguous block: with D devices every micro-batch then has rows of each.
-    return jax.jit(split, out_shardings=sharding)
+    return jit(split, out_shardings=sharding)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._auxiliary import carried, check_loss, taken_apart
 from fr_jax.algorithms._per_layer import with_own_keys
 from fr_jax.algorithms._validation import BatchSpec, Setup, TreeSpec, check_example, check_split
@@ -108,7 +108,7 @@ def init_stages(
             states.append(s)
         made_params.append(tuple(weights) if stage.layers else weights[0])
         made_states.append(tuple(states) if stage.layers else states[0])
-        opt_state.append(with_own_keys(jax.jit(optimizer.init, out_shardings=here)(made_params[k]), first))
+        opt_state.append(with_own_keys(jit(optimizer.init, out_shardings=here)(made_params[k]), first))
         streams.append(stream)
         first += len(layers)
         if k < len(setup.stages) - 1:
@@ -200,7 +200,7 @@ def init_layer(layer: Stage, key: Array, h: PyTree, sharding: Sharding | None) -
 @dies_with_function
 def _jitted_init(init: Callable, treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
     """One compilation for all equal layers of a device."""
-    return jax.jit(lambda key: init(key, _zeros(treedef.unflatten(leaves))), out_shardings=sharding)
+    return jit(lambda key: init(key, _zeros(treedef.unflatten(leaves))), out_shardings=sharding)
 
 
 def _zeros(spec: PyTree) -> PyTree:
@@ -216,7 +216,7 @@ def zeros(spec: PyTree, sharding: Sharding | None) -> PyTree:
 @functools.lru_cache(maxsize=1024)
 def _jitted_zeros(treedef: Any, leaves: tuple, sharding: Sharding | None) -> Callable:
     """One compilation for all entries of a history."""
-    return jax.jit(lambda: _zeros(treedef.unflatten(leaves)), out_shardings=sharding)
+    return jit(lambda: _zeros(treedef.unflatten(leaves)), out_shardings=sharding)
 
 
 def _applied(setup: Setup, layer: Stage, params: PyTree, state: PyTree, h: PyTree, key: Array) -> tuple[PyTree, bool]:

@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._functions import add_up, optimize
 from fr_jax.algorithms._losses import Scored, combine, quotient, score
 from fr_jax.algorithms._stages import KeyStream
@@ -130,10 +130,10 @@ def make_train(
         out_shardings: Any = Added(**dict.fromkeys(Added._fields, here))._replace(delta=sharding)
         donated = donated if skip else (*donated, "model_state")  # which a dropped update puts back
         # The sums are made within the step: no state holds those of the last stage.
-        return jax.jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
+        return jit(add, donate_argnames=(*donated, "sums") if donate else ("sums",), out_shardings=out_shardings)
     donated = (*donated, "model_state", "params", "opt_state")
     out_shardings = Trained(**dict.fromkeys(Trained._fields, here))._replace(delta=sharding)
-    return jax.jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
+    return jit(train, donate_argnames=donated if donate else (), out_shardings=out_shardings)
 
 
 def make_last(setup: Setup, first: int = -1, *, keep_input: bool = False) -> Callable:
@@ -167,4 +167,4 @@ def make_error(setup: Setup) -> Callable:
         return e, loss, metrics
 
     here: Any = replicated(setup.shardings[-1])
-    return jax.jit(error, out_shardings=(setup.shardings[-1], here, here))
+    return jit(error, out_shardings=(setup.shardings[-1], here, here))

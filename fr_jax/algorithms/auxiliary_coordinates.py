@@ -32,7 +32,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place, put
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms import _example_cache as cache
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import loss_of, wide
@@ -194,7 +194,7 @@ def make_slope(stage: Stage, Q: Callable, sharding: Sharding | None, *, send: bo
         slope, out = jax.grad(of_examples, has_aux=True)(z)
         return out, slope
 
-    return jax.jit(slope, out_shardings=(sharding, sharding))
+    return jit(slope, out_shardings=(sharding, sharding))
 
 
 def make_move(rate: float, sharding: Sharding | None) -> Callable:
@@ -203,7 +203,7 @@ def make_move(rate: float, sharding: Sharding | None) -> Callable:
     def move(z: PyTree, p: PyTree, slope: PyTree, penalty: Array) -> PyTree:
         return jax.tree.map(lambda z, p, s: z - rate * ((z - p) + s / penalty.astype(s.dtype)), z, p, slope)
 
-    return jax.jit(move, out_shardings=sharding)
+    return jit(move, out_shardings=sharding)
 
 
 def make_watch(own: Coordinates, sharding: Sharding | None) -> Callable:
@@ -218,7 +218,7 @@ def make_watch(own: Coordinates, sharding: Sharding | None) -> Callable:
         progress = Progress(jnp.where(full, 0, total), jnp.where(full, 0, count), before)
         return progress, jnp.where(stalled, own.growth * penalty, penalty)
 
-    return jax.jit(watch, out_shardings=replicated(sharding))
+    return jit(watch, out_shardings=replicated(sharding))
 
 
 def step(

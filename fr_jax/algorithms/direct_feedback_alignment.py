@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._losses import Told
 from fr_jax.algorithms._microbatches import Shared, make_shared
@@ -160,7 +160,7 @@ def make_feed(given: Any, sharding: Sharding | None) -> Callable:
     def feed(B: PyTree, e: PyTree) -> PyTree:
         return given(e) if callable(given) else FEEDBACK.apply(B, (), e)[0]
 
-    return jax.jit(feed, out_shardings=sharding)
+    return jit(feed, out_shardings=sharding)
 
 
 def step(

@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Sharding
 
 from fr_jax._arrays import place
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms import _functions as functions
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._nonfinite import keeping
@@ -94,7 +94,7 @@ def init(
         M_params, M_state = init_layer(stage, weights_key, seen, here)
         predicted, _ = jax.eval_shape(stage.apply, M_params, M_state, seen, key=dropout_key)
         _check_prediction(predicted, h, k + 1)
-        opt_state = jax.jit(own.optimizer.init, out_shardings=here)(M_params)
+        opt_state = jit(own.optimizer.init, out_shardings=here)(M_params)
         synthesizers.append(Synthesizer(M_params, M_state, opt_state, stream))
     return DNIState(**stages.fields(), synthesizers=tuple(synthesizers))
 
@@ -146,7 +146,7 @@ def make_error(sharding: Sharding | None) -> Callable:
         (grads,) = vjp(jax.tree.map(lambda leaf: 2 * B * leaf, difference))
         return grads, B * optax.tree.norm(difference, squared=True)
 
-    return jax.jit(error, out_shardings=replicated(sharding))
+    return jit(error, out_shardings=replicated(sharding))
 
 
 def step(own: SynthesizerSetup, setup: Setup, parts: DNIParts, state: DNIState, batch: Batch) -> tuple[DNIState, Info]:

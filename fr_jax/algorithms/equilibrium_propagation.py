@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._dense import affine, check_sizes, dense_network, goals
 from fr_jax.algorithms._functions import optimize
 from fr_jax.algorithms._losses import combine, score
@@ -139,7 +139,7 @@ def make_parts(setup: Setup, own: Relaxation) -> Callable:
         )
 
     donated = ("params", "opt_state") if setup.donate else ()
-    return jax.jit(train, donate_argnames=donated, out_shardings=replicated(sharding))
+    return jit(train, donate_argnames=donated, out_shardings=replicated(sharding))
 
 
 def step(

@@ -29,7 +29,7 @@ import jax
 from jax.scipy.sparse.linalg import cg
 from jax.sharding import Sharding
 
-from fr_jax._placement import replicated
+from fr_jax._placement import jit, replicated
 from fr_jax.algorithms._losses import Told
 from fr_jax.algorithms._microbatches import Shared, make_shared
 from fr_jax.algorithms._stages import KeyStream, init_stages, layers_of
@@ -142,7 +142,7 @@ def make_pull(stage: Stage, own: Proximal, sharding: Sharding | None, *, input_g
             delta = delta_in[0] if delta_in else None
         return _of_stage(stage, v[::-1]), delta if input_gradient else None
 
-    return jax.jit(pull, out_shardings=(replicated(sharding), sharding))
+    return jit(pull, out_shardings=(replicated(sharding), sharding))
 
 
 def implicit(own: Proximal, vjp: Callable, delta: PyTree, grads: PyTree) -> PyTree:

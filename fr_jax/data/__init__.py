@@ -10,6 +10,17 @@ Example:
 from fr_jax.data import text
 from fr_jax.data.download import DataError
 from fr_jax.data.image_sets import DATASETS, Dataset, load
+from fr_jax.data.iterators import iterator_pipeline
 from fr_jax.data.pipelines import InputPipeline, input_pipeline, text_pipeline
 
-__all__ = ["DATASETS", "DataError", "Dataset", "InputPipeline", "input_pipeline", "load", "text", "text_pipeline"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "InputPipeline",
+    "input_pipeline",
+    "iterator_pipeline",
+    "load",
+    "text",
+    "text_pipeline",
+]

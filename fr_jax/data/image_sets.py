@@ -9,20 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fr_jax.data import _cifar, _mnist, _tfds_copies, download
+from fr_jax.data import _cifar, _mnist, _npy, _tfds_copies, download
 from fr_jax.data._official import Arrays, OfficialData
 from fr_jax.data.download import DataError, FetchError
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load"]
 
 OFFICIAL = ("cifar10", "cifar100", "mnist")
-DATASETS: tuple[str, ...] = ("auto", *OFFICIAL, "digits", "synthetic")
+DATASETS: tuple[str, ...] = ("auto", *OFFICIAL, "digits", "synthetic", "npy")
+
+MOST_COUNTED = 20_000
+"""Images of a mapped set from which mean and deviation are taken, or up to twice as many."""
 
 Log = Callable[[str], Any]
 
 
 class Dataset(NamedTuple):
-    """A data set for image classification, in memory.
+    """A data set for image classification, in memory or (``npy``) mapped into it.
 
     Attributes:
       name: one of ``DATASETS``, but never ``"auto"``.
@@ -56,7 +59,9 @@ def load(
     in the folder of TFDS (``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``) and in the user's cache folder
     (``$FR_JAX_CACHE``), and downloaded if they are in neither. ``auto`` is the ``preferred`` one of them; if that is
     not found and cannot be downloaded, it falls back to ``digits`` with a prominent line. ``digits`` and ``synthetic``
-    need no files.
+    need no files. ``npy`` are images of one's own, ``train_images.npy`` (uint8 ``(N, H, W, C)``), ``train_labels.npy``
+    (``(N,)``, from 0), ``test_images.npy`` and ``test_labels.npy`` in ``data_dir``; they are mapped, so that they may
+    be larger than memory, and trained on without crops and flips.
 
     ``data_dir`` is a TFDS folder, or: for CIFAR the folder with the official ``.bin`` files or those of the Python
     version, its parent, the official ``.tar.gz`` or its folder; for MNIST the folder with the four official idx files,
@@ -78,6 +83,8 @@ def load(
         if data_dir is not None:
             log(f"The data set {name!r} needs no files: the data folder {data_dir} is not used.")
         return _digits() if name == "digits" else _synthetic()
+    if name == "npy":
+        return _own(data_dir)
     wanted = preferred if name == "auto" else name
     official = _mnist.official() if wanted == "mnist" else _cifar.official(wanted)
     if data_dir is not None:
@@ -188,6 +195,15 @@ def _labelled(official: OfficialData, arrays: Arrays, place: str) -> Dataset:
     return _dataset(official.name, arrays, official.num_classes, title=official.title, place=place, **look)
 
 
+def _own(data_dir: str | Path | None) -> Dataset:
+    if data_dir is None:
+        raise DataError(f"--dataset npy needs --data-dir FOLDER with {', '.join(_npy.FILES)}")
+    folder = Path(data_dir).expanduser()
+    arrays = _npy.read(folder)
+    classes = int(max(arrays.train_labels.max(), arrays.test_labels.max())) + 1
+    return _dataset("npy", arrays, classes, crop=False, flip=False, title="images of your own", place=str(folder))
+
+
 def _digits() -> Dataset:
     """scikit-learn's digits; every fifth example of a class is a test example, so the split needs no seed."""
     from sklearn.datasets import load_digits
@@ -224,7 +240,9 @@ def _dataset(name: str, arrays: Arrays, num_classes: int, *, crop: bool, flip: b
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per channel, of images scaled to [0, 1]."""
-    # From histograms: exact counts instead of sums of 150 million floats, and no float copy of the images.
+    # From histograms: exact counts instead of sums of 150 million floats, and no float copy of the images. Of a large
+    # mapped set a part, spread over it: all of it would have to be read before training begins.
+    images = images[:: max(1, len(images) // MOST_COUNTED)] if isinstance(images, np.memmap) else images
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for chunk in np.array_split(images, max(1, len(images) // 1000)):

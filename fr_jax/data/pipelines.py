@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,16 @@ class InputPipeline(NamedTuple):
         so a resumed run needs nothing but its step. It never waits for a device.
       test_batches: ``() -> iterator of (Batch, valid)``. Every batch has the same size; the last is filled up (with
         black images of class 0 and index 0, or the first window), and only its first ``valid`` examples count.
+      position: ``() -> JSON value``, of data that are not a function of the step: what ``seek`` needs to go on behind
+        the newest mini-batch. It is saved with each checkpoint.
+      seek: ``(position, step) -> None``, called before the first step of a resumed run.
     """
 
     steps_per_epoch: int
     train_batch: Callable[[int], Batch]
     test_batches: Callable[[], Iterator[tuple[Batch, int]]]
+    position: Callable[[], Any] | None = None
+    seek: Callable[[Any, int], None] | None = None
 
 
 def input_pipeline(
@@ -63,7 +68,8 @@ def input_pipeline(
 
     Each epoch shuffles anew. To crop a training image is to pad it with 4 black pixels on each side and to cut out its
     own size at a random place; to flip it, to mirror it with probability 1/2. All images are scaled to [0, 1] and
-    normalised. They stay on the device as uint8 (CIFAR-10: 184 MB), on each device of a mesh.
+    normalised. They stay on the device as uint8 (CIFAR-10: 184 MB), on each device of a mesh; of mapped ones
+    (``np.memmap``) the host reads those of each mini-batch.
 
     Args:
       dataset: what :func:`fr_jax.data.load` returned.
@@ -180,6 +186,8 @@ def _train_batches(
     dataset: Dataset, batch_size: int, seed: int, crop: bool, flip: bool, normalise: Normalise, shardings: Shardings
 ) -> Callable[[int], Batch]:
     whole, rows = shardings
+    if isinstance(dataset.train_images, np.memmap):
+        return _read_batches(dataset, batch_size, seed, crop, flip, normalise, shardings)
     steps_per_epoch = len(dataset.train_labels) // batch_size
     images = place(dataset.train_images, whole, copy=False)
     labels = place(dataset.train_labels, whole, copy=False)
@@ -199,15 +207,8 @@ def _train_batches(
         start = batch.astype(jnp.int32) * batch_size
         # Split here, so that each device gathers its rows only.
         index = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (start,), (batch_size,)), rows)
-        if crop or flip:
-            # From epoch and batch alone, so that a resumed run draws the same.
-            shift_key, flip_key = jax.random.split(_fold(key, 1, epoch, batch))
-            reach = PADDING if crop else 0
-            shift = jax.random.randint(shift_key, (batch_size, 2), -reach, reach + 1)
-            mirrored = jax.random.bernoulli(flip_key, 0.5 if flip else 0.0, (batch_size,))
-            inputs = _cropped(images, index, shift, mirrored)
-        else:
-            inputs = images[index]
+        # From epoch and batch alone, so that a resumed run draws the same.
+        inputs = _augmented(images, index, _fold(key, 1, epoch, batch), crop, flip)
         return Batch(normalise(inputs), labels[index], index)
 
     def train_batch(step: int) -> Batch:
@@ -219,11 +220,48 @@ def _train_batches(
     return train_batch
 
 
+def _read_batches(
+    dataset: Dataset, batch_size: int, seed: int, crop: bool, flip: bool, normalise: Normalise, shardings: Shardings
+) -> Callable[[int], Batch]:
+    """Of images that the host reads when they are needed; the order of an epoch is the host's, too."""
+    whole, rows = shardings
+    steps_per_epoch = len(dataset.train_labels) // batch_size
+    key = place(jax.random.key(seed), whole)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(dataset.train_labels))
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def prepared(images: Array, key: Array, where: Array) -> Array:
+        return normalise(_augmented(images, jnp.arange(batch_size), _fold(key, 1, *where), crop, flip))
+
+    def train_batch(step: int) -> Batch:
+        epoch, batch = divmod(step, steps_per_epoch)
+        index = order(epoch)[batch * batch_size : (batch + 1) * batch_size].astype(np.int32)
+        images, labels, index = place((dataset.train_images[index], dataset.train_labels[index], index), rows)
+        return Batch(prepared(images, key, place(np.array([epoch, batch], np.uint32), whole)), labels, index)
+
+    return train_batch
+
+
+def _augmented(images: Array, index: Array, key: Array, crop: bool, flip: bool) -> Array:
+    if not (crop or flip):
+        return images[index]
+    shift_key, flip_key = jax.random.split(key)
+    reach = PADDING if crop else 0
+    shift = jax.random.randint(shift_key, (len(index), 2), -reach, reach + 1)
+    mirrored = jax.random.bernoulli(flip_key, 0.5 if flip else 0.0, (len(index),))
+    return _cropped(images, index, shift, mirrored)
+
+
 def _test_batches(
     dataset: Dataset, batch_size: int, normalise: Normalise, shardings: Shardings
 ) -> Callable[[], Iterator[tuple[Batch, int]]]:
     whole, rows = shardings
     count = len(dataset.test_labels)
+    if isinstance(dataset.test_images, np.memmap):
+        return _read_test_batches(dataset, batch_size, normalise, rows)
     padded = lambda a: np.pad(a, ((0, -count % batch_size), *((0, 0),) * (a.ndim - 1)))
     arrays = (dataset.test_images, dataset.test_labels, np.arange(count, dtype=np.int32))
     examples = Batch(*place(tuple(map(padded, arrays)), whole, copy=False))
@@ -239,6 +277,27 @@ def _test_batches(
             with without_context_mesh():
                 batch = cut(examples, place(np.int32(start), whole))
             yield batch, min(batch_size, count - start)
+
+    return test_batches
+
+
+def _read_test_batches(
+    dataset: Dataset, batch_size: int, normalise: Normalise, rows: Sharding
+) -> Callable[[], Iterator[tuple[Batch, int]]]:
+    count, prepared = len(dataset.test_labels), jax.jit(normalise, out_shardings=rows)
+
+    def test_batches() -> Iterator[tuple[Batch, int]]:
+        for start in range(0, count, batch_size):
+            valid = min(batch_size, count - start)
+            padded = lambda a, valid=valid: np.pad(a, ((0, batch_size - valid), *((0, 0),) * (a.ndim - 1)))
+            part = slice(start, start + valid)
+            found = (
+                dataset.test_images[part],
+                dataset.test_labels[part],
+                np.arange(start, start + valid, dtype=np.int32),
+            )
+            images, *others = place(tuple(map(padded, found)), rows)
+            yield Batch(prepared(images), *others), valid
 
     return test_batches
 

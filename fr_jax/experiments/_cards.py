@@ -40,6 +40,7 @@ class Compared:
       work: ``(k, K, own) -> StageWork``, what stage k = 0..K-1 does in one step.
       decoupled: whether stages work on different mini-batches at the same time.
       alone_bp: whether it is back-propagation if K = 1.
+      variants: by name, title and own settings of those that measuring programs show beside the default.
     """
 
     short: str
@@ -49,6 +50,7 @@ class Compared:
     work: Callable[[int, int, Values], StageWork] = lambda k, K, own: StageWork()
     decoupled: bool = False
     alone_bp: bool = True
+    variants: Mapping[str, tuple[str, Values]] = dataclasses.field(default_factory=dict)
 
     def speedup(self, K: int, own: Values) -> float | None:
         """The bound; with K = 1 nearly every method is back-propagation."""
@@ -62,7 +64,8 @@ class Compared:
     def titled(self, own: Values, where: str = "") -> str:
         """The title, ``where`` it runs, and the number of micro-batches if there is more than one."""
         M = own.get("microbatches", 1)
-        return f"{self.title}{where}" + (f", M = {M}" if M > 1 else "")
+        title = next((title for title, values in self.variants.values() if values.items() <= own.items()), self.title)
+        return f"{title}{where}" + (f", M = {M}" if M > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ __all__ = [
     "DATA_PARALLEL",
     "LOCKSTEP",
     "METHODS",
+    "VARIANTS",
     "Compared",
     "Method",
     "TrainingSet",
@@ -176,6 +177,7 @@ METHODS: dict[str, Method] = {
         memory="fr",
         decoupled=True,
         late=True,
+        variants={"fr-stashed": ("features replay, stashed weights", {REPLAY_WEIGHTS.name: "stashed"})},
         check=_check_fr,
     ),
     "bp": Method(
@@ -248,6 +250,7 @@ METHODS: dict[str, Method] = {
         learning_rate=0.1,
         own={MICROBATCHES: 4, PIPELINE_SCHEDULE: "gpipe"},
         memory="gpipe",
+        variants={"1f1b": ("1F1B", {PIPELINE_SCHEDULE.name: "1f1b"})},
         bound=lambda K, own: K * own["microbatches"] / (own["microbatches"] + K - 1),
         schedule=schedules.gpipe,
     ),
@@ -311,6 +314,8 @@ METHODS: dict[str, Method] = {
     **DENSE_CARDS,
 }
 
+VARIANTS = {name: (method, own) for method, card in METHODS.items() for name, (_, own) in card.variants.items()}
+"""Method and own settings of what measuring programs show beside the methods, by name."""
 DATA_PARALLEL, LOCKSTEP = "dp", "fr-lockstep"
 REFERENCES: dict[str, Compared] = {
     LOCKSTEP: Compared(

@@ -69,7 +69,7 @@ def random_batch(model: str, size: int, context: int | None = None) -> Batch:
     return Batch(images, rng.integers(0, CLASSES, size).astype(np.int32))  # type: ignore[arg-type]
 
 
-def example_inputs(model: str, size: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the inputs of a mini-batch."""
-    inputs = random_batch(model, 1).inputs
+def example_inputs(model: str, size: int, context: int | None = None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the inputs of a :func:`random_batch`."""
+    inputs = random_batch(model, 1, context).inputs
     return jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype)

@@ -1,12 +1,16 @@
-"""Calls into orbax that neither print nor leave work behind when they fail."""
+"""Calls into orbax by one process alone, that neither print nor leave work behind when they fail."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import pathlib
 import threading
 from collections.abc import Iterator
+from typing import Any
+
+from fr_jax import distributed
 
 _DRAIN_SECONDS = 30
 
@@ -54,3 +58,21 @@ def quiet_orbax() -> Iterator[None]:
             logger.setLevel(level)
             threading.excepthook = hook
         asyncio.new_event_loop = new_event_loop
+
+
+def orbax_manager(directory: pathlib.Path, **options: Any) -> Any:
+    """Of process 0 alone, in a run of several: or orbax waits for the others, who do not come."""
+    import orbax.checkpoint as ocp
+
+    if distributed.group().size > 1:
+        alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="0")
+        options |= {"multiprocessing_options": alone, "create": False}
+    options |= {"enable_async_checkpointing": False, "lightweight_initialize": True}
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options))
+
+
+def one_line(error: BaseException) -> str:
+    """What orbax or the system said, shortened."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"  # tensorstore's reason comes last
+    return f"{type(error).__name__}: {short}"

@@ -15,7 +15,7 @@ from fr_jax import distributed
 from fr_jax._arrays import from_first, to_first, windows
 from fr_jax.types import PyTree
 
-FORMAT = 1
+FORMAT, FORMAT_OF_PARTS = 1, 2
 _SHOWN = 4
 
 
@@ -38,25 +38,41 @@ def pack(step: int, state: PyTree, metadata: Mapping[str, Any]) -> tuple[dict[st
       CheckpointError: for a leaf that cannot be stored.
       TypeError: for metadata that JSON cannot hold.
     """
-    leaves, _ = _named_leaves(state)
+    entries, on_device = described(state)
+    if jax.process_count() > 1:
+        on_device = to_first(on_device)
+    arrays = {name: np.asarray(array) for name, array in jax.device_get(on_device).items()}
+    for name, array in arrays.items():
+        entries[name]["crc32"] = checksum(array)
+    return arrays, sealed(step, entries, metadata)
+
+
+def described(state: PyTree) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What the index says of each leaf without its array; and the arrays, of typed keys their data."""
+    leaves, _ = named_leaves(state)
     entries: dict[str, dict[str, Any]] = {name: {"kind": _kind(name, leaf)} for name, leaf in leaves.items()}
     on_device = {}
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype"):
             entries[name]["value"] = leaf
         elif leaf.size:  # orbax refuses arrays without elements, and there is nothing in them to store
-            on_device[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            on_device[name] = jax.random.key_data(leaf) if is_key(leaf) else leaf
             entries[name]["weak"] = bool(getattr(leaf, "weak_type", False))
-    if jax.process_count() > 1:
-        if on_host := [name for name, leaf in on_device.items() if not isinstance(leaf, jax.Array)]:
-            raise CheckpointError(f"{some(on_host)}: a run of several processes can store arrays of JAX only.")
-        on_device = to_first(on_device)
-    arrays = {name: np.asarray(array) for name, array in jax.device_get(on_device).items()}
-    for name, array in arrays.items():
-        entries[name]["crc32"] = _checksum(array)
+    on_host = [name for name, leaf in on_device.items() if not isinstance(leaf, jax.Array)]
+    if on_host and jax.process_count() > 1:
+        raise CheckpointError(f"{some(on_host)}: a run of several processes can store arrays of JAX only.")
+    return entries, on_device
+
+
+def sealed(
+    step: int, entries: dict[str, dict[str, Any]], metadata: Mapping[str, Any], parts: str | None = None
+) -> dict[str, Any]:
+    """The index with its checksum; ``parts`` is the folder of the arrays' parts, if they are not beside the index."""
     metadata = json.loads(json.dumps(dict(metadata)))
     index = {"format": FORMAT, "step": step, "leaves": entries, "metadata": metadata}
-    return arrays, index | {"crc32": _text_checksum(index)}
+    if parts is not None:
+        index |= {"format": FORMAT_OF_PARTS, "parts": parts}
+    return index | {"crc32": _text_checksum(index)}
 
 
 def check_index(index: Any) -> dict[str, Any]:
@@ -66,10 +82,10 @@ def check_index(index: Any) -> dict[str, Any]:
     index = dict(index)
     if index.pop("crc32", None) != _text_checksum(index):
         raise Damaged("the checksum of its index differs")
-    if index["format"] != FORMAT:
+    if index["format"] not in (FORMAT, FORMAT_OF_PARTS):
         raise CheckpointError(
-            f"this checkpoint has format {index['format']}, and this version of fr_jax reads format {FORMAT}: resume "
-            "with the version that wrote it, or start in another folder."
+            f"this checkpoint has format {index['format']}, and this version of fr_jax reads formats {FORMAT} and "
+            f"{FORMAT_OF_PARTS}: resume with the version that wrote it, or start in another folder."
         )
     return index
 
@@ -77,13 +93,13 @@ def check_index(index: Any) -> dict[str, Any]:
 def check_fit(index: Mapping[str, Any], template: PyTree, only: Sequence[str] = ()) -> None:
     """A CheckpointError that names the first few differences in names, shapes and dtypes from ``template``."""
     fields = {*getattr(template, "_fields", ()), *(template if isinstance(template, Mapping) else ())}
-    if isinstance(only, str) or not set(only) <= fields:
+    if not set(only) <= fields:
         raise ValueError(
-            f"only = {only!r} was given; it must be a sequence of fields of the state: {', '.join(sorted(fields))}."
+            f"only = {only!r} was given; it must be of the fields of the state: {', '.join(sorted(fields))}."
         )
     leaves, entries = (
-        {name: one for name, one in found.items() if _is_asked_for(name, only)}
-        for found in (_named_leaves(template)[0], index["leaves"])
+        {name: one for name, one in found.items() if is_asked_for(name, only)}
+        for found in (named_leaves(template)[0], index["leaves"])
     )
     differences = [
         f"{name} ({entries[name]['kind']}) is only in the checkpoint" for name in entries if name not in leaves
@@ -111,7 +127,7 @@ def check_arrays(index: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     names, entries = array_names(index), index["leaves"]
     if missing := [name for name in names if name not in arrays]:
         raise Damaged(f"missing: {some(missing)}")
-    if differing := [name for name in names if _checksum(arrays[name]) != entries[name]["crc32"]]:
+    if differing := [name for name in names if checksum(arrays[name]) != entries[name]["crc32"]]:
         raise Damaged(f"the checksum differs for {some(differing)}")
 
 
@@ -124,11 +140,11 @@ def unpack(
     ``arrays``, and all must call this.
     """
     entries = index["leaves"]
-    leaves, treedef = _named_leaves(template)
+    leaves, treedef = named_leaves(template)
     placed: list[Any] = []
     for window in windows({name: getattr(like, "nbytes", 0) for name, like in leaves.items()}):
-        place = lambda name: _place(entries[name], arrays.get(name), leaves[name])
-        placed += [place(name) if _is_asked_for(name, only) else leaves[name] for name in window]
+        put = lambda name: place(entries[name], arrays.get(name), leaves[name])
+        placed += [put(name) if is_asked_for(name, only) else leaves[name] for name in window]
         if jax.process_count() > 1:  # what has arrived no longer occupies process 0's first device
             here = [one for one in placed[-len(window) :] if isinstance(one, jax.Array) and one.addressable_shards]
             jax.block_until_ready(here)
@@ -136,7 +152,7 @@ def unpack(
     return jax.tree_util.tree_unflatten(treedef, placed)
 
 
-def _is_asked_for(name: str, only: Sequence[str]) -> bool:
+def is_asked_for(name: str, only: Sequence[str]) -> bool:
     return not only or name.partition("/")[0] in only
 
 
@@ -146,7 +162,7 @@ def some(items: Sequence[Any], separator: str = ", ") -> str:
     return separator.join(map(str, items[:_SHOWN])) + more
 
 
-def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
+def named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """The leaves by readable name, in tree order; no name may be a folder of another."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     named: dict[str, Any] = {}
@@ -162,14 +178,14 @@ def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
     return named, treedef
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _kind(name: str, leaf: Any) -> str:
     """What a leaf is, for people and for comparison: ``float32[3,4]``, ``key<threefry2x32>[]``, ``int``."""
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        dtype = f"key<{jax.random.key_impl(cast(jax.Array, leaf))}>" if _is_key(leaf) else str(leaf.dtype)
+        dtype = f"key<{jax.random.key_impl(cast(jax.Array, leaf))}>" if is_key(leaf) else str(leaf.dtype)
         return f"{dtype}[{','.join(map(str, leaf.shape))}]"
     if type(leaf) in (bool, int, float, str):
         return type(leaf).__name__
@@ -179,11 +195,11 @@ def _kind(name: str, leaf: Any) -> str:
     )
 
 
-def _place(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any:
+def place(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any:
     """One leaf as it was saved, where ``like`` is, and committed as ``like`` is, so that no jit compiles again."""
     if "value" in entry:
         return entry["value"]
-    if "crc32" not in entry:  # without elements
+    if "crc32" not in entry and "parts" not in entry:  # without elements
         return like
     if isinstance(like, np.ndarray | np.generic):
         return value if value is None or isinstance(like, np.ndarray) else value[()]
@@ -191,13 +207,13 @@ def _place(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any
         return _place_among_processes(entry, value, like)
     assert value is not None
     with jax.default_device(min(like.devices(), key=lambda device: device.id)):
-        array = _typed(entry, jnp.asarray(value), like)
+        array = typed(entry, jnp.asarray(value), like)
         return jax.device_put(array, like.sharding) if like.committed else array
 
 
-def _typed(entry: Mapping[str, Any], array: Any, like: Any) -> Any:
+def typed(entry: Mapping[str, Any], array: Any, like: Any) -> Any:
     """A typed key or a weakly typed array from what was stored of it."""
-    if _is_key(like):
+    if is_key(like):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     if entry["weak"]:
         # `.at[].set` keeps the weak type of what it writes to; nothing else public makes a weakly typed array.
@@ -206,14 +222,14 @@ def _typed(entry: Mapping[str, Any], array: Any, like: Any) -> Any:
 
 
 def _place_among_processes(entry: Mapping[str, Any], value: np.ndarray | None, like: Any) -> Any:
-    stored = jax.random.key_data(like) if _is_key(like) else like
+    stored = jax.random.key_data(like) if is_key(like) else like
     array = from_first(value, stored)
-    if not _is_key(like) and not entry["weak"]:
+    if not is_key(like) and not entry["weak"]:
         return array
-    return jax.jit(lambda x: _typed(entry, x, like), out_shardings=like.sharding)(array)
+    return jax.jit(lambda x: typed(entry, x, like), out_shardings=like.sharding)(array)
 
 
-def _checksum(array: np.ndarray) -> int:
+def checksum(array: np.ndarray) -> int:
     start = zlib.crc32(f"{array.dtype}{array.shape}".encode())
     # As bytes: zlib does not take bfloat16 and its like (ml_dtypes).
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from fr_jax import distributed
 from fr_jax._files import free_space, is_disk_full, rename_free
-from fr_jax.training._orbax import quiet_orbax
+from fr_jax.training._orbax import one_line, orbax_manager, quiet_orbax
 from fr_jax.training._saved_state import (
     CheckpointError,
     Damaged,
@@ -20,9 +21,23 @@ from fr_jax.training._saved_state import (
     check_arrays,
     check_fit,
     check_index,
+    checksum,
+    described,
     pack,
+    sealed,
     some,
     unpack,
+)
+from fr_jax.training._shards import (
+    entry_of,
+    folder_name,
+    forgotten,
+    own_parts,
+    parts_of,
+    read_parts,
+    some_problems,
+    unpack_parts,
+    write_parts,
 )
 from fr_jax.types import PyTree
 
@@ -54,7 +69,9 @@ class Checkpoints:
     on Python classes. Each leaf carries a checksum. Only ``save`` changes the folder; ``restore`` and ``steps`` read.
     Room for ``keep + 1`` checkpoints is needed: the oldest is deleted only when the newest is complete. Saving and
     restoring each cost about half a millisecond per leaf, whatever its size. In a run of several processes all must
-    call ``save`` and ``restore``; process 0 reads and writes the folder, and the others do not need it.
+    call ``save`` and ``restore``. If all of them see the folder, each writes and reads its own parts of the arrays, in
+    ``parts-<step>-<id>``; otherwise process 0 collects and distributes everything. A run may go on with another number
+    of processes.
 
     Args:
       directory: the folder, made by the first ``save``.
@@ -80,6 +97,7 @@ class Checkpoints:
         self._warn = warn
         self._manager: Any = None
         self._damaged: set[int] = set()
+        self._seen: bool | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -116,8 +134,62 @@ class Checkpoints:
             leaf that cannot be stored, or newer checkpoints that no ``restore`` of this object found damaged.
           TypeError: for metadata that JSON cannot hold.
         """
+        if self._all_see_it():
+            self._save_parts(step, state, metadata)
+            return
         arrays, index = pack(step, state, metadata)
         distributed.group().from_first(lambda: self._save(step, arrays, index))
+
+    def _all_see_it(self) -> bool:
+        """Whether there are several processes, and all of them see the folder: each then writes its own parts."""
+        group = distributed.group()
+        if group.size == 1:
+            return False
+        if self._seen is None:
+            mark = self.directory / f".seen-{uuid.uuid4().hex}"
+
+            def leave_a_mark() -> str:
+                with contextlib.suppress(OSError):  # which the first checkpoint reports
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
+                return mark.name
+
+            name = group.from_first(leave_a_mark)
+            self._seen = all(group.exchange((self.directory / name).exists()))
+            mark.unlink(missing_ok=True)
+        return self._seen
+
+    def _save_parts(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+        group = distributed.group()
+        entries, arrays = described(state)
+        parts = parts_of(arrays)
+        own = own_parts(arrays, parts)
+        folder = self.directory / group.from_first(lambda: folder_name(step, uuid.uuid4().hex[:8]))
+        problem = None
+        try:
+            write_parts(folder / str(group.index), own)
+        except Exception as error:
+            problem = self._why_not_written(step, sum(array.nbytes for array in own.values()), error)
+        made: list[Any] = [problem, {part.name: checksum(array) for part, array in own.items()}]
+        found = group.exchange(made)
+        if (problem := some_problems([one for one, _ in found])) is not None:
+            if group.index == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(problem)
+        checksums = {name: value for _, values in found for name, value in values.items()}
+        for name, array in arrays.items():
+            entries[name] |= entry_of(parts[name], array, checksums)
+
+        def complete() -> None:
+            try:
+                self._save(step, {}, sealed(step, entries, metadata, folder.name))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            for path in forgotten(self.directory, folder):
+                shutil.rmtree(path, ignore_errors=True)
+
+        group.from_first(complete)
 
     def _save(self, step: int, arrays: dict[str, np.ndarray], index: dict[str, Any]) -> None:
         newer = [known for known in self.steps() if known > step and known not in self._damaged]
@@ -136,14 +208,14 @@ class Checkpoints:
             raise CheckpointError(self._why_not_written(step, size, error)) from error
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def restore(self, template: PyTree, only: Sequence[str] = ()) -> Restored | None:
+    def restore(self, template: PyTree, only: str | Sequence[str] = ()) -> Restored | None:
         """Reads the newest checkpoint whose checksums hold.
 
         Args:
           template: a state with the structure, shapes and dtypes of the one saved (a fresh one of ``init``). Arrays
             come back where the template's arrays are, NumPy arrays and Python numbers as such.
-          only: fields of the state to read, such as ``("params", "model_state")``; all without it. The others need not
-            be those of the checkpoint, and come back as the template has them.
+          only: field of the state to read, ``"params"``, or fields, ``("params", "model_state")``; all without it. The
+            others need not be those of the checkpoint, and come back as the template has them.
 
         Returns:
           The state, or None if there is no checkpoint.
@@ -152,15 +224,44 @@ class Checkpoints:
           CheckpointError: all checkpoints are damaged, or a sound one does not fit the template.
         """
         read: list[Any] = []
+        only = (only,) if isinstance(only, str) else only
 
         def find() -> list[Any]:
-            read.extend(self._newest(template, only) or ())
+            read[:] = self._newest(template, only) or ()
             return read[:2]
 
-        if not (found := distributed.group().from_first(find)):
-            return None
-        step, index = found
-        return Restored(unpack(index, read[2] if read else {}, template, only), index["metadata"], step)
+        while found := distributed.group().from_first(find):
+            step, index = found
+            if "parts" not in index:
+                return Restored(unpack(index, read[2] if read else {}, template, only), index["metadata"], step)
+            try:
+                return Restored(self._read_parts(index, template, only), index["metadata"], step)
+            except Damaged as damage:  # in all processes
+                self._put_aside(step, damage)
+        return None
+
+    def _read_parts(self, index: Mapping[str, Any], template: PyTree, only: Sequence[str]) -> PyTree:
+        """By each process what it needs, if all see the folder; otherwise by process 0, which sends it."""
+        group, folder, problem, found = distributed.group(), self.directory / index["parts"], None, {}
+        visible = all(group.exchange(folder.is_dir()))
+        try:
+            if visible or group.index == 0:
+                found = read_parts(index, template, only, folder, whole=not visible)
+        except Damaged as damage:
+            problem = str(damage)
+        if (problem := some_problems(group.exchange(problem))) is not None:
+            raise Damaged(problem)
+        if visible:
+            return unpack_parts(index, found, template, only)
+        arrays = {name: next(iter(parts.values())) for name, parts in found.items()}
+        return unpack(index, arrays, template, only)
+
+    def _put_aside(self, step: int, damage: Damaged) -> None:
+        self._damaged.add(step)
+        earlier = [one for one in self.steps() if one < step]
+        then = f"trying the one of step {earlier[-1]}" if earlier else "there is none before it"
+        if distributed.group().index == 0:
+            self._warn(f"The checkpoint of step {step} in {self.directory} is damaged ({damage}); {then}.")
 
     def _newest(
         self, template: PyTree, only: Sequence[str]
@@ -168,14 +269,11 @@ class Checkpoints:
         """Step, index and arrays of the newest checkpoint that holds."""
         steps = self.steps()
         self._name_leftovers()
-        for at in reversed(range(len(steps))):
-            step = steps[at]
+        for step in reversed([step for step in steps if step not in self._damaged]):
             try:
                 return step, *self._load(step, template, only)
             except Damaged as damage:
-                self._damaged.add(step)
-                then = f"trying the one of step {steps[at - 1]}" if at else "there is none before it"
-                self._warn(f"The checkpoint of step {step} in {self.directory} is damaged ({damage}); {then}.")
+                self._put_aside(step, damage)
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self.directory} (steps {some(steps)}) is damaged, so there is nothing to resume "
@@ -184,17 +282,8 @@ class Checkpoints:
         return None
 
     def _open(self) -> Any:
-        import orbax.checkpoint as ocp
-
         if self._manager is None:
-            several: dict[str, Any] = {}
-            if distributed.group().size > 1:  # or orbax waits for the others, who do not come
-                alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="0")
-                several = {"multiprocessing_options": alone, "create": False}
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False, lightweight_initialize=True, **several
-            )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = orbax_manager(self.directory, max_to_keep=self._keep)
         return self._manager
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], index: dict[str, Any]) -> None:
@@ -218,6 +307,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.directory} cannot be used: {error}"
             ) from None
+        if "parts" in index:
+            return index, {}
         arrays = self._read(step, state=ocp.args.StandardRestore()).state if array_names(index) else {}
         check_arrays(index, arrays)
         return index, arrays
@@ -231,7 +322,7 @@ class Checkpoints:
         except MemoryError:  # says nothing about the file
             raise
         except Exception as error:
-            raise Damaged(_one_line(error)) from error
+            raise Damaged(one_line(error)) from error
 
     def _name_leftovers(self) -> None:
         if not self.directory.is_dir():
@@ -273,12 +364,6 @@ class Checkpoints:
         earlier = f"the earlier checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         what = f"the checkpoint of step {step} ({size / 1e6:.1f} MB) could not be written to {self.directory}"
         if not is_disk_full(error):
-            return f"{what}: {_one_line(error)}; {earlier}."
+            return f"{what}: {one_line(error)}; {earlier}."
         removed = f"{free_space(self.directory)} after removing what was written of it"
         return f"disk full: {what}, {removed}; {earlier}. Free some space, then resume."
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    short = text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"  # tensorstore's reason comes last
-    return f"{type(error).__name__}: {short}"

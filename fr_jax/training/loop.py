@@ -39,26 +39,30 @@ class Totals(NamedTuple):
       seconds: of training.
       scores: of the last evaluation, ``{"test_loss": ..., "test_<name>": ..., "best_test_<headline>": ...}``; empty
         before the first one.
+      position: of data that are not a function of the step (``InputPipeline.position``).
     """
 
     seconds: float = 0.0
     scores: Mapping[str, float] = {}
+    position: Any = None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Totals:
         """The totals in the metadata of a checkpoint, those of fr_jax 0.1 included."""
         scores = {name: value for name, value in metadata["totals"].items() if value is not None}
-        return cls(scores.pop("seconds"), scores)
+        return cls(scores.pop("seconds"), scores, metadata.get("position"))
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint holds in addition to the state."""
-        return {"totals": {"seconds": self.seconds, **self.scores}}
+        position = {} if self.position is None else {"position": self.position}
+        return {"totals": {"seconds": self.seconds, **self.scores}} | position
 
     def evaluated(self, score: Mapping[str, float], headline: Headline, seconds: float) -> Totals:
         """The totals after an evaluation."""
         best = f"best_test_{headline.name}"
         scores = {f"test_{name}": value for name, value in score.items()}
-        return Totals(seconds, {**scores, best: headline.better(score[headline.name], self.scores.get(best))})
+        scores[best] = headline.better(score[headline.name], self.scores.get(best))
+        return self._replace(seconds=seconds, scores=scores)
 
 
 class Outcome(NamedTuple):
@@ -116,6 +120,9 @@ def train(
     """
     totals = totals or Totals()
     watch = Stopwatch(totals.seconds)
+    position, seek = task.pipeline.position or (lambda: None), task.pipeline.seek
+    if totals.position is not None and seek is not None:
+        seek(totals.position, state.step)
     reader = MetricsReader(task, intervals, len(state.params), watch, stop, report, distributed.group())
     step = saved = state.step
     for hook in hooks:
@@ -138,12 +145,12 @@ def train(
             reader.write(step, {f"test_{name}": value for name, value in score.items()}, totals.seconds)
         # After the evaluation: a run that is resumed from here does not repeat it.
         if saving and reader.sound(step, state, last=last):
-            totals = totals._replace(seconds=watch.seconds())
+            totals = totals._replace(seconds=watch.seconds(), position=position())
             checkpoints.save(step, state, totals.metadata())
             saved = step
             reader.restart_row()
     reader.drain()
-    totals = totals._replace(seconds=watch.seconds())
+    totals = totals._replace(seconds=watch.seconds(), position=position())
     if saved < step and reader.sound(step, state, last=True):  # asked to stop between two checkpoints
         checkpoints.save(step, state, totals.metadata())
     median = statistics.median(reader.step_seconds) if len(reader.step_seconds) >= 3 else None

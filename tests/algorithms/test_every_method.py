@@ -3,6 +3,7 @@
 import functools
 from contextlib import nullcontext
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -258,3 +259,33 @@ def test_the_step_is_a_number_again_after_device_put(method):
     algorithm = plain(method)
     state, _ = algorithm.step(jax.device_put(algorithm.init(KEY, batch())), batch())
     assert state.step == 1 and isinstance(state.step, int)
+
+
+@pytest.mark.slow
+@every_method
+@pytest.mark.parametrize("D", [2, 4])
+def test_split_weights_give_the_same_numbers(method, D):
+    """On D devices a stage, each weight, statistic and momentum split along its largest axis that D divides."""
+    normed = nn.Sequential([nn.Dense(16, use_bias=False), nn.BatchNorm(use_running_average=None)])
+    layers = [fr.from_linen(normed), dense(8), dense(2)]
+    batches = [
+        fr.Batch(jax.random.normal(jax.random.key(t), (16, 12)), jax.random.normal(jax.random.key(-t - 1), (16, 2)))
+        for t in range(4)
+    ]
+    ends = []
+    for shard in (False, True):
+        places = fr.placement(2, data_parallel=D, shard_params=shard)
+        algorithm = method(fr.partition(layers, (2,)), squared_error, optax.adam(0.01), placement=places, donate=shard)
+        state = algorithm.init(KEY, batches[0])
+        losses = []
+        for each in batches:
+            state, info = algorithm.step(state, each)
+            losses.append(info.loss)
+        outputs = algorithm.predict(state, batches[0].inputs)
+        ends.append(jax.device_get((losses, outputs, state.params, state.opt_state, state.model_state)))
+    chex.assert_trees_all_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.model_state)):
+        divides = [size for size in leaf.shape if size % D == 0]
+        part = leaf.addressable_shards[0].data
+        assert part.size * (D if divides else 1) == leaf.size
+        assert not divides or leaf.sharding.spec.index("shards") == leaf.shape.index(max(divides))

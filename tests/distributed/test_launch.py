@@ -1,4 +1,5 @@
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -69,6 +70,20 @@ def test_a_single_core_has_two_threads(run, monkeypatch, given, seen):
     cores = len(os.sched_getaffinity(0))
     _, out, _ = run("--processes", str(cores), "--", "-c", "import os; print(os.environ.get('NPROC'))")
     assert [line.split()[-1] for line in out] == [seen] * cores
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a variable of the GNU C library")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
+def test_a_single_core_keeps_its_memory(run, monkeypatch, given):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    program = "import os; print(os.environ.get('GLIBC_TUNABLES'))"
+    cores = len(os.sched_getaffinity(0))
+    _, out, _ = run("--processes", str(cores), "--", "-c", program)
+    assert [line.split()[-1] for line in out] == [given or launch.KEEP_MEMORY["GLIBC_TUNABLES"]] * cores
+    _, out, _ = run("--processes", "1", "--no-pin", "--", "-c", program)
+    assert out == [f"[0] {given}"]  # more cores, another allocator's trade
 
 
 def test_all_end_when_one_fails(run, monkeypatch):

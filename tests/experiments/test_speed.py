@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import fr_jax as fr
-from fr_jax.experiments._bench.contestants import BASELINE, OPTIMIZERS, make_entry
+from fr_jax.experiments._bench.contestants import BASELINE, OPTIMIZERS, make_entry, shared_settings
 from fr_jax.experiments._cli.settings import SharedSettings, own_of_method
 from fr_jax.experiments._fields import guard
 from fr_jax.experiments.speed import __main__ as speed
@@ -93,6 +93,25 @@ def test_each_number_of_micro_batches_is_timed():
     entry = make_entry(shared, layers, "fr", 2, cuts=(1,))
     assert (entry.contestant.name, entry.bound) == ("features replay, K = 2, M = 8", 1.75)
     assert make_entry(shared, layers, "dp", 2).contestant.name == "data parallelism, 2 devices"
+
+
+def test_variants_of_a_method_are_timed():
+    settings = speed.SpeedSettings(methods=("fr-stashed", "1f1b"), microbatches=("2", "1f1b=4"))
+    layers = fr.models.mlp(depth=3, width=8)
+    made = [make_entry(shared, layers, method, 2, cuts=(1,)) for method, shared in speed.timed(settings)]
+    names = [entry.contestant.name for entry in made]
+    assert names == ["features replay, stashed weights, K = 2, M = 2", "1F1B, K = 2, M = 4"]
+    plain = make_entry(shared_settings(settings, microbatches=None), layers, "fr", 2, cuts=(1,))
+    stashed, current = (len(jax.tree.leaves(entry.contestant.carry)) for entry in (made[0], plain))
+    assert stashed > current  # weights of the plays
+
+
+def test_the_networks_own_settings_count(capsys):
+    flags = ["--model", "gpt", "--width", "8", "--context", "6", "--depth", "1", "--batch-size", "2"]
+    assert speed.main([*flags, "--methods", "fr", "--rounds", "1", "--steps", "1", "--balance", "uniform"]) == 0
+    assert "a feature of 0.00 MB at cut 2" in capsys.readouterr().out  # 2 x 6 x 8 numbers, of four layers
+    assert speed.main(["--width", "8"]) == 2
+    assert "--width 8 is a setting of --model mlp and gpt, not of resnet20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

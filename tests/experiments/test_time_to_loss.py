@@ -67,7 +67,7 @@ def test_a_line_has_its_best_rate(runs):
 
 
 def test_rates_without_a_common_seed():
-    recipe = Recipe("fr", 2, 1, "sgd", "")
+    recipe = Recipe("fr", 2, 1, "sgd", ())
     made = [Run(recipe, rate, seed, 10, score, {}) for rate, seed, score in ((0.1, 0, 2.0), (0.2, 1, 1.0))]
     (line,) = lines_of(made)
     assert line.learning_rate == 0.2 and line.rates == {0.1: 2.0, 0.2: 1.0}
@@ -90,10 +90,10 @@ def test_updates_only(runs, tmp_path, capsys):
     assert "Add --overwrite" in capsys.readouterr().err
 
 
-def fake_parts(problem: Any, method: str, K: int, M: int, *, rounds: int) -> Parts:
-    """Equal stages whose forward pass over a mini-batch takes 1 in all; the memory is K M bytes."""
+def fake_parts(problem: Any, method: str, K: int, M: int, own: Any, *, rounds: int) -> Parts:
+    """Equal stages whose forward pass over a mini-batch takes 1 in all; the memory is K M bytes, more if predicted."""
     costs = [3.0 / K / M] * K
-    return Parts(times_of_costs([3.0 / K] if method == "dp" else costs), K * M, ())
+    return Parts(times_of_costs([3.0 / K] if method == "dp" else costs), K * M + len(own), ())
 
 
 def test_time_to_loss(runs, monkeypatch):
@@ -106,6 +106,7 @@ def test_time_to_loss(runs, monkeypatch):
     assert 3 / found["data parallelism"].time("0") == pytest.approx(2)
     predicted = found["features replay, K = 2, M = 2, --weight-prediction 1.0"]
     assert predicted.updates == pytest.approx(1) and 3 / predicted.time("0") == pytest.approx(1.5)
+    assert predicted.memory == found["features replay, K = 2, M = 2"].memory + 1 == 5
     ddg = found["DDG, K = 2"]  # compared with a pipeline of K micro-batches
     assert ddg.time("0") == pytest.approx(1.5 * 2**-0.5) and ddg.memory == 2
     assert ddg.time("0.01") > ddg.time("0")
@@ -150,7 +151,7 @@ def test_all_gradients_are_added_up():
 def test_parts_are_measured():
     problem = problem_of(CONFIG, "adamw")
     for method, K, M in (("bp", 1, 1), ("gpipe", 2, 2), ("fr", 2, 2), ("ddg", 2, 1), ("2bw", 2, 2), ("dp", 2, 2)):
-        parts = measure_parts(problem, method, K, M, rounds=1)
+        parts = measure_parts(problem, method, K, M, {"weight_prediction": 1.0} if method == "ddg" else {}, rounds=1)
         assert parts.largest_device > 0 and len(parts.cuts) == (K - 1) * (method != "dp")
         fast, slow = (step_seconds(parts, method, K, M, crossing, crossing) for crossing in (0.0, 1.0))
         assert 0 < fast < 5 and (slow > fast + 0.5 or K == 1)

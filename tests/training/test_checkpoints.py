@@ -116,7 +116,8 @@ def test_only_some_fields_are_read(tmp_path):
         found = checkpoints.restore(template, only=("params", "step")).state
         with pytest.raises(CheckpointError, match="params/0 is"):
             checkpoints.restore(template | {"params": (jnp.zeros(2),)}, only=("params",))
-        for wrong in ("params", ("param",)):
+        assert checkpoints.restore(template, only="params").state["step"] == 0
+        for wrong in ("param", ("step", "param")):
             with pytest.raises(ValueError, match=r"only = .* fields of the state: in_flight, more, params"):
                 checkpoints.restore(template, only=wrong)
     chex.assert_trees_all_equal(found, template | {"params": saved["params"], "step": 5})

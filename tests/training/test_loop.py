@@ -200,7 +200,7 @@ def test_the_best_of_a_number_that_is_better_when_lower():
     totals = Totals().evaluated({"loss": 1.0, "bits_per_byte": 2.0}, bits, 1.0)
     totals = totals.evaluated({"loss": 1.0, "bits_per_byte": 3.0}, bits, 2.0)
     scores = {"test_loss": 1.0, "test_bits_per_byte": 3.0, "best_test_bits_per_byte": 2.0}
-    assert totals == (2.0, scores)
+    assert totals == (2.0, scores, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

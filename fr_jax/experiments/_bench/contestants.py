@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 import fr_jax as fr
 from fr_jax.distributed import group
 from fr_jax.experiments._bench.turns import Contestant
-from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings, own_of_method
+from fr_jax.experiments._cli.settings import SharedSettings, TrainSettings, own_of_method, own_of_model
 from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, REFERENCES, TrainingSet
 from fr_jax.experiments._models import CLASSES, example_inputs, random_batch
 from fr_jax.experiments._run.cuts import NetworkCosts, choose_cuts, network_costs
@@ -59,9 +59,9 @@ class Entry(NamedTuple):
     bound: float | None
 
 
-def make_batch(model: str, size: int, sharding: Sharding) -> Batch:
+def make_batch(model: str, size: int, sharding: Sharding, context: int | None = None) -> Batch:
     """A :func:`fr_jax.experiments._models.random_batch` on the devices of ``sharding``."""
-    inputs, targets, _ = random_batch(model, size)
+    inputs, targets, _ = random_batch(model, size, context)
     # jit places an array on a device of another process, where device_put refuses.
     return Batch(*jax.jit(lambda *arrays: arrays, out_shardings=sharding)(inputs, targets))
 
@@ -142,7 +142,7 @@ def make_entry(
       name: in the table.
       devices: to use, where not all: with fewer than K, stages share them round robin.
     """
-    size = shared.batch_size or 128
+    size, context = shared.batch_size or 128, own_of_model(shared).get("context")
     stages_K = 1 if method == DATA_PARALLEL else K
     if method == DATA_PARALLEL:
         settings = method_settings(unsplit(shared), "bp", stages_K, cuts)
@@ -150,7 +150,7 @@ def make_entry(
         settings = method_settings(shared, method, stages_K, cuts)
     places = fr.placement(stages_K, devices, K if method == DATA_PARALLEL else 1)
     if stages_K > 1 and cuts is None:
-        example = example_inputs(shared.model, size)
+        example = example_inputs(shared.model, size, context)
         if costs is None and settings.balance != "uniform":
             costs = shared_costs(settings, layers, example)
         settings = dataclasses.replace(settings, cuts=choose_cuts(settings, layers, example, costs))
@@ -160,7 +160,7 @@ def make_entry(
     algorithm: Algorithm = METHODS[settings.method].make(
         own, stages, cross_entropy, OPTIMIZERS[shared.optimizer], data, placement=places, donate=True
     )
-    batch = make_batch(shared.model, size, places[0])
+    batch = make_batch(shared.model, size, places[0], context)
 
     def run(state: Any) -> tuple[Any, Array]:
         state, info = algorithm.step(state, batch)

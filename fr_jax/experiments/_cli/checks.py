@@ -131,6 +131,11 @@ def check(settings: TrainSettings) -> None:
     if METHODS[settings.method].whole and settings.K > 1:
         raise SettingsError(f"--method {settings.method} does not cut the network into --K {settings.K}. Use --K 1.")
     METHODS[settings.method].check(own, settings.K)
+    if settings.shard_params and settings.data_parallel == 1:
+        raise SettingsError(
+            "--shard-params splits the weights of a stage over its --data-parallel devices, and there is 1. Use "
+            "--data-parallel 2 or more, or drop --shard-params."
+        )
     if settings.dataset != "auto" or _batch_size(settings, "digits") == _batch_size(settings, "auto"):
         _check_split(_batch_size(settings, settings.dataset), own.get("microbatches", 1), settings.data_parallel)
     rates = settings.stage_learning_rates

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fr_jax.experiments._fields import SettingsError
-from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._methods import METHODS, VARIANTS
 
 __all__ = ["MICROBATCHES_HELP", "numbers_of_microbatches"]
 
@@ -16,6 +16,7 @@ MICROBATCHES_HELP = (
 
 
 def _has_microbatches(method: str) -> bool:
+    method, _ = VARIANTS.get(method, (method, {}))
     return method in METHODS and "microbatches" in METHODS[method].defaults
 
 

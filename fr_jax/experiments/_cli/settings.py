@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fr_jax.experiments._fields import LARGEST_SEED, documented, guard, own_fields, setting
-from fr_jax.experiments._methods import METHODS, listed
-from fr_jax.experiments._models import MODEL_CARDS
+from fr_jax.experiments._methods import METHODS, Method, listed
+from fr_jax.experiments._models import MODEL_CARDS, ModelCard
 from fr_jax.models import MODELS
 
 __all__ = [
     "PRESETS",
     "CommonSettings",
+    "ModelSettings",
     "OwnSettings",
     "ProcessSettings",
     "Resolved",
@@ -132,7 +133,8 @@ class CommonSettings:
     model: str = setting("resnet20", choices=tuple(MODELS), vary=False)
     """resnet8, 20, 32, 56, 110, 164 (6n+2, the paper's), resnet18, 50, 101, 152, wrn28_10, mlp; gpt reads text."""
     dataset: str = setting("auto", vary=False)
-    """cifar10, cifar100, mnist, digits, synthetic, or auto: the program's own where found or fetched, else digits.
+    """cifar10, cifar100, mnist, digits, synthetic, npy (images of your own in --data-dir: train_images.npy,
+    train_labels.npy, and test_...), or auto: the program's own where found or fetched, else digits.
     For gpt: python (its standard library's source code), text (that of --text), or auto."""
     data_dir: Path | None = setting(None, free="process", vary=False)
     """Folder with the official files (CIFAR: .bin or .tar.gz, MNIST: idx or .gz), or a TFDS folder."""
@@ -178,6 +180,8 @@ class CommonSettings:
     """How to cut the network: flops, time (measured here), or uniform (equal numbers of layers)."""
     data_parallel: int = setting(1, least=1)
     """Devices of each stage, which share every mini-batch."""
+    shard_params: bool = setting(False, free="resume")
+    """With --data-parallel D: each device of a stage keeps 1/D of its weights and of the optimizer's state."""
     devices: int | None = setting(None, least=1, free="resume", vary=False)
     """Devices to use; stages share them round robin. Default: K x data-parallel, or all there are if fewer."""
     eval_every: int | None = setting(None, least=1, free="resume", vary=False)
@@ -199,11 +203,10 @@ class CommonSettings:
     """Also write TensorBoard events (needs the extra: pip install 'fr_jax[tensorboard]')."""
 
 
-def _own_settings() -> type:
-    cards = {**MODEL_CARDS, **METHODS}
+def _own_settings(name: str, cards: Mapping[str, ModelCard | Method]) -> type:
     fields = own_fields({name: card.own for name, card in cards.items()})
     namespace = {"__doc__": "The settings that belong to some methods or models, from their cards."}
-    return documented(dataclasses.make_dataclass("OwnSettings", fields, frozen=True, namespace=namespace))
+    return documented(dataclasses.make_dataclass(name, fields, frozen=True, namespace=namespace))
 
 
 if TYPE_CHECKING:
@@ -213,8 +216,12 @@ if TYPE_CHECKING:
 
         def __init__(self, **own: Any) -> None: ...
 
+    class ModelSettings(OwnSettings):
+        """Those of models alone."""
+
 else:
-    OwnSettings = _own_settings()
+    OwnSettings = _own_settings("OwnSettings", {**MODEL_CARDS, **METHODS})
+    ModelSettings = _own_settings("ModelSettings", MODEL_CARDS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ def build(settings: Resolved, data: Data, saved_cuts: Sequence[int] | None = Non
     ``saved_cuts`` of a run that is being resumed are kept, because measured times differ from day to day.
     """
     layers = make_layers(settings, data)
-    placement = fr.placement(settings.K, choose_devices(settings), settings.data_parallel)
+    devices, shard = choose_devices(settings), settings.shard_params
+    placement = fr.placement(settings.K, devices, settings.data_parallel, shard_params=shard)
     task = kind_of(settings.model).task(settings, data, placement[0])  # only the first stage sees inputs
     example = _shapes(task.pipeline.train_batch(0).inputs)
     costs = network_costs(settings, layers, example)

@@ -123,12 +123,13 @@ class Contestant(NamedTuple):
     recomputes: bool = False
 
 
-def _over_devices(card: Method, form: str = "", title: str = "", **settings: Any) -> Contestant:
+def _over_devices(card: Method, form: str = "", variant: str = "") -> Contestant:
+    title, settings = card.variants[variant] if variant else (card.title, {})
     has_some = "microbatches" in card.defaults
 
     def own(microbatches: int | None) -> dict[str, Any]:
         given = microbatches is not None and has_some
-        return card.defaults | settings | ({"microbatches": microbatches} if given else {})
+        return card.defaults | {**settings} | ({"microbatches": microbatches} if given else {})
 
     def make(
         stages: Sequence[Stage], loss_fn: Any, optimizer: Any, *, microbatches: int | None, **common: Any
@@ -136,7 +137,7 @@ def _over_devices(card: Method, form: str = "", title: str = "", **settings: Any
         return card.make(own(microbatches), stages, loss_fn, optimizer, TrainingSet(EXAMPLES, CLASSES), **common)
 
     M = lambda microbatches: own(microbatches).get("microbatches", 1)
-    title, form = f"{title or card.title}, K devices", form or card.memory
+    title, form = f"{title}, K devices", form or card.memory
     return Contestant(title, make, form, one_device=False, has_microbatches=has_some, microbatches=M)
 
 
@@ -150,8 +151,8 @@ def _checkpoint(stages: Sequence[Stage], *arguments: Any, **common: Any) -> Algo
 
 CONTESTANTS = {
     **{name: _over_devices(card) for name, card in METHODS.items() if not card.whole},
-    "fr-stashed": _over_devices(METHODS["fr"], title="features replay, stashed weights", replay_weights="stashed"),
-    "1f1b": _over_devices(METHODS["gpipe"], "1f1b", "1F1B", pipeline_schedule="1f1b"),
+    "fr-stashed": _over_devices(METHODS["fr"], variant="fr-stashed"),
+    "1f1b": _over_devices(METHODS["gpipe"], "1f1b", variant="1f1b"),
     "checkpoint": Contestant("jax.checkpoint, one device", _unsplit(_checkpoint), "checkpoint", recomputes=True),
     "recompute": Contestant("recomputing back-propagation, one device", _unsplit(recomputing), "recompute"),
     "fr-one-device": Contestant("features replay, one device", _unsplit(fr.features_replay), "fr-one-device"),

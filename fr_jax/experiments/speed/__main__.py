@@ -35,16 +35,16 @@ from fr_jax.experiments._bench.contestants import (
 from fr_jax.experiments._bench.pinned import placed_on, start_pinned
 from fr_jax.experiments._bench.turns import as_rows, in_turns, quietly
 from fr_jax.experiments._cli import harness
-from fr_jax.experiments._cli.checks import check_cuts, check_own, check_parts
+from fr_jax.experiments._cli.checks import check_cuts, check_own, check_parts, check_shared
 from fr_jax.experiments._cli.devices import take_devices
 from fr_jax.experiments._cli.harness import one_process
 from fr_jax.experiments._cli.machine import machine
 from fr_jax.experiments._cli.per_method import MICROBATCHES_HELP, numbers_of_microbatches
 from fr_jax.experiments._cli.results import check_file, write_beside
-from fr_jax.experiments._cli.settings import SharedSettings
+from fr_jax.experiments._cli.settings import ModelSettings, SharedSettings, own_of_model
 from fr_jax.experiments._cli.tables import text_table
 from fr_jax.experiments._fields import SettingsError, check_fields, documented, setting
-from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, listed
+from fr_jax.experiments._methods import DATA_PARALLEL, METHODS, VARIANTS, listed
 from fr_jax.experiments._models import example_inputs, random_batch
 from fr_jax.experiments.speed.picture import speed_figure
 from fr_jax.plotting.style import png
@@ -59,23 +59,21 @@ TRANSFER_ROUNDS = 3
 
 @documented
 @dataclasses.dataclass(frozen=True)
-class SpeedSettings:
-    """Time one training step of every method, side by side.
-
-    A plain jitted optax step, back-propagation on one device and features replay with K = 1 are always among them.
-    """
+class OptionSettings:
+    """Those that belong to no model."""
 
     K: int = setting(2, least=1)
     """Stages, and devices of data parallelism."""
     methods: tuple[str, ...] = setting(
         ("bp", "fr", "ddg", "gpipe", DATA_PARALLEL),
-        choices=(*METHODS, DATA_PARALLEL),
-        help=f"Those to time on K devices: {listed()}, and dp (data parallelism).",
+        choices=(*METHODS, *VARIANTS, DATA_PARALLEL),
+        help=f"Those to time on K devices: {listed()}; fr-stashed (features replay at stashed weights), 1f1b (gpipe "
+        "with that schedule), and dp (data parallelism).",
     )
     model: str = setting("resnet20", choices=tuple(fr.models.MODELS))
     """A name from fr_jax.models.MODELS."""
     batch_size: int = setting(128, least=1)
-    """Examples of a mini-batch of 32x32x3 images, or of windows of 128 bytes (random; only shapes matter here)."""
+    """Examples of a mini-batch of 32x32x3 images, or of windows of text (random; only shapes matter here)."""
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Of the computation: float32 or bfloat16."""
     optimizer: str = setting("sgd", choices=tuple(OPTIMIZERS))
@@ -97,8 +95,18 @@ class SpeedSettings:
     """Replace these files where they exist."""
 
 
+@documented
+@dataclasses.dataclass(frozen=True)
+class SpeedSettings(ModelSettings, OptionSettings):
+    """Time one training step of every method, side by side.
+
+    A plain jitted optax step, back-propagation on one device and features replay with K = 1 are always among them.
+    """
+
+
 def check(settings: SpeedSettings) -> None:
     """Raises SettingsError for the first setting that cannot be used."""
+    check_shared(shared_settings(settings, microbatches=None), ())
     check_fields(settings)
     check_cuts(settings.cuts, settings.K)
     if settings.K == 1 and settings.methods != SpeedSettings().methods and {*settings.methods} - {"bp", "fr"}:
@@ -118,22 +126,23 @@ def check(settings: SpeedSettings) -> None:
 
 def timed(settings: SpeedSettings) -> list[tuple[str, SharedSettings]]:
     """What is timed on K devices: methods with the settings of a run, one for each number of micro-batches."""
-    methods = tuple(dict.fromkeys(settings.methods))
-    numbers = numbers_of_microbatches(settings.microbatches, methods)
-    each = [(name, shared_settings(settings, microbatches=M)) for name in methods for M in numbers.get(name, (None,))]
+    names = tuple(dict.fromkeys(settings.methods))
+    numbers = numbers_of_microbatches(settings.microbatches, names)
+    each = []
+    for name in names:
+        method, own = VARIANTS.get(name, (name, {}))
+        each += [(method, shared_settings(settings, microbatches=M, **own)) for M in numbers.get(name, (None,))]
     return each if settings.K > 1 else []
 
 
 def make_entries(settings: SpeedSettings, layers: Sequence[Stage]) -> list[Entry]:
     """All contestants, in the order of the table."""
     common = shared_settings(settings, microbatches=None)
-    example = example_inputs(settings.model, settings.batch_size)
+    context = own_of_model(common).get("context")
+    example = example_inputs(settings.model, settings.batch_size, context)
+    batch = make_batch(settings.model, settings.batch_size, fr.placement(1)[0], context)
     entries = [
-        plain(
-            layers,
-            make_batch(settings.model, settings.batch_size, fr.placement(1)[0]),
-            OPTIMIZERS[settings.optimizer],
-        ),
+        plain(layers, batch, OPTIMIZERS[settings.optimizer]),
         make_entry(common, layers, "bp", 1, name=BASELINE),
         make_entry(common, layers, "fr", 1),
     ]
@@ -153,7 +162,8 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
     if not cuts:
         return []
     placement, stages = fr.placement(settings.K), fr.partition(layers, cuts)
-    batch = random_batch(settings.model, settings.batch_size)
+    context = own_of_model(shared_settings(settings, microbatches=None)).get("context")
+    batch = random_batch(settings.model, settings.batch_size, context)
     timer = stage_timer(
         (), stages, cross_entropy, OPTIMIZERS[settings.optimizer], batch, placement=placement, hops=HOPS
     )
@@ -172,7 +182,8 @@ def measure_transfers(settings: SpeedSettings, layers: Sequence[Stage], cuts: Se
 def measure(settings: SpeedSettings) -> dict[str, Any]:
     """Makes all contestants, and times them."""
     placed = placed_on(settings.pinned, settings.K)
-    layers = fr.models.MODELS[settings.model](dtype=jnp.dtype(settings.dtype))
+    own = own_of_model(shared_settings(settings, microbatches=None))
+    layers = fr.models.MODELS[settings.model](dtype=jnp.dtype(settings.dtype), **own)
     entries = make_entries(settings, layers)
     turns = in_turns(
         [entry.contestant for entry in entries],

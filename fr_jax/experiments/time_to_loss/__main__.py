@@ -73,7 +73,7 @@ def measure(settings: TimeToLossSettings) -> dict[str, Any]:
     Returns:
       Settings and versions; ``"lines"``, one per recipe and number of updates: its best learning rate and all that were
       tried, scores by seed (None: diverged), ``extra_updates`` and their standard deviation; and ``"steps"``, one per
-      optimizer, method, K and M: ``cuts``, ``seconds`` by ratio, and bytes of the ``largest_device``.
+      optimizer, method, K, M and remedies: ``cuts``, ``seconds`` by ratio, and bytes of the ``largest_device``.
     """
     runs = read_runs(settings.runs)
     lines = sorted(lines_of(runs), key=_place)
@@ -94,11 +94,15 @@ def _place(line: Line) -> tuple:
     return (recipe.optimizer, line.steps, recipe.K, recipe.M, recipe.method != "bp", recipe.method, recipe.remedies)
 
 
+def _columns(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in ("method", "K", "M", "optimizer", "remedies")}
+
+
 def _row(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
     extra, deviation = extra_updates_of(line, reference_of(lines, line.recipe.optimizer))
     finite = lambda x: x if math.isfinite(x) else None  # JSON has no infinity
     return {
-        **line.recipe._asdict(),
+        **_columns(line.recipe),
         "label": line.recipe.label,
         "steps": line.steps,
         "learning_rate": line.learning_rate,
@@ -111,25 +115,31 @@ def _row(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def measured_steps(settings: TimeToLossSettings, config: Any, recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """Seconds and memory of a step of all recipes with K > 1, and of back-propagation, 1F1B and data parallelism."""
+    """Seconds and memory of a step of all recipes with K > 1, and of back-propagation, 1F1B and data parallelism.
+
+    What a remedy computes once per update and weight is not in the seconds; what it keeps is in the memory.
+    """
     found = []
     for optimizer in dict.fromkeys(recipe.optimizer for recipe in recipes):
         problem = problem_of(config, optimizer)
-        shapes = dict.fromkeys(
-            (one.method, one.K, one.M) for one in recipes if one.optimizer == optimizer and one.K > 1
-        )
-        beside = [(name, K, beside_M(K, M)) for _, K, M in shapes for name in (PIPELINE, DATA_PARALLEL)]
-        asked = list(dict.fromkeys([("bp", 1, 1), *beside, *shapes]))
+        shapes = [one for one in recipes if one.optimizer == optimizer and one.K > 1]
+        beside = [
+            Recipe(name, one.K, beside_M(one.K, one.M), optimizer, ())
+            for one in shapes
+            for name in (PIPELINE, DATA_PARALLEL)
+        ]
+        asked = list(dict.fromkeys([Recipe("bp", 1, 1, optimizer, ()), *beside, *shapes]))
         alone = math.nan
-        for method, K, M in tqdm(asked, desc=optimizer, unit="method", file=sys.stdout, dynamic_ncols=True):
-            parts = measure_parts(problem, method, K, M, rounds=settings.rounds)
+        for recipe in tqdm(asked, desc=optimizer, unit="method", file=sys.stdout, dynamic_ncols=True):
+            method, K, M = recipe.method, recipe.K, recipe.M
+            parts = measure_parts(problem, method, K, M, dict(recipe.own), rounds=settings.rounds)
             alone = parts.times.stages[0].last if method == "bp" and K == 1 else alone
             seconds = {}
             for ratio in settings.ratios:
                 crossing = ratio * alone
                 seconds[f"{ratio:g}"] = step_seconds(parts, method, K, M, crossing, ring_seconds(problem, K, crossing))
-            row = {"optimizer": optimizer, "method": method, "K": K, "M": M, "cuts": list(parts.cuts)}
-            found.append(row | {"seconds": seconds, "largest_device": parts.largest_device})
+            measured = {"cuts": list(parts.cuts), "seconds": seconds, "largest_device": parts.largest_device}
+            found.append(_columns(recipe) | measured)
     return found
 
 

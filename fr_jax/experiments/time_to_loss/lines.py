@@ -22,13 +22,18 @@ SHARED = ("model", "dataset", "batch_size", "schedule", "test_examples", "depth"
 
 
 class Recipe(NamedTuple):
-    """What seeds and learning rates of a line have in common; ``remedies`` are flags, or empty."""
+    """What seeds and learning rates of a line have in common; ``own``: the method's settings that are no defaults."""
 
     method: str
     K: int
     M: int
     optimizer: str
-    remedies: str
+    own: tuple[tuple[str, Any], ...]
+
+    @property
+    def remedies(self) -> str:
+        """The own settings as flags, or empty."""
+        return " ".join(f"{flag(name)} {value}" for name, value in self.own)
 
     @property
     def label(self) -> str:
@@ -106,8 +111,8 @@ def _read(path: Path) -> Run | None:
     score = summary.get(f"test_{headline.name}")
     lost = summary["diverged"] or score is None or not math.isfinite(score)
     own = METHODS[config["method"]].defaults
-    remedies = [
-        f"{flag(name)} {config[name]}"
+    changed = [
+        (name, config[name])
         for name, default in own.items()
         if name not in ("microbatches", "pipeline_schedule") and config.get(name) not in (None, False, default)
     ]
@@ -116,7 +121,7 @@ def _read(path: Path) -> Run | None:
         config["K"],
         config.get("microbatches") or own.get("microbatches", 1),
         config["optimizer"],
-        " ".join(remedies),
+        tuple(changed),
     )
     score = math.inf if lost else headline.compared(score)
     return Run(recipe, config["learning_rate"], config["seed"], config["steps"], score, config | {"workdir": path})
@@ -149,7 +154,7 @@ def reference_of(lines: Sequence[Line], optimizer: str) -> dict[int, float]:
     return {
         line.steps: line.score
         for line in lines
-        if line.recipe.method == "bp" and line.recipe.optimizer == optimizer and not line.recipe.remedies
+        if line.recipe.method == "bp" and line.recipe.optimizer == optimizer and not line.recipe.own
     }
 
 

@@ -63,15 +63,16 @@ def own_of(method: str, M: int) -> dict[str, Any]:
     return defaults | {name: value for name, value in wanted.items() if name in defaults}
 
 
-def measure_parts(problem: Problem, method: str, K: int, M: int, *, rounds: int) -> Parts:
+def measure_parts(problem: Problem, method: str, K: int, M: int, own: Mapping[str, Any], *, rounds: int) -> Parts:
     """Times a method's functions in their places in its step, and follows its memory; ``dp`` is data parallelism.
 
     The cuts are the best for the method by the time that each layer takes for a micro-batch.
     """
     if method == DATA_PARALLEL:  # each device does what back-propagation does on one, for its part of the mini-batch
         part = jax.tree.map(lambda x: x[: len(x) // K], problem.batch)
-        return measure_parts(problem._replace(batch=part), "bp", 1, 1, rounds=rounds)
-    layers, batch, own, card = problem.layers, problem.batch, own_of(method, M), METHODS[method]
+        return measure_parts(problem._replace(batch=part), "bp", 1, 1, own, rounds=rounds)
+    layers, batch, card = problem.layers, problem.batch, METHODS[method]
+    own = {**own_of(method, M), **own}
     inputs, cuts = batch.inputs, ()
     if K > 1:
         micro = jax.ShapeDtypeStruct((len(inputs) // M, *inputs.shape[1:]), inputs.dtype)

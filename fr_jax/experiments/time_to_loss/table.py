@@ -52,8 +52,9 @@ def candidates(result: Mapping[str, Any], optimizer: str, K: int, M: int) -> lis
 
     A recipe's updates are those of its runs with most updates.
     """
-    steps = {(row["method"], row["K"], row["M"]): row for row in result["steps"] if row["optimizer"] == optimizer}
-    pipeline, data_parallel = steps[PIPELINE, K, M], steps[DATA_PARALLEL, K, M]
+    rows = [row for row in result["steps"] if row["optimizer"] == optimizer]
+    steps = {(row["method"], row["K"], row["M"], row["remedies"]): row for row in rows}
+    pipeline, data_parallel = steps[PIPELINE, K, M, ""], steps[DATA_PARALLEL, K, M, ""]
     found = [
         Candidate("1F1B", PIPELINE, 1.0, pipeline["seconds"], pipeline["largest_device"]),
         Candidate(
@@ -72,7 +73,7 @@ def candidates(result: Mapping[str, Any], optimizer: str, K: int, M: int) -> lis
             if key not in longest or row["steps"] > longest[key]["steps"]:
                 longest[key] = row
     for row in longest.values():
-        step = steps[row["method"], K, row["M"]]
+        step = steps[row["method"], K, row["M"], row["remedies"]]
         extra = 1 + row["extra_updates"]
         found.append(Candidate(row["label"], row["method"], extra, step["seconds"], step["largest_device"]))
     return found

@@ -251,6 +251,7 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"epochs": -3}, "--epochs -3"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"data_parallel": 0}, "--data-parallel 0"),
+        ({"shard_params": True}, "--shard-params splits the weights of a stage over its --data-parallel devices"),
         ({"devices": 0}, "--devices 0"),
         ({"eval_every": 0}, "--eval-every 0"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0"),
