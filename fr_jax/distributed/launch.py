@@ -34,7 +34,9 @@ KEEP_MEMORY = {
 # Run by each process before it becomes the program. A preexec_fn would do it too, but needs a fork of this process,
 # which may deadlock once JAX has started threads in it.
 _PREPARE = """
-import ctypes, os, signal, sys
+import _signal as signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C; _signal is there at once, signal is not
+import ctypes, os, sys
 cores, *program = sys.argv[1:]
 if cores:
     os.sched_setaffinity(0, map(int, cores.split(",")))
