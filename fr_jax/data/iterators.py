@@ -32,9 +32,9 @@ def iterator_pipeline(
     """Feeds the training loop from an iterator, or from an iterable that begins anew when it ends.
 
     Its position is saved with every checkpoint if it can say it: by ``get_state()`` and ``set_state(state)`` (Grain),
-    ``state()`` and ``set_state(state)``, or ``state_dict()`` and ``load_state_dict(state)`` (torchdata), of the
-    iterator or of the iterable; a state is bytes, or what JSON holds. A run that is fed by any other iterator cannot be
-    resumed: the loop then refuses its first mini-batch.
+    ``state()`` and ``set_state(state)``, or ``state_dict()`` and ``load_state_dict(state)`` (torchdata, whose states
+    may hold tensors, which are refused), of the iterator or of the iterable; a state is bytes, or what JSON holds. A
+    run that is fed by any other iterator cannot be resumed: the loop then refuses its first mini-batch.
 
     Args:
       batches: of mini-batches: an ``fr_jax.Batch``, or a pair of inputs and targets, of NumPy arrays ``(B, ...)`` (for
