@@ -106,9 +106,9 @@ def test_commands_have_programs_and_settings_that_exist(path, monkeypatch):
         return 0
 
     monkeypatch.setattr(harness, "main", read_only)
-    for flag, module, *arguments in shown(path):
-        if flag == "-m" and module.startswith("fr_jax.experiments."):
-            assert main_of(module)(arguments) == 0
+    for words in shown(path):
+        if words[0] == "-m" and words[1].startswith("fr_jax.experiments."):
+            assert main_of(words[1])(words[2:]) == 0
 
 
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.parent.name)
