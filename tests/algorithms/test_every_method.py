@@ -162,7 +162,13 @@ def test_multi_steps_objects_are_refused():
     assert moved == [False, True, False, True]
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(fr.features_replay, gpipe, dni),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in (fr.features_replay, gpipe, dni)),
+    ],
+)
 def test_a_plateau_reduces_the_rate_of_every_stage(method):
     """Weights that do not move have a loss that does not fall."""
     optimizer = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
