@@ -259,7 +259,8 @@ def admm(
       layer_sizes: n_0..n_L, the values of an input, the units of each layer; the last are the outputs.
       beta: weight of ||z_l - ã_{l-1} W_l||^2, above 0.
       gamma: weight of ||a_l - h(z_l)||^2, above 0.
-      warm_start: iterations before the first update of the multiplier.
+      warm_start: iterations before the first update of the multiplier. On MNIST the updates do harm, and a number above
+        that of all iterations, which leaves them out, is better (``experiments/named-systems``).
       placement: one sharding (:func:`fr_jax.placement` for K = 1, ``data_parallel`` devices); None is the default
         device.
       donate: reuse the buffers of the old state; it is then invalid after ``step``.
