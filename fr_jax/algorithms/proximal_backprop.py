@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 from jax.sharding import Sharding
 
@@ -153,7 +154,9 @@ def implicit(own: Proximal, vjp: Callable, delta: PyTree, grads: PyTree) -> PyTr
     def product(v: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a + b / own.step, transposed(*forward(v)), v)
 
-    return cg(product, grads, tol=0.0, maxiter=own.cg_steps)[0]
+    v = cg(product, grads, tol=0.0, maxiter=own.cg_steps)[0]
+    # For gradients that are not finite cg stops at once, at zero, and nobody would see what happened.
+    return jax.tree.map(lambda one, grad: jnp.where(jnp.isfinite(grad), one, grad), v, grads)
 
 
 def step(
