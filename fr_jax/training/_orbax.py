@@ -7,6 +7,7 @@ import contextlib
 import logging
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,10 +26,10 @@ class _DrainingLoop(asyncio.SelectorEventLoop):
     def close(self) -> None:
         if not self.is_closed() and (pending := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.wait(pending, timeout=_DRAIN_SECONDS))
-            for task in pending:
-                if task.done() and not task.cancelled():
-                    task.exception()  # or asyncio warns that it was never retrieved
         super().close()
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Nothing: one failure is raised in the caller, and asyncio would print each further one."""
 
 
 @contextlib.contextmanager
@@ -53,11 +54,23 @@ def quiet_orbax() -> Iterator[None]:
     except KeyboardInterrupt:
         interrupted = True
         raise
+    except Exception:
+        _wait_for_threads()
+        raise
     finally:
         if not interrupted:
             logger.setLevel(level)
             threading.excepthook = hook
         asyncio.new_event_loop = new_event_loop
+
+
+def _wait_for_threads() -> None:
+    """Those of orbax still write after one of them, or its caller, has failed."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
+            # Its own join raises what the thread has raised.
+            threading.Thread.join(thread, timeout=max(0.0, deadline - time.monotonic()))
 
 
 def orbax_manager(directory: pathlib.Path, **options: Any) -> Any:

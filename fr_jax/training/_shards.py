@@ -170,7 +170,9 @@ def load_part(folder: pathlib.Path, part: Part, dtype: str) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         return array.view(jnp.dtype(dtype)).reshape([stop - start for start, stop in part.bounds])
-    except (OSError, ValueError, EOFError) as error:
+    except MemoryError:  # says nothing about the file
+        raise
+    except Exception as error:  # NumPy reads a damaged header as Python source
         where = f"{folder.name}/{part.process}/{part.file}"
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error)})"
         raise Damaged(f"{where} {problem}") from error
