@@ -81,8 +81,7 @@ def init_stages(
       ValueError: the key is not a key, the batch is not a mini-batch or cannot be split over the devices of a stage, a
         stage sends something on that has no gradient or returns a state of another form, or given weights do not fit.
     """
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
+    _check_key(key)
     check_example(batch)
     check_split(batch, setup.microbatches, setup.shardings)
     counts = tuple(len(stage.layers) for stage in setup.stages)
@@ -131,6 +130,17 @@ def init_stages(
 def _microbatch_spec(tree: PyTree, M: int) -> PyTree:
     dtype = jax.dtypes.canonicalize_dtype
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // M, *x.shape[1:]), dtype(x.dtype)), tree)
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"init() was given key = {key!r}; it must be a JAX random key, such as jax.random.key(0).")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.ndim if typed else (key.ndim != 1 or key.dtype != jnp.uint32):
+        raise ValueError(
+            f"init() was given {key.dtype} of shape {key.shape} as key; it must be one JAX random key, such as "
+            "jax.random.key(0)."
+        )
 
 
 @contextlib.contextmanager

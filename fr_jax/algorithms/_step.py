@@ -15,7 +15,16 @@ from fr_jax._placement import data_parallel_size, replicated, without_context_me
 from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
-from fr_jax.algorithms._validation import Setup, check_batch, check_inputs, iteration, naming_deleted
+from fr_jax.algorithms._validation import (
+    Setup,
+    check_batch,
+    check_inputs,
+    check_params,
+    check_state,
+    iteration,
+    naming_deleted,
+    naming_inputs,
+)
 from fr_jax.distributed._alike import comparison
 from fr_jax.types import Algorithm, Array, Batch, Info, InitAlgorithm, Predict, PyTree, Step
 
@@ -43,6 +52,7 @@ class Iteration:
     def __init__(self, setup: Setup, state: Any, batch: Batch, shared: Any = None, *, any_size: bool) -> None:
         check_batch(setup, state.batch_spec, batch, any_size=any_size)
         K = len(setup.stages)
+        check_params(state.params, K)
         self.t = iteration(state.step)
         self.params, self.model_state = list(state.params), list(state.model_state)
         self.opt_state, self.streams = list(state.opt_state), list(state.streams)
@@ -213,18 +223,21 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
     """
     # Not at once: the functions name devices in their shardings, and a factory touches none.
     parts = functools.cache(make_parts)
+    kinds: list[type] = []
     alike = functools.cache(lambda: comparison(setup.shardings))
 
     @_documented(InitAlgorithm)
     def init_(key: Array, batch: Batch, params: tuple | None = None, model_state: tuple | None = None) -> Any:
         with naming_deleted("init()", params=params, model_state=model_state), without_context_mesh():
             state = init(setup, parts(), key, batch, params, model_state)
+        kinds[:] = [type(state)]
         if compare := alike():
             compare.init(key, batch)
         return state
 
     @_documented(Step)
     def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
+        check_state(state, kinds)
         with naming_deleted("step()", state=state, batch=batch), without_context_mesh():
             stepped = step(setup, parts(), state, batch)
         if compare := alike():
@@ -251,12 +264,15 @@ def make_predict(setup: Setup) -> Predict:
     @_documented(Predict)
     def predict(state: Any, inputs: PyTree, /) -> PyTree:
         check_inputs(inputs)
+        check_state(state, called="predict()")
+        check_params(state.params, len(setup.stages), "predict()")
         D = math.lcm(*map(data_parallel_size, setup.shardings))
         size = jax.tree.leaves(inputs)[0].shape[0]
         with naming_deleted("predict()", state=state, inputs=inputs), without_context_mesh():
             h = _padded(inputs, -size % D)
             for k, infer in enumerate(stages()):
-                h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
+                with naming_inputs(state, inputs):
+                    h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
             return first_rows(size)(h) if size % D else h
 
     @functools.lru_cache(maxsize=128)

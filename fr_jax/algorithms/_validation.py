@@ -113,8 +113,8 @@ def check_setup(
     """Checks what every method is given, and brings it to one entry per stage. No device is asked for anything.
 
     Raises:
-      ValueError: no stages, something that is not a Stage, a number of optimizers or shardings other than K,
-        ``microbatches`` that is not a whole number of at least 1, or ``global_clip`` below 0.
+      ValueError: no stages, something that is not a Stage, a loss that is not a function, a number of optimizers or
+        shardings other than K, ``microbatches`` that is not a whole number of at least 1, or ``global_clip`` below 0.
     """
     if isinstance(stages, Stage):
         stages = (stages,)
@@ -122,6 +122,9 @@ def check_setup(
     if not stages:
         raise ValueError("0 stages were given; a network has at least one. Make them with fr_jax.partition or chain.")
     check_stages(stages, "stage")
+    for name, function in ("loss_fn", loss_fn), ("metrics_fn", metrics_fn):
+        if not callable(function) and (name, function) != ("metrics_fn", None):
+            raise ValueError(f"{name} = {function!r} was given; it must be a function (outputs, targets) -> number(s).")
     optimizers = per_stage(optimizer, len(stages))
     shardings = None if placement is None else check_placement(placement, len(stages))
     M = check_count("microbatches", microbatches, why=MICROBATCHES)
@@ -262,6 +265,40 @@ def check_inputs(inputs: PyTree) -> None:
             f"predict() was given inputs of shape {shapes}; all must have the same number of examples along the first "
             "axis."
         )
+
+
+def check_state(state: Any, kinds: Sequence[type] = (), called: str = "step()") -> None:
+    """Raises ValueError for what is no state; of the type in ``kinds``, once ``init`` has made one."""
+    right = type(state) in kinds if kinds else hasattr(state, "params") and hasattr(state, "model_state")
+    if not right:
+        kind = f"a {kinds[0].__name__}, which this method's" if kinds else "a state, which"
+        raise ValueError(
+            f"{called} was given a {type(state).__name__} as state; it must be {kind} init() or step() has returned."
+        )
+
+
+def check_params(params: Any, K: int, called: str = "step()") -> None:
+    """Raises ValueError for the weights of a state unless there is one entry for each of K stages."""
+    if not isinstance(params, Sequence) or len(params) != K:
+        raise ValueError(
+            f"{called} was given a state whose params are not those of K = {K} stages. Use a state of this algorithm's "
+            "init() or step(); fr_jax.layer_params carries weights over."
+        )
+
+
+@contextlib.contextmanager
+def naming_inputs(state: Any, inputs: PyTree) -> Iterator[None]:
+    """Says in the library's words what ``predict`` was given, if it fails for inputs unlike those of training."""
+    try:
+        yield
+    except Exception as error:
+        given, spec = TreeSpec.of(inputs), getattr(state, "batch_spec", None)
+        if isinstance(spec, BatchSpec) and not spec.inputs.fits(given, any_size=True):
+            raise ValueError(
+                f"predict() was given inputs {given}, for which the network fails; it was trained on {spec.inputs}, "
+                "with any number of rows."
+            ) from error
+        raise
 
 
 def check_alive(called: str, **given: PyTree) -> None:

@@ -81,6 +81,8 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], Iterator[bytes | None]]] = {
 }
 
 
+# orbax leaves a coroutine behind for one in a thousand damaged files; pytest makes the warning of it an error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("save", [by_one_process, by_two_processes])
 def test_every_file_of_a_checkpoint(save, program_env, tmp_path, capfd):

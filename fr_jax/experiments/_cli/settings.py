@@ -163,7 +163,7 @@ class CommonSettings:
     """Mini-batches over which the learning rate rises linearly from 0; cosine starts to fall after them."""
     milestones: tuple[float, ...] | None = setting(None, least=0, vary=False)
     """[schedule steps] Epochs after which the rate is divided by 10. Default: at 1/2 and 3/4 of the run."""
-    momentum: float = setting(0.9, least=0)
+    momentum: float = setting(0.9, least=0, most=1)
     """[sgd] Momentum."""
     nesterov: bool = setting(False)
     """[sgd] Nesterov's form of momentum (the paper's authors used it in their code)."""
