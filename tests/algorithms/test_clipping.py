@@ -115,6 +115,7 @@ def test_what_is_no_norm_is_refused(naive, layers, bad):
         fr.backprop(layers, naive.squared_error, optax.sgd(0.1), global_clip=bad)
 
 
+@pytest.mark.filterwarnings("ignore:this network keeps weights in bfloat16")
 def test_half_precision(naive):
     layers = [naive.dense(3).stage, naive.dense(2).stage]
     batch = fr.Batch(100 * jnp.ones((6, 3), jnp.bfloat16), jnp.ones((6, 2), jnp.bfloat16))
