@@ -207,6 +207,7 @@ def test_targets_that_would_be_split_apart_from_their_inputs_are_refused(naive, 
         gpipe.init(jax.random.key(0), batch._replace(targets=batch.targets.ravel()))
 
 
+@pytest.mark.filterwarnings("ignore:this network keeps weights in bfloat16")
 def test_gradients_of_half_precision_do_not_get_worse_with_more_microbatches():
     """One product, whose gradient is the mean over the examples: in bfloat16 the sums of 32 parts would lose digits."""
     B, M = 128, 32
