@@ -268,7 +268,7 @@ def check_inputs(inputs: PyTree) -> None:
 
 
 def check_state(state: Any, kinds: Sequence[type] = (), called: str = "step()") -> None:
-    """Raises ValueError for what is no state; of the type in ``kinds``, once ``init`` has made one."""
+    """Raises ValueError for anything but a state; of the type in ``kinds``, once ``init`` has made one."""
     right = type(state) in kinds if kinds else hasattr(state, "params") and hasattr(state, "model_state")
     if not right:
         kind = f"a {kinds[0].__name__}, which this method's" if kinds else "a state, which"

@@ -16,7 +16,7 @@ def read(folder: Path) -> Arrays:
     """Maps the images, reads the labels, and checks that they fit.
 
     Raises:
-      DataError: a file is missing or is no NumPy file, or an array has another form than a data set's.
+      DataError: a file is missing or not a NumPy file, or an array has another form than a data set's.
     """
     arrays = Arrays(*(_mapped(folder / name) for name in FILES))
     for what, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
@@ -43,5 +43,7 @@ def _mapped(path: Path) -> np.ndarray:
         raise DataError(f"the data folder {path.parent} has no {path.name}; --dataset npy needs {', '.join(FILES)}.")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except MemoryError:  # says nothing about the file
+        raise
+    except Exception as error:  # NumPy reads a damaged header as Python source
         raise DataError(f"{path} cannot be read as a NumPy file ({error}); write it with numpy.save.") from error

@@ -48,7 +48,7 @@ def iterator_pipeline(
       The pipeline. Its ``train_batch`` must be asked for mini-batches in order; the newest may be asked for again.
 
     Raises:
-      DataError: (by ``train_batch``) the iterator ended, gave something that is no mini-batch, or is elsewhere.
+      DataError: (by ``train_batch``) the iterator ended, gave something other than a mini-batch, or is elsewhere.
 
     Example:
       >>> import numpy as np

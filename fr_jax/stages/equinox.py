@@ -65,7 +65,7 @@ def from_equinox(
 
     @functools.cache
     def rest() -> Any:
-        """What is no array: it is made once, and is the same for every key."""
+        """Everything but the arrays: made once, and the same for every key."""
         made, _ = (module, state) if given else eqx.filter_eval_shape(make, jax.random.key(0))
         return _parts_of(made)[2]
 
@@ -97,7 +97,7 @@ def from_equinox(
 
 
 def _parts_of(module: Any) -> tuple[Any, Any, Any]:
-    """What is trained, all other arrays, and what is no array; arrays may be their shapes alone."""
+    """The trained arrays, the other arrays, and the rest; arrays may be their shapes alone."""
     import equinox as eqx
 
     arrays, rest = eqx.partition(module, lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct))

@@ -63,6 +63,11 @@ def cut_short(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def damage_header(folder):
+    path = folder / "test_labels.npy"
+    path.write_bytes(path.read_bytes().replace(b"{'descr'", b"{'desc(("))
+
+
 def code(folder):
     np.save(folder / "train_labels.npy", np.array([print] * N, object), allow_pickle=True)
 
@@ -72,6 +77,7 @@ def code(folder):
     [
         (remove, "has no test_labels.npy; --dataset npy needs train_images.npy, train_labels.npy"),
         (cut_short, "train_images.npy cannot be read as a NumPy file"),
+        (damage_header, "test_labels.npy cannot be read as a NumPy file"),
         (code, "train_labels.npy cannot be read as a NumPy file"),
         (lambda f: np.save(f / "train_images.npy", np.ones((N, 5, 6))), r"is float64\[22, 5, 6\]; images are uint8"),
         (lambda f: np.save(f / "test_labels.npy", np.ones(3, int)), r"is int64\[3\]; labels .* of the 7 images"),
