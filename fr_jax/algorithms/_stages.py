@@ -289,6 +289,45 @@ def _check_state(state: PyTree, moved: PyTree) -> None:
         )
 
 
+def check_shapes(called: str, setup: Setup, state: Any, error: Exception) -> None:
+    """Raises ValueError if weights in ``state`` have other shapes than the network's, which explains an ``error``."""
+    problem = None
+    with contextlib.suppress(Exception):  # of a state that is another in more than that
+        problem = _other_shapes(setup, state)
+    if problem:
+        raise ValueError(
+            f"{called} was given a state in which {problem}. Give weights of the same shapes; other shapes need an "
+            "algorithm and a state of their own."
+        ) from error
+
+
+def _other_shapes(setup: Setup, state: Any) -> str | None:
+    """Where a state has weights of other shapes than the layers make for its inputs."""
+    if state.batch_spec.layers != tuple(len(stage.layers) for stage in setup.stages):
+        return None  # a state of another K, which has its own message
+    treedef, leaves = state.batch_spec.inputs
+    h = _microbatch_spec(treedef.unflatten(jax.ShapeDtypeStruct(*leaf) for leaf in leaves), setup.microbatches)
+    key = jax.random.key(0)
+    for k, stage in enumerate(setup.stages):
+        made = []
+        for layer in layers_of(stage):
+            own_params, own_state = jax.eval_shape(lambda key, init=layer.init, h=h: init(key, _zeros(h)), key)
+            made.append((own_params, own_state))
+            h, _ = _applied(setup, layer, own_params, own_state, h, key)
+        for name, own in zip(("params", "model_state"), zip(*made, strict=True), strict=True):
+            old, new = _shapes(own if stage.layers else own[0]), _shapes(getattr(state, name)[k])
+            for path in {**old, **new}:
+                if old.get(path) != new.get(path):
+                    found, right = new.get(path, "missing"), old.get(path, "missing")
+                    return f"{name}[{k}]{path} is {found}; in this algorithm's network it is {right}"
+    return None
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"of shape {tuple(leaf.shape)}" for path, leaf in leaves}
+
+
 def _check_feature(h: PyTree, k: int) -> None:
     for leaf in jax.tree.leaves(h):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):

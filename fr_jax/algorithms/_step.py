@@ -15,6 +15,7 @@ from fr_jax._placement import data_parallel_size, replicated, without_context_me
 from fr_jax.algorithms._clipping import squares_of_others, with_others
 from fr_jax.algorithms._functions import make_infer
 from fr_jax.algorithms._losses import NOTHING, Told
+from fr_jax.algorithms._stages import check_shapes
 from fr_jax.algorithms._validation import (
     Setup,
     check_batch,
@@ -238,8 +239,12 @@ def make_algorithm(setup: Setup, init: Callable, step: Callable, make_parts: Cal
     @_documented(Step)
     def step_(state: Any, batch: Batch, /) -> tuple[Any, Info]:
         check_state(state, kinds)
-        with naming_deleted("step()", state=state, batch=batch), without_context_mesh():
-            stepped = step(setup, parts(), state, batch)
+        try:
+            with naming_deleted("step()", state=state, batch=batch), without_context_mesh():
+                stepped = step(setup, parts(), state, batch)
+        except Exception as error:
+            check_shapes("step()", setup, state, error)
+            raise
         if compare := alike():
             compare.step(batch)
         return stepped
@@ -268,12 +273,16 @@ def make_predict(setup: Setup) -> Predict:
         check_params(state.params, len(setup.stages), "predict()")
         D = math.lcm(*map(data_parallel_size, setup.shardings))
         size = jax.tree.leaves(inputs)[0].shape[0]
-        with naming_deleted("predict()", state=state, inputs=inputs), without_context_mesh():
-            h = _padded(inputs, -size % D)
-            for k, infer in enumerate(stages()):
-                with naming_inputs(state, inputs):
-                    h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
-            return first_rows(size)(h) if size % D else h
+        try:
+            with naming_deleted("predict()", state=state, inputs=inputs), without_context_mesh():
+                h = _padded(inputs, -size % D)
+                for k, infer in enumerate(stages()):
+                    with naming_inputs(state, inputs):
+                        h = infer(state.params[k], state.model_state[k], put(h, setup.shardings[k]))
+                return first_rows(size)(h) if size % D else h
+        except Exception as error:
+            check_shapes("predict()", setup, state, error)
+            raise
 
     @functools.lru_cache(maxsize=128)
     def first_rows(size: int) -> Callable:

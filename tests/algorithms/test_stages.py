@@ -267,3 +267,22 @@ def test_a_state_of_other_stages_is_refused(naive, method):
     for cuts in ((1,), (2,), ()):
         with pytest.raises(ValueError, match=r"a state of K = 3 stages with \(1, 1, 1\) layers"):
             make(cuts).step(state, BATCH)
+
+
+@pytest.mark.parametrize("method", [fr.backprop, fr.features_replay])
+def test_weights_of_other_shapes_are_named(method):
+    """A user's own weights in a state: the network fails beneath the library, which looks for the reason then."""
+    layers = [fr.from_linen(nn.Dense(4)), fr.from_linen(nn.LayerNorm()), fr.from_linen(nn.Dense(2))]
+    fit = method(fr.partition(layers, (1,)), lambda y, t: ((y - t) ** 2).mean(), optax.adam(0.1))
+    batch = fr.Batch(jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    state = fit.init(jax.random.key(0), batch)
+    norm, dense = state.params[1]
+    wide = state._replace(params=(state.params[0], (norm, dense | {"kernel": jnp.ones((5, 2))})))
+    right = r"params\[1\]\[1\]\['kernel'\] is of shape \(5, 2\); in this algorithm's network it is of shape \(4, 2\)\."
+    for call, given in (fit.step, batch), (fit.predict, batch.inputs):
+        with pytest.raises(ValueError, match=rf"^{call.__name__}\(\) was given a state in which {right}"):
+            call(wide, given)
+    less = state._replace(params=(state.params[0], (norm, {"bias": dense["bias"]})))
+    with pytest.raises(ValueError, match=r"\['kernel'\] is missing; in this .* it is of shape \(4, 2\)"):
+        fit.step(less, batch)
+    fit.step(state, batch)
