@@ -90,29 +90,21 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Holds the folder against a second process, such as a ``--resume`` of a run that is still going.
 
-        The lock goes with the process, however that ends. Without ``flock`` (Windows) there is none.
+        The lock goes with the process, however that ends. Without ``flock`` (Windows) there is none. If nothing comes
+        to be written, because of an error, the folders that this made are gone afterwards.
 
         Raises:
           WorkdirError: another process holds the folder.
         """
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        # The folder itself: a lock file would be one more thing in it.
-        itself = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(itself, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WorkdirError(
-                    f"another process is training in {self.path}. Wait for it, stop it, or choose another --workdir."
-                ) from None
-            yield
+            with _locked(self.path):
+                yield
         finally:
-            os.close(itself)
+            for path in made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
 
     def claim(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
         """Makes the folder this run's: with ``overwrite`` the old run's files go first, a summary in any case."""
@@ -150,6 +142,27 @@ class RunFolder:
                 f"--resume cannot continue the run in {self.path} with other settings: {'; '.join(different)}. "
                 "Repeat the settings of the run (they stand in its config.json), or use another --workdir."
             )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    # The folder itself: a lock file would be one more thing in it.
+    itself = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(itself, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"another process is training in {folder}. Wait for it, stop it, or choose another --workdir."
+            ) from None
+        yield
+    finally:
+        os.close(itself)
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

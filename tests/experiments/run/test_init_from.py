@@ -75,6 +75,6 @@ def test_what_cannot_be_gone_on_from(whole, tmp_path, capsys):
         (["--init-from", whole, "--width", 9], "is a run of --model mlp --depth 4 --width 8 --dropout-rate 0.0 on dig"),
     ]
     for words, said in cases:
-        assert train(tmp_path / "never", "bp", 1, 5, *words) == 2
+        assert train(tmp_path / "never" / "run", "bp", 1, 5, *words) == 2
         assert said in capsys.readouterr().err
-    assert not (tmp_path / "never" / "config.json").exists()
+        assert not (tmp_path / "never").exists()
