@@ -8,6 +8,8 @@ import logging
 import pathlib
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +56,9 @@ def quiet_orbax() -> Iterator[None]:
     except KeyboardInterrupt:
         interrupted = True
         raise
-    except Exception:
+    except Exception as error:
         _wait_for_threads()
+        _forget_coroutines(error)
         raise
     finally:
         if not interrupted:
@@ -71,6 +74,13 @@ def _wait_for_threads() -> None:
         if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
             # Its own join raises what the thread has raised.
             threading.Thread.join(thread, timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _forget_coroutines(error: BaseException) -> None:
+    """Those that orbax (0.12.8) made before it failed, and does not await, would end in a warning of Python's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        traceback.clear_frames(error.__traceback__)
 
 
 def orbax_manager(directory: pathlib.Path, **options: Any) -> Any:

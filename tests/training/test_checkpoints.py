@@ -247,6 +247,13 @@ def empty_folder(folder: pathlib.Path) -> None:
     folder.mkdir()
 
 
+def unknown_type(folder: pathlib.Path) -> None:
+    """Of the last array: orbax then fails between coroutines that it has made and not awaited."""
+    path = folder / "state" / "_METADATA"
+    before, _, after = path.read_text().rpartition("np.ndarray")
+    path.write_text(f"{before}np.ndarraq{after}")
+
+
 DAMAGES = {
     "truncated": truncate,
     "flipped data": flip_data,
@@ -256,6 +263,7 @@ DAMAGES = {
     "no arrays": lambda folder: shutil.rmtree(folder / "state"),
     "no index": lambda folder: shutil.rmtree(folder / "index"),
     "no manifest": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "an array of no known type": unknown_type,
     "empty index": lambda folder: os.truncate(index_file(folder), 0),
     "empty folder": empty_folder,
 }
