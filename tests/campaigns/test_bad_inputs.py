@@ -150,7 +150,7 @@ def test_a_program_refuses_in_one_message(name, line, folder, tmp_path, monkeypa
     out, err = capsys.readouterr()
     assert code in (1, 2), (code, out[-500:], err[-500:])
     assert err.strip() and "Traceback" not in out + err and len(err.strip().splitlines()) <= 25, err[-1500:]
-    assert sorted(folder.rglob("*")) == before and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(folder.rglob("*")) == before and not [*tmp_path.rglob("*")]
 
 
 def mse(y: jax.Array, t: jax.Array) -> jax.Array:
@@ -188,6 +188,11 @@ def predict(inputs: Any) -> Any:
 def with_state(change: Callable[[Any], Any]) -> Any:
     algorithm = make()
     return algorithm.step(change(algorithm.init(KEY, BATCH)), BATCH)
+
+
+def with_weights(state: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A user's own weights in place of those of the first stage."""
+    return state._replace(params=({name: jnp.ones(shape) for name, shape in shapes.items()}, *state.params[1:]))
 
 
 def batch(inputs: Any = BATCH.inputs, targets: Any = BATCH.targets) -> fr.Batch:
@@ -252,6 +257,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "step: None as state": lambda: with_state(lambda s: None),
     "step: weights of text": lambda: with_state(lambda s: s._replace(params=("a", "b"))),
     "step: weights of one stage": lambda: with_state(lambda s: s._replace(params=s.params[:1])),
+    "step: a width that does not fit": lambda: with_state(lambda s: with_weights(s, {"kernel": (3, 5), "bias": (5,)})),
+    "step: a width that does not fit the rest": lambda: with_state(lambda s: with_weights(s, {"kernel": (3, 4)})),
+    "predict: a width that does not fit": lambda: make().predict(
+        with_weights(init(), {"kernel": (3, 5), "bias": (5,)}), BATCH.inputs
+    ),
     "predict: None": lambda: predict(None),
     "predict: text": lambda: predict("x"),
     "predict: a scalar": lambda: predict(np.float32(1)),
