@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["Group", "GroupError", "distributed_state"]
+__all__ = ["LOST_ADVICE", "Group", "GroupError", "client", "distributed_state", "say"]
 
 T = TypeVar("T")
 
@@ -150,9 +150,9 @@ class Group:
             if seconds >= (said + 1) * REMIND_SECONDS:
                 said += 1
                 where = _place(sys._current_frames().get(thread))
-                _say(f"process {self.index} has been in {where} for {_time(seconds)}: busy, stuck, or waiting.")
+                say(f"process {self.index} has been in {where} for {_time(seconds)}: busy, stuck, or waiting.")
             if seconds > self.patience:
-                _say(f"process {self.index} did not go on for {_time(seconds)}, and is ended. {ADVICE}")
+                say(f"process {self.index} did not go on for {_time(seconds)}, and is ended. {ADVICE}")
                 self.fail(1)
                 os._exit(1)  # the thread that is stuck cannot raise
 
@@ -181,7 +181,7 @@ class Group:
                 raise GroupError(f"{self._missing(number)} within {_time(seconds)}. {ADVICE}")
             if seconds >= (said + 1) * REMIND_SECONDS:
                 said += 1
-                _say(f"process {self.index} waits: after {_time(seconds)} {self._missing(number)}.")
+                say(f"process {self.index} waits: after {_time(seconds)} {self._missing(number)}.")
 
     def _missing(self, number: int) -> str:
         """Which processes have not come to an exchange, and which one that is."""
@@ -199,6 +199,11 @@ class Group:
 ADVICE = (
     "See where it is (py-spy dump --pid PID), or give it more time: a process is waited for ten times as long as "
     "--heartbeat says."
+)
+
+LOST_ADVICE = (
+    "Check that machine and the network, then start all processes again; a training program continues with --resume "
+    "from its newest checkpoint."
 )
 
 
@@ -221,7 +226,8 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line of the library on stderr."""
     print(f"fr_jax: {text}", file=sys.stderr, flush=True)
 
 
@@ -240,7 +246,7 @@ def client() -> Any:
 
 
 def _unreachable(error: Exception) -> GroupError:
-    return GroupError(f"process 0 can no longer be reached ({str(error).splitlines()[0]}).")
+    return GroupError(f"process 0 can no longer be reached ({str(error).splitlines()[0]}). {LOST_ADVICE}")
 
 
 def _difference(other: Any, first: Any) -> str:

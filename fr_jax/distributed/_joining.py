@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from fr_jax.distributed._coordination import Group, GroupError, distributed_state
+from fr_jax.distributed._liveness import tell_of_silence
 from fr_jax.distributed._rendezvous import meet
 
 __all__ = ["COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "free_port", "group", "initialize", "is_first"]
@@ -42,6 +43,7 @@ def initialize(
       process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
       heartbeat_seconds: after so long without a sign of life from one process, JAX aborts the others (exit code 134).
+        They name it before.
         One that is alive but does not come to a meeting is named every minute, and waited for ten times as long.
       join_seconds: how long to wait for all processes at the start. With ``detect``, or for a process that is lost
         just after all have come, JAX does the waiting and aborts (exit code 134).
@@ -87,6 +89,8 @@ def initialize(
         raise GroupError(_why_not_joined(known, error), 2) from error
     atexit.register(_keep_clients)
     group().patience = STUCK * heartbeat_seconds
+    if group().size > 1:
+        tell_of_silence(group().index, group().size, heartbeat_seconds)
     return group().size > 1
 
 
@@ -192,9 +196,25 @@ def _own_address(coordinator: str) -> str:
 
 def _prepare_cpu_transfers(mine: str) -> None:
     """Gives CPU devices sockets for what they send each other, at an explicit port: port 0 hangs (jax 0.10.2)."""
+    from jax._src import xla_bridge
+
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cross_host_transfer_socket_address", f"{mine}:{free_port(mine)}")
     jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{mine}:0"] * 4))
+    xla_bridge.register_backend_factory("cpu", lambda: _cpu_client(mine), priority=0, fail_quietly=False)
+
+
+def _cpu_client(mine: str) -> Any:
+    """JAX's own, whose collectives listen at this machine's address.
+
+    JAX (0.10 to 0.12) lets them listen where the machine's own name leads. On many machines that is 127.0.0.1, which
+    no other one can reach: a stage on CPUs of two machines failed after minutes.
+    """
+    from jax._src import xla_bridge
+    from jax._src.lib import _jax
+
+    client = distributed_state().client
+    return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(distributed_client=client, hostname=mine))
 
 
 def _keep_clients() -> None:

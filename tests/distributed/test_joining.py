@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from fr_jax import distributed
-from fr_jax.distributed import Group, GroupError, _coordination
+from fr_jax.distributed import Group, GroupError, _coordination, _joining
 from fr_jax.distributed.launch import start
 
 
@@ -150,6 +150,16 @@ def test_a_process_that_does_not_go_on_says_where_it_is(alone, capsys, monkeypat
     assert all(" process 0 has been in test_a_process_that_does_not_go_on" in line for line in lines[:3])
     assert "did not go on for 0 s, and is ended" in lines[3] and ended == [1]
     assert _coordination.client().kept["fr_jax/failed"] == "[0, 1]"
+
+
+def test_collectives_of_cpus_listen_where_the_others_look(monkeypatch):
+    """JAX takes the address of the machine's own name, which is 127.0.0.1 on many: a stage on two of them failed."""
+    given = []
+    make = lambda **how: given.append(how["hostname"]) or "gloo"
+    monkeypatch.setattr(jax._src.lib._jax, "make_gloo_tcp_collectives", make)
+    monkeypatch.setattr(jax._src.xla_bridge, "make_cpu_client", lambda collectives: given.append(collectives))
+    _joining._cpu_client("10.0.0.2")
+    assert given == ["10.0.0.2", "gloo"]
 
 
 SCRIPT = """

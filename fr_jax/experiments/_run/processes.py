@@ -44,7 +44,7 @@ def join(settings: TrainSettings) -> None:
     check_same_settings(as_json(settings))
     if group.size > 1 and group.index == 0:
         seconds = settings.heartbeat
-        print(f"{group.size} processes; one that dies or cannot be reached ends the others within {seconds} s.")
+        print(f"{group.size} processes; one that dies or cannot be reached ends the others after about {seconds} s.")
 
 
 def launched(command: str) -> str:
