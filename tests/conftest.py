@@ -1,8 +1,9 @@
 import gc
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # The tests need no accelerator and must not occupy one. JAX_PLATFORMS=cuda,cpu in the environment still wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -80,3 +81,19 @@ def program_env(compiled: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
     }
+
+
+@pytest.fixture(scope="session")
+def checksums() -> Callable[[Path], dict[str, Any]]:
+    """``checksums(folder)``: kind and checksums, or value, of each leaf of the newest checkpoint, whatever its form."""
+    import orbax.checkpoint as ocp
+
+    from fr_jax.training.checkpoints import Checkpoints
+
+    def checksums(folder: Path) -> dict[str, Any]:
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            leaves = checkpoints._read(checkpoints.steps()[-1], index=ocp.args.JsonRestore()).index["leaves"]
+        crc = lambda entry: [part["crc32"] for part in entry.get("parts", [entry]) if "crc32" in part]
+        return {name: [entry["kind"], entry.get("value"), crc(entry)] for name, entry in leaves.items()}
+
+    return checksums

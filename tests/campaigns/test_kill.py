@@ -19,10 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
 import pytest
-
-from fr_jax.training.checkpoints import Checkpoints
 
 KILLS, SEED = int(os.environ.get("FR_JAX_KILLS", "4")), int(os.environ.get("FR_JAX_SEED", "0"))
 INTERVAL, STEPS = 7, 120
@@ -64,14 +61,6 @@ def run(words: list[str], env: dict[str, str]) -> str:
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, (words, done.stdout[-1500:], done.stderr[-1500:])
     return done.stdout
-
-
-def checksums(folder: Path) -> dict[str, Any]:
-    """Of every leaf of the newest checkpoint, whatever its form."""
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        leaves = checkpoints._read(checkpoints.steps()[-1], index=ocp.args.JsonRestore()).index["leaves"]
-    crc = lambda entry: [part["crc32"] for part in entry["parts"]] if "parts" in entry else entry.get("crc32")
-    return {name: [entry["kind"], entry.get("value"), crc(entry)] for name, entry in leaves.items()}
 
 
 def last_row(folder: Path) -> int:
@@ -119,7 +108,7 @@ def killed(words: list[str], env: dict[str, str], folder: Path, rng: random.Rand
     return who, known
 
 
-def one_kill(kill: int, expected: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
+def one_kill(kill: int, checksums, expected: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """Kills a run and lets it go on; what happened, for the log."""
     case = CASES[kill % len(CASES)]
     who, known = killed(command(case, folder), env, folder, random.Random(f"{SEED} {kill}"))
@@ -144,7 +133,7 @@ def one_kill(kill: int, expected: dict[str, Any], folder: Path, env: dict[str, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(400 * KILLS + 600)
-def test_killed_at_random_moments(program_env, tmp_path):
+def test_killed_at_random_moments(program_env, tmp_path, checksums):
     path = Path(os.environ.get("FR_JAX_KILLS_LOG", tmp_path / "kills.jsonl"))
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done, whole = {row["kill"] for row in rows if row["seed"] == SEED}, {}
@@ -153,7 +142,7 @@ def test_killed_at_random_moments(program_env, tmp_path):
         if case not in whole:
             run(command(case, tmp_path / f"whole-{kill}"), program_env)
             whole[case] = checksums(tmp_path / f"whole-{kill}")
-        rows.append(one_kill(kill, whole[case], folder, program_env))
+        rows.append(one_kill(kill, checksums, whole[case], folder, program_env))
         print(rows[-1], flush=True)
         with open(path, "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")

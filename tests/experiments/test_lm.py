@@ -36,12 +36,6 @@ def untimed(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
-def checksums(folder: pathlib.Path, step: int = 12) -> dict[str, Any]:
-    """Name -> kind and CRC32 or value, of everything in a checkpoint."""
-    files = (path for path in (folder / "checkpoints" / str(step) / "index").rglob("*") if path.is_file())
-    return json.loads(next(path for path in files if b'"leaves"' in path.read_bytes()).read_text())["leaves"]
-
-
 def load(path: pathlib.Path) -> Any:
     return json.loads(path.read_text())
 
@@ -145,7 +139,7 @@ def test_what_a_run_prints(finished, texts):
     assert sample.startswith("\n") and f"A sample:\n{'-' * 80}\n{sample}\n{'-' * 80}\n" in out
 
 
-def test_a_resumed_run_is_bit_identical(finished, program, texts, tmp_path):
+def test_a_resumed_run_is_bit_identical(finished, program, texts, tmp_path, checksums):
     """From the checkpoint of step 10 on; with the command that a stopped run prints, and another prompt."""
     folder = shutil.copytree(finished, tmp_path / "again")
     shutil.rmtree(folder / "checkpoints" / "12")
@@ -253,7 +247,7 @@ def test_compare(in_process, texts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_and_resumed_is_bit_identical(finished, program, texts, tmp_path, program_env):
+def test_killed_and_resumed_is_bit_identical(finished, program, texts, tmp_path, program_env, checksums):
     folder = tmp_path / "run"
     words = ["--K", "2", *QUICK, "--text", str(texts), "--workdir", str(folder)]
     command = [sys.executable, "-m", "fr_jax.experiments.lm", *words]
@@ -271,7 +265,7 @@ def test_killed_and_resumed_is_bit_identical(finished, program, texts, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes(finished, texts, tmp_path, program_env):
+def test_two_processes(finished, texts, tmp_path, program_env, checksums):
     """The numbers and the sample of one process."""
     folder = tmp_path / "run"
     words = ["-m", "fr_jax.experiments.lm", "--K", "2", *QUICK, "--text", str(texts), "--workdir", str(folder)]

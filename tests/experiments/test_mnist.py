@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,12 +38,6 @@ def quick(method: str) -> list[str]:
     return ["--method", method, "--K", "1" if card.whole else "2", *words, *OWN.get(method, [])]
 
 
-def checksums(folder: pathlib.Path) -> dict[str, Any]:
-    """Name -> kind and CRC32 or value, of everything in the last checkpoint."""
-    files = (path for path in (folder / "checkpoints" / "12" / "index").rglob("*") if path.is_file())
-    return json.loads(next(path for path in files if b'"leaves"' in path.read_bytes()).read_text())["leaves"]
-
-
 @pytest.fixture
 def program(in_process, no_pictures):
     """Runs the program in this process -> exit code, stdout, stderr; an empty picture."""
@@ -73,9 +66,9 @@ def test_the_network_of_blockprops_figure_2():
         for name in METHODS
     ],
 )
-def test_a_resumed_run_is_bit_identical(program, tmp_path, method):
+def test_a_resumed_run_is_bit_identical(program, tmp_path, method, checksums):
     """From the checkpoint of step 10 on; stages on devices of their own."""
-    out = train_and_resume(program, tmp_path, *quick(method))
+    out = train_and_resume(program, checksums, tmp_path, *quick(method))
     assert f"mlp, {METHODS[method].title}, K = {quick(method)[3]}" in out
 
 
@@ -93,13 +86,13 @@ IN_FLIGHT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", IN_FLIGHT, ids=" ".join)
-def test_a_resumed_run_with_micro_batches_is_bit_identical(program, tmp_path, own):
+def test_a_resumed_run_with_micro_batches_is_bit_identical(program, tmp_path, own, checksums):
     split = ["--K", "4", "--depth", "4", "--microbatches", "4"]
-    out = train_and_resume(program, tmp_path, *QUICK, "--method", *own, *split)
+    out = train_and_resume(program, checksums, tmp_path, *QUICK, "--method", *own, *split)
     assert f"mlp, {METHODS[own[0]].title}, K = 4, M = 4; batch 16" in out
 
 
-def train_and_resume(program, folder: pathlib.Path, *arguments: str) -> str:
+def train_and_resume(program, checksums, folder: pathlib.Path, *arguments: str) -> str:
     """Trains, and again from the checkpoint of step 10; what the first run said."""
     code, said, err = program(*arguments, "--workdir", folder / "whole")
     assert code == 0, err

@@ -53,20 +53,6 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")} for line in lines]
 
 
-def checksums(folder: Path) -> dict:
-    """What the newest checkpoint says of each leaf of the state: dtype, shape, and a checksum of its bytes."""
-    import orbax.checkpoint as ocp
-
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        leaves = checkpoints._read(checkpoints.steps()[-1], index=ocp.args.JsonRestore()).index["leaves"]
-    for entry in leaves.values():
-        if "parts" in entry:  # of a run of several processes; each array is on one device here
-            [part] = entry.pop("parts")
-            entry.pop("dtype")
-            entry["crc32"] = part["crc32"]
-    return leaves
-
-
 def here(*words: object) -> int:
     """The program in the test's own process."""
     return cifar.main([*PROGRAM[2:], *SMALL, *map(str, words)])
@@ -81,7 +67,7 @@ def wait_for(path: Path, text: str, seconds: float = 120) -> None:
 
 @pytest.mark.slow  # quick: two processes give the bits of one (algorithms/), a group ends together (distributed/)
 @pytest.mark.timeout(600)
-def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path, capfd):
+def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path, capfd, checksums):
     """Ctrl-C stops all after the same step and saves; one process goes on, then the group, as one process alone."""
     folder, alone = tmp_path / "group", tmp_path / "alone"
     group = start("--steps", 10**6, "--workdir", folder)
@@ -109,7 +95,7 @@ def test_a_stopped_group_is_continued_to_the_bits_of_one_process(start, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["fr", "2bw"])
-def test_micro_batches_on_two_processes_give_the_bits_of_one(start, tmp_path, method):
+def test_micro_batches_on_two_processes_give_the_bits_of_one(start, tmp_path, method, checksums):
     words = ["--method", method, "--microbatches", 4, "--steps", 6]
     assert wait(start(*words, "--workdir", tmp_path / "group")) == 0
     assert here(*words, "--workdir", tmp_path / "alone") == 0
@@ -121,7 +107,7 @@ def test_micro_batches_on_two_processes_give_the_bits_of_one(start, tmp_path, me
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_init_from_a_run_of_another_K_on_two_processes_gives_the_bits_of_one(run, tmp_path):
+def test_init_from_a_run_of_another_K_on_two_processes_gives_the_bits_of_one(run, tmp_path, checksums):
     """Weights, momentum and step come along from one process to two, and from a run of two to one."""
     program = ["-m", "fr_jax.experiments.mnist", "--dataset", "digits", "--depth", "4", "--width", "16"]
     program += ["--batch-size", "32", "--log-every", "1", "--test-examples", "64", "--milestones", "0.5"]

@@ -90,7 +90,7 @@ def report(home: Path, planned: Mapping[str, Entry], data: Data, model: str, com
             for members, look in zip(lines.values(), looks([key[0] for key in lines]), strict=True)
         ]
         title = f"{model} on {data.name}: {', '.join(dict.fromkeys(run.entry.method for run in runs))}"
-        source = ". ".join([data.source, *notes])
+        source = " ".join([f"{data.source}.", *notes])
         plot_comparison(pictured, home / "comparison.png", title=title, data_source=source, headline=headline)
     return text
 
