@@ -33,5 +33,5 @@ def test_a_program_that_still_imports_ends_with_one_line(program, program_env):
 
 @pytest.mark.slow
 def test_a_program_of_the_user_has_its_own_interrupts(program_env):
-    lines, _ = interrupted(["-c", "import fr_jax"], program_env)
+    lines, _ = interrupted(["-c", "import fr_jax, time; time.sleep(30)"], program_env)
     assert lines[-1] == "KeyboardInterrupt"

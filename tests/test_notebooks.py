@@ -39,6 +39,7 @@ SMALL = {
         K, DEPTH, WIDTH, BATCH, EPOCHS, SEEDS = 2, 4, 16, 128, 1, 1
         RATES, STALE_KS, STALE_RATES = [0.01], [2], [0.01]
         CHECK_EVERY, MEMORY_MODEL, MEMORY_KS = 4, "mlp", [1, 2]
+        NAMED_WIDTH, ADMM_STEPS = 8, 2
     """,
     "04_your_own_model": """
         K, SPIRAL_STEPS, WIDTH, BLOCKS, HEADS = 2, 20, 16, 1, 2

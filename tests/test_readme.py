@@ -31,7 +31,7 @@ ADDED = {  # what makes a command small enough for a test; a flag that is given 
     "throughput": ["--models", "mlp", "--dtypes", "float32", "--batch-size", "16", "--rounds", "1", "--steps", "1"],
     "scaling": [],
     "memory": ["--models", "mlp", "--K", "1", "2", "--batch-size", "16"],
-    "time_to_loss": ["--runs", str(ROOT / "experiments" / "time-to-loss" / "runs"), "--updates-only"],
+    "time_to_loss": ["--runs", str(ROOT / "experiments" / "time-to-loss" / "gpt"), "--updates-only"],
     "theorems": ["--steps", "50", "--replicas", "8", "--K", "2"],
 }
 SLOW = {*ADDED, "launch"}  # their own tests run them

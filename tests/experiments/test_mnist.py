@@ -13,6 +13,7 @@ from fr_jax.data import image_sets as data
 from fr_jax.experiments import mnist
 from fr_jax.experiments._cli.checks import check, resolve
 from fr_jax.experiments._cli.command_line import parse
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
 from fr_jax.training.metrics_log import read_rows
 
@@ -89,7 +90,8 @@ IN_FLIGHT = [
 def test_a_resumed_run_with_micro_batches_is_bit_identical(program, tmp_path, own, checksums):
     split = ["--K", "4", "--depth", "4", "--microbatches", "4"]
     out = train_and_resume(program, checksums, tmp_path, *QUICK, "--method", *own, *split)
-    assert f"mlp, {METHODS[own[0]].title}, K = 4, M = 4; batch 16" in out
+    title = "1F1B" if "1f1b" in own else METHODS[own[0]].title + ", stashed weights" * ("stashed" in own)
+    assert f"mlp, {title}, K = 4, M = 4; batch 16" in out
 
 
 def train_and_resume(program, checksums, folder: pathlib.Path, *arguments: str) -> str:
@@ -110,7 +112,7 @@ def train_and_resume(program, checksums, folder: pathlib.Path, *arguments: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, card in METHODS.items() if not card.full_batch])
 def test_one_device_and_data_parallelism(program, tmp_path, method):
     losses = {}
     for name, flags in {"one": ["--devices", 1], "two each": ["--data-parallel", 2]}.items():
@@ -119,6 +121,14 @@ def test_one_device_and_data_parallelism(program, tmp_path, method):
         assert code == 0, err
         losses[name] = [row["train_loss"] for row in read_rows(folder / "metrics.jsonl") if "train_loss" in row]
     np.testing.assert_allclose(losses["one"], losses["two each"], rtol=2e-3)
+
+
+def test_all_examples_must_be_shared_equally():
+    words = ["--method", "admm", "--K", "1", "--data-parallel", "2"]
+    settings = parse("mnist", mnist.MNIST.defaults, words)
+    assert resolve(settings, "mnist", 60_000).batch_size == 60_000
+    with pytest.raises(SettingsError, match=r"does not divide the 1,433 .* Use --data-parallel 1"):
+        resolve(settings, "digits", 1433)
 
 
 @pytest.mark.parametrize("method", ["ddg", "blockprop"])

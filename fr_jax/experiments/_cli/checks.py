@@ -190,6 +190,11 @@ def resolve(settings: TrainSettings, dataset: str, examples: int) -> Resolved:
             f"--batch-size {settings.batch_size} cannot be used: {settings.method} has all {examples:,} training "
             "examples in every step. Drop the flag."
         )
+    if card.full_batch and examples % settings.data_parallel:
+        raise SettingsError(
+            f"--data-parallel {settings.data_parallel} does not divide the {examples:,} training examples, which "
+            f"{settings.method} has all in every step. Use --data-parallel 1."
+        )
     if batch_size > examples:
         raise SettingsError(
             f"--batch-size {batch_size} is too large; it must be at most the {examples:,} training examples. "
