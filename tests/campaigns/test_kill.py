@@ -26,7 +26,7 @@ INTERVAL, STEPS = 7, 120
 LIMIT = 600
 """Seconds after which a run counts as one that hangs."""
 PROGRAM = ["-m", "fr_jax.experiments.mnist", "--dataset", "digits", "--depth", "4", "--width", "16"]
-PROGRAM += ["--batch-size", "16", "--eval-every", "100", "--log-every", 2, "--checkpoint-every", INTERVAL]
+PROGRAM += ["--eval-every", "100", "--log-every", 2, "--checkpoint-every", INTERVAL]
 PROGRAM += ["--steps", STEPS]
 LAUNCH = ["-m", "fr_jax.launch", "--processes", "2", "--no-pin", "--"]
 RUNS = {
@@ -52,7 +52,7 @@ CASES = [(processes, name) for processes, name in CASES if processes == 1 or nam
 
 def command(case: tuple[int, str], folder: Path, *more: str) -> list[str]:
     processes, name = case
-    optimizer = () if name == "admm" else ("--optimizer", "adamw")
+    optimizer = () if name == "admm" else ("--optimizer", "adamw", "--batch-size", 16)
     words = [*(LAUNCH if processes == 2 else ()), *PROGRAM, *RUNS[name], *optimizer, "--workdir", folder, *more]
     return [sys.executable, *map(str, words)]
 
