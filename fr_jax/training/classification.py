@@ -42,7 +42,9 @@ def _sums(logits: Array, labels: Array, valid: Array) -> dict[str, Array]:
     return {"loss": jnp.where(counts, losses, 0).sum(), "accuracy": correct.sum()}
 
 
-def classification(dataset: Dataset, batch_size: int, *, seed: int, sharding: Sharding | None = None) -> Task:
+def classification(
+    dataset: Dataset, batch_size: int, *, seed: int, sharding: Sharding | None = None, augment: bool | None = None
+) -> Task:
     """The task of classifying the images of ``dataset``.
 
     Args:
@@ -50,6 +52,7 @@ def classification(dataset: Dataset, batch_size: int, *, seed: int, sharding: Sh
       batch_size: images of a mini-batch.
       seed: of the order and of the augmentation.
       sharding: of the first stage; ``None`` is the default device.
+      augment: whether to crop and flip, as :func:`fr_jax.data.input_pipeline` has it.
 
     Raises:
       ValueError: a batch size that does not fit the data or the devices.
@@ -60,7 +63,7 @@ def classification(dataset: Dataset, batch_size: int, *, seed: int, sharding: Sh
       >>> task.pipeline.train_batch(0).inputs.shape, task.headline.name
       ((64, 32, 32, 3), 'accuracy')
     """
-    pipeline = input_pipeline(dataset, batch_size, seed=seed, sharding=sharding)
+    pipeline = input_pipeline(dataset, batch_size, seed=seed, sharding=sharding, augment=augment)
 
     def evaluate(predict: Any, state: Any) -> dict[str, float]:
         totals = sum_over(_sums, predict, state, pipeline.test_batches())

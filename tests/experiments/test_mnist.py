@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import requests
 
+import fr_jax as fr
 from fr_jax.data import image_sets as data
+from fr_jax.data.pipelines import input_pipeline
 from fr_jax.experiments import mnist
 from fr_jax.experiments._cli.checks import check, resolve
 from fr_jax.experiments._cli.command_line import parse
 from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments._methods import METHODS
+from fr_jax.experiments._run.tasks import kind_of
 from fr_jax.training.metrics_log import read_rows
 
 QUICK = ["--dataset=digits", "--depth=2", "--width=8", "--steps=12", "--checkpoint-every=5", "--eval-every=12"]
@@ -129,6 +132,18 @@ def test_all_examples_must_be_shared_equally():
     assert resolve(settings, "mnist", 60_000).batch_size == 60_000
     with pytest.raises(SettingsError, match=r"does not divide the 1,433 .* Use --data-parallel 1"):
         resolve(settings, "digits", 1433)
+
+
+@pytest.mark.parametrize(("method", "alike"), [("admm", True), ("fr", False)])
+def test_what_keeps_every_example_sees_it_as_it_is(method, alike):
+    """Digits are cropped at random, and ADMM's z and a of an example would belong to another crop."""
+    kind, words = kind_of("mlp"), ["--dataset", "digits", "--method", method, "--K", "1"]
+    settings = parse("mnist", mnist.MNIST.defaults, words)
+    dataset = kind.load(settings, preferred="mnist")
+    resolved = resolve(settings, "digits", len(dataset.train_labels))
+    batches = kind.task(resolved, dataset, fr.placement(1)[0]).pipeline
+    whole = input_pipeline(dataset, resolved.batch_size, seed=resolved.seed, augment=False)
+    assert np.array_equal(batches.train_batch(0).inputs, whole.train_batch(0).inputs) == alike
 
 
 @pytest.mark.parametrize("method", ["ddg", "blockprop"])

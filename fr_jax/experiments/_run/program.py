@@ -18,6 +18,7 @@ from fr_jax.experiments._cli.devices import request_devices
 from fr_jax.experiments._cli.harness import DIVERGED, FINISHED, fail
 from fr_jax.experiments._cli.settings import Resolved, TrainSettings, as_json, titled
 from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._methods import METHODS
 from fr_jax.experiments._run import processes
 from fr_jax.experiments._run.compiled import keep_compiled
 from fr_jax.experiments._run.console import Console, announce, show, unread
@@ -222,9 +223,11 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
         where = outcome.divergence
         good = checkpoints.steps()
         last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
+        steps = "learning_rate" not in METHODS[session.settings.method].without
+        hint = " A smaller --learning-rate or a smaller --K may help." * steps
         return fail(
             f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
-            f"The curves are in {folder.curves}. A smaller --learning-rate or a smaller --K may help.",
+            f"The curves are in {folder.curves}." + hint,
             DIVERGED,
         )
     headline, t = session.task.headline, outcome.totals

@@ -14,6 +14,7 @@ from fr_jax.data.pipelines import check_length, windows_in
 from fr_jax.experiments._cli.checks import resolve
 from fr_jax.experiments._cli.settings import CommonSettings, Resolved, TrainSettings, own_of_model
 from fr_jax.experiments._fields import SettingsError
+from fr_jax.experiments._methods import METHODS
 from fr_jax.training.classification import classification
 from fr_jax.training.language import Sampling, language_modelling
 from fr_jax.training.task import Task
@@ -62,7 +63,9 @@ def _image_layers(settings: Resolved, dataset: image_sets.Dataset) -> list[Stage
 def _image_task(settings: Resolved, dataset: image_sets.Dataset, sharding: Sharding) -> Task:
     shown = settings.test_examples
     dataset = dataset._replace(test_images=dataset.test_images[:shown], test_labels=dataset.test_labels[:shown])
-    return classification(dataset, settings.batch_size, seed=settings.seed, sharding=sharding)
+    # What is kept of every example belongs to the example as it is.
+    augment = False if METHODS[settings.method].full_batch else None
+    return classification(dataset, settings.batch_size, seed=settings.seed, sharding=sharding, augment=augment)
 
 
 IMAGES = Kind(
