@@ -13,6 +13,8 @@ if sys.platform == "win32":
 def interrupted(words, env):
     """What a Python process prints on stderr, and its exit code, if it gets Ctrl-C in the middle of JAX's import."""
     command = [sys.executable, "-X", "importtime", *words]
+    # The job of a shell in the background ignores Ctrl-C, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             for line in process.stderr:
