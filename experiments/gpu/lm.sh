@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For one GPU, at most nine minutes: does features replay of a language model pay where all stages share a device?
 #   1. GPT of 128 M parameters (--preset gpt2), bfloat16: tokens/s, and the training loss after equal time, of
-#      back-propagation and of features replay and DDG with K = 8 and M = 8, all stages on the GPU.
+#      back-propagation and of features replay and DDG with K = 8 and M = 8, all stages on the GPU; compilation not counted.
 #   2. Seconds and host seconds of a step, and of the same step jitted as a whole, which the host issues at once.
 # From the repository's root, with fr_jax installed:   bash experiments/gpu/lm.sh [FOLDER]
 # SMALL=1 runs the same on a CPU in minutes, to test this script.
@@ -10,18 +10,23 @@ out=${1:-lm-gpu}
 mkdir -p "$out"
 if [[ ${SMALL:-0} == 1 ]]; then
   model="--preset lm --depth 8 --width 32 --context 32 --batch-size 8 --test-examples 16 --sample-bytes 0 --warmup 5"
-  each=90
+  each=20
 else
   model="--preset gpt2 --dataset python --test-examples 64 --sample-bytes 0"
-  each=80
+  each=60
 fi
 
 for run in "bp --K 1 --microbatches 1" "fr --K 8 --microbatches 8" "ddg --K 8 --microbatches 8"; do
   method=${run%% *}
-  # --steps is more than fits: SIGTERM ends the run, which keeps its rows. The checkpoint of that moment is thrown away.
-  timeout -s TERM -k 60 "$each" python -m fr_jax.experiments.lm --method $run $model --devices 1 --steps 100000 \
-    --schedule constant --log-every 5 --eval-every 100000 --checkpoint-every 100000 --workdir "$out/$method" --overwrite \
-    >"$out/$method.log" 2>&1 || [[ $? == 143 || $? == 124 ]] || { tail -5 "$out/$method.log"; exit 1; }
+  # --steps is more than fits: SIGTERM, so long after the first row, ends the run, which keeps its rows.
+  rm -rf "${out:?}/$method"
+  timeout -k 60 400 python -m fr_jax.experiments.lm --method $run $model --devices 1 --steps 100000 \
+    --schedule constant --log-every 5 --eval-every 100000 --checkpoint-every 100000 --workdir "$out/$method" \
+    >"$out/$method.log" 2>&1 &
+  until [[ -s $out/$method/metrics.jsonl ]] || ! kill -0 $! 2>/dev/null; do sleep 1; done
+  sleep "$each"
+  kill -TERM $! 2>/dev/null || true
+  wait $! || [[ $? == 143 || $? == 124 ]] || { tail -5 "$out/$method.log"; exit 1; }
   rm -rf "$out/$method/checkpoints"
 done
 
@@ -35,10 +40,13 @@ import fr_jax as fr
 out, small = pathlib.Path(os.environ["OUT"]), os.environ.get("SMALL") == "1"
 rows = {m: [json.loads(line) for line in (out / m / "metrics.jsonl").open()] for m in ("bp", "fr", "ddg")}
 rows = {m: [row for row in own if "train_loss" in row] for m, own in rows.items()}
-equal = min(own[-1]["seconds"] for own in rows.values())
+if short := [m for m, own in rows.items() if len(own) < 2]:
+    raise SystemExit(f"lm.sh: {', '.join(short)} had no time to train in; see its log in {out}, and give each run more seconds.")
+since = lambda own, row: row["seconds"] - own[0]["seconds"]  # the first row has the compilation
+equal = min(since(own, own[-1]) for own in rows.values())
 print(f"{'':28}{'tokens/s':>12}{f'loss after {equal:.0f} s':>20}{'updates':>10}")
 for m, own in rows.items():
-    there = [row for row in own if row["seconds"] <= equal]
+    there = [row for row in own if since(own, row) <= equal]
     speed = np.median([row["tokens_per_s"] for row in own[len(own) // 2 :]])
     loss = np.mean([row["train_loss"] for row in there[-4:]])
     print(f"{m:28}{speed:12,.0f}{loss:20.4f}{there[-1]['step']:10,}")
