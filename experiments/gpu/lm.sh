@@ -7,20 +7,20 @@
 # SMALL=1 runs the same on a CPU in minutes, to test this script.
 set -euo pipefail
 out=${1:-lm-gpu}
+[[ ! -e $out ]] || { echo "lm.sh: $out exists; give another folder" >&2; exit 2; }
 mkdir -p "$out"
 if [[ ${SMALL:-0} == 1 ]]; then
   model="--preset lm --depth 8 --width 32 --context 32 --batch-size 8 --test-examples 16 --sample-bytes 0 --warmup 5"
-  each=20
+  each=20 most=400 all=1800  # seconds of training of each run, with its compilation, and of everything
 else
   model="--preset gpt2 --dataset python --test-examples 64 --sample-bytes 0"
-  each=60
+  each=60 most=140 all=540
 fi
 
 for run in "bp --K 1 --microbatches 1" "fr --K 8 --microbatches 8" "ddg --K 8 --microbatches 8"; do
   method=${run%% *}
   # --steps is more than fits: SIGTERM, so long after the first row, ends the run, which keeps its rows.
-  rm -rf "${out:?}/$method"
-  timeout -k 60 400 python -m fr_jax.experiments.lm --method $run $model --devices 1 --steps 100000 \
+  timeout -k 20 "$most" python -m fr_jax.experiments.lm --method $run $model --devices 1 --steps 100000 \
     --schedule constant --log-every 5 --eval-every 100000 --checkpoint-every 100000 --workdir "$out/$method" \
     >"$out/$method.log" 2>&1 &
   until [[ -s $out/$method/metrics.jsonl ]] || ! kill -0 $! 2>/dev/null; do sleep 1; done
@@ -30,7 +30,7 @@ for run in "bp --K 1 --microbatches 1" "fr --K 8 --microbatches 8" "ddg --K 8 --
   rm -rf "$out/$method/checkpoints"
 done
 
-OUT=$out python - <<'PY'
+OUT=$out timeout -k 5 $((all - SECONDS)) python - <<'PY' || { echo "lm.sh: ended with $? (124: the time was over)" >&2; exit 1; }
 """The table of part 1, then part 2."""
 import json, os, pathlib, time
 

@@ -24,14 +24,13 @@ gpt() {  # optimizer rate steps seed method K M prediction
   [[ $8 == 1 ]] && pred=-pred
   local name=$5-K$6-M$7$pred
   [[ $5 == bp ]] && name=bp
-  [[ $5 == fr-stashed ]] && set -- "${@:1:4}" "fr --replay-weights stashed" "${@:6}"
   echo "$1/$name-$3-lr$2-seed$4 --optimizer $1 --learning-rate $2 --steps $3 --warmup $warmup --seed $4 --method $5 --K $6 --microbatches $7${pred:+ --weight-prediction 1}"
 }
 
 runs_gpt() {
-  local rate seed
+  local rate seed steps other
   for rate in 0.006 0.012 0.024; do gpt muon $rate 500 0 bp 1 1 0; done
-  for rate in 1000 1500; do gpt muon 0.012 $rate 0 bp 1 1 0; done
+  for steps in 1000 1500; do gpt muon 0.012 $steps 0 bp 1 1 0; done
   for seed in 0 1 2; do
     gpt muon 0.012 2000 $seed bp 1 1 0
     gpt muon 0.012 2000 $seed ddg 8 8 1
@@ -45,17 +44,12 @@ runs_gpt() {
   gpt muon 0.012 2000 0 fr 8 8 0
   gpt muon 0.012 2000 0 ddg 8 1 1
   gpt muon 0.012 2000 0 fr 8 1 1
-  for rate in 0.003 0.006; do
-    gpt adamw $rate 2000 0 bp 1 1 0
-    gpt adamw $rate 2000 0 ddg 8 8 1
-    gpt adamw $rate 2000 0 fr 8 8 1
+  for other in "adamw 0.003" "adamw 0.006" "muon 0.006" "muon 0.024"; do
+    gpt $other 2000 0 bp 1 1 0
+    gpt $other 2000 0 ddg 8 8 1
+    gpt $other 2000 0 fr 8 8 1
   done
   gpt adamw 0.006 1000 0 bp 1 1 0
-  for rate in 0.006 0.024; do
-    gpt muon $rate 2000 0 bp 1 1 0
-    gpt muon $rate 2000 0 ddg 8 8 1
-    gpt muon $rate 2000 0 fr 8 8 1
-  done
   gpt muon 0.012 10000 0 bp 1 1 0
   gpt muon 0.012 8000 0 bp 1 1 0
   gpt muon 0.012 10000 0 ddg 8 8 1

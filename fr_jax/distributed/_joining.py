@@ -42,9 +42,9 @@ def initialize(
       num_processes: number of processes.
       process_id: number of this process, from 0.
       detect: let JAX find all three from SLURM, Open MPI or Kubernetes.
-      heartbeat_seconds: after so long without a sign of life from one process, JAX aborts the others (exit code 134).
-        They name it before.
-        One that is alive but does not come to a meeting is named every minute, and waited for ten times as long.
+      heartbeat_seconds: after so long without a sign of life from one process, JAX aborts the others (exit code 134);
+        each names it first. One that is alive but does not come to a meeting is named every minute, and waited for
+        ten times as long.
       join_seconds: how long to wait for all processes at the start. With ``detect``, or for a process that is lost
         just after all have come, JAX does the waiting and aborts (exit code 134).
 

@@ -90,8 +90,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Holds the folder against a second process, such as a ``--resume`` of a run that is still going.
 
-        The lock goes with the process, however that ends. Without ``flock`` (Windows) there is none. If nothing comes
-        to be written, because of an error, the folders that this made are gone afterwards.
+        The lock goes with the process, however that ends. Windows has no ``flock``, and so no lock. If an error ends
+        the run before it has written anything, the folders made here are removed.
 
         Raises:
           WorkdirError: another process holds the folder.

@@ -223,8 +223,8 @@ def _close(session: Session, folder: RunFolder, outcome: Outcome, checkpoints: C
         where = outcome.divergence
         good = checkpoints.steps()
         last = f"the last good checkpoint is that of step {good[-1]}" if good else "there is no checkpoint yet"
-        steps = "learning_rate" not in METHODS[session.settings.method].without
-        hint = " A smaller --learning-rate or a smaller --K may help." * steps
+        has_rate = "learning_rate" not in METHODS[session.settings.method].without
+        hint = " A smaller --learning-rate or a smaller --K may help." if has_rate else ""
         return fail(
             f"the run diverged: {where.what} in stage {where.stage} at step {where.step}; {last}. "
             f"The curves are in {folder.curves}." + hint,
