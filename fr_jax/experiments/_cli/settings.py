@@ -53,6 +53,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "penalty": 1.0,
         "h_steps": 4,
     },
+    # The recipe of experiments/time-to-loss.
+    "bubble-free": {
+        "method": "ddg",
+        "microbatches": 4,
+        "weight_prediction": 1.0,
+        "model": "resnet20",
+        "dataset": "cifar10",
+        "epochs": 12,
+        "learning_rate": 0.1,
+        "warmup": 391,
+    },
 }
 
 LANGUAGE_MODEL: dict[str, Any] = {
@@ -195,8 +206,9 @@ class CommonSettings:
     log_every: int = setting(10, least=1, free="resume", vary=False)
     """Steps averaged in one training row of metrics.jsonl."""
     preset: str | None = setting(None, choices=tuple(PRESETS), free="resume", vary=False)
-    """paper: ResNet164, CIFAR-10, 300 epochs, lr 0.01. blockprop: its figure 2, MNIST, one hidden layer. lm: a small
-    gpt, the defaults of that program. gpt2: for a GPU, 128 million parameters, bfloat16. Flags win."""
+    """paper: ResNet164, CIFAR-10, 300 epochs, lr 0.01. blockprop: its figure 2, MNIST, one hidden layer. bubble-free:
+    ResNet20, CIFAR-10, ddg, 4 micro-batches, predicted weights, lr 0.1. lm: a small gpt, the defaults of that program.
+    gpt2: for a GPU, 128 million parameters, bfloat16. Flags win."""
     profile: bool = setting(False, free="process")
     """Write a jax.profiler trace of ten steps to the folder's profile/."""
     tensorboard: bool = setting(False, free="process")
