@@ -131,7 +131,7 @@ def test_the_bubble_free_recipe():
     assert (resolved.microbatches, resolved.weight_prediction) == (4, 1.0)
     assert (resolved.steps, resolved.batch_size, resolved.milestones) == (12 * 390, 128, (6.0, 9.0))
     assert (resolved.learning_rate, resolved.warmup, resolved.momentum) == (0.1, 391, 0.9)
-    with pytest.raises(SettingsError, match="--preset bubble-free sets --weight-prediction, .* drop --preset"):
+    with pytest.raises(SettingsError, match=r"--preset bubble-free sets --weight-prediction, .* drop --preset"):
         check(parse(["--preset", "bubble-free", "--method", "bp"]))
 
 
@@ -254,7 +254,10 @@ def test_differences_in_cuts_and_how_to_train_longer():
         ({"optimizer": "muon", "nesterov": True}, "--nesterov is a setting of --optimizer sgd, not of muon. Drop"),
         ({"clip": 0.0}, "--clip 0.0 is out of range; it must be above 0"),
         ({"warmup": -1}, "--warmup -1 is out of range; it must be at least 0"),
-        ({"preset": "papr"}, r"--preset papr is unknown; it can be paper, blockprop, bubble-free, lm, gpt2. Did you mean paper\?"),
+        (
+            {"preset": "papr"},
+            r"--preset papr is unknown; it can be paper, blockprop, bubble-free, lm, gpt2. Did you mean paper\?",
+        ),
         ({"dtype": "float16"}, "--dtype float16 is unknown; it can be float32, bfloat16"),
         ({"balance": "params"}, "--balance params is unknown; it can be flops, time, uniform"),
         ({"batch_stats": "none"}, "--batch-stats none is unknown; it can be play, replay, both"),
