@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # For one GPU, at most nine minutes: does features replay of a language model pay where all stages share a device?
 #   1. GPT of 128 M parameters (--preset gpt2), bfloat16: tokens/s, and the training loss after equal time, of
-#      back-propagation and of features replay and DDG with K = 8 and M = 8, all stages on the GPU; compilation not counted.
-#   2. Seconds and host seconds of a step, and of the same step jitted as a whole, which the host issues at once.
+#      back-propagation and of features replay and DDG with K = 8, M = 8 and predicted weights, all stages on the GPU;
+#      compilation not counted.
+#   2. Seconds and host seconds of a step without prediction, and of the same step jitted as a whole, which the host
+#      issues at once.
 # From the repository's root, with fr_jax installed:   bash experiments/gpu/lm.sh [FOLDER]
 # SMALL=1 runs the same on a CPU in minutes, to test this script.
 set -euo pipefail
@@ -24,7 +26,7 @@ for run in "bp --K 1 --microbatches 1" "fr --K 8 --microbatches 8" "ddg --K 8 --
     --schedule constant --log-every 5 --eval-every 100000 --checkpoint-every 100000 --workdir "$out/$method" \
     >"$out/$method.log" 2>&1 &
   until [[ -s $out/$method/metrics.jsonl ]] || ! kill -0 $! 2>/dev/null; do sleep 1; done
-  sleep "$each"
+  for ((second = 0; second < each; second++)); do kill -0 $! 2>/dev/null && sleep 1; done
   kill -TERM $! 2>/dev/null || true
   wait $! || [[ $? == 143 || $? == 124 ]] || { tail -5 "$out/$method.log"; exit 1; }
   rm -rf "$out/$method/checkpoints"

@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 
 from fr_jax.diagnostics.simulation.times import times_of_costs
+from fr_jax.experiments._fields import SettingsError
 from fr_jax.experiments.time_to_loss import __main__ as program
-from fr_jax.experiments.time_to_loss.lines import Recipe, Run, extra_updates, lines_of, read_runs
+from fr_jax.experiments.time_to_loss.lines import (
+    Line,
+    Recipe,
+    Run,
+    extra_updates,
+    is_beyond,
+    lines_of,
+    read_runs,
+    reference_of,
+)
 from fr_jax.experiments.time_to_loss.steps import Parts, measure_parts, problem_of, ring_seconds, step_seconds
 from fr_jax.experiments.time_to_loss.table import candidates, tables
 
@@ -61,7 +71,8 @@ def test_a_line_has_its_best_rate(runs):
     lines = {(line.recipe.label, line.steps): line for line in lines_of(read_runs([runs]))}
     assert len(lines) == 5
     plain = lines["features replay, K = 2, M = 2", 1000]
-    assert plain.learning_rate == 0.01 and plain.scores == (2.25, 2.35) and plain.rates == {0.01: 2.25, 0.001: 2.5}
+    assert plain.learning_rate == 0.01 and plain.rates == {0.01: 2.25, 0.001: 2.5}
+    assert plain.scores == {0: 2.25, 1: 2.35}
     assert lines["back-propagation", 1000].rates == {0.01: 2.2, 0.1: math.inf}
     assert lines["features replay, K = 2, M = 2, --weight-prediction 1.0", 1000].score == 2.2
 
@@ -71,6 +82,38 @@ def test_rates_without_a_common_seed():
     made = [Run(recipe, rate, seed, 10, score, {}) for rate, seed, score in ((0.1, 0, 2.0), (0.2, 1, 1.0))]
     (line,) = lines_of(made)
     assert line.learning_rate == 0.2 and line.rates == {0.1: 2.0, 0.2: 1.0}
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path):
+    for name in ("one", "two"):
+        write_run(tmp_path, name, 2.0)
+    with pytest.raises(SettingsError, match=r"one and .*two are both back-propagation with adamw, 1000 up"):
+        lines_of(read_runs([tmp_path]))
+
+
+def test_settings_that_are_zero_make_a_recipe(tmp_path):
+    for name, own in (("default", {}), ("zero", {"discrepancy_decay": 0.0})):
+        write_run(tmp_path, name, 2.0, method="fr", K=2, **own)
+    assert {run.recipe.remedies for run in read_runs([tmp_path])} == {"", "--discrepancy-decay 0.0"}
+
+
+def test_the_yardstick(tmp_path):
+    """Back-propagation on one device with the better M; a run that is no better than a shorter one does not count."""
+    for name, bits, own in (
+        ("a", None, {"steps": 250}),
+        ("b", 2.4, {"steps": 500}),
+        ("c", 2.3, {"steps": 1000}),
+        ("d", 2.2, {"steps": 1000, "microbatches": 4}),
+        ("e", 2.25, {"steps": 2000}),
+        ("f", 1.0, {"K": 2}),
+    ):
+        write_run(tmp_path, name, bits, **own)
+    reference = reference_of(lines_of(read_runs([tmp_path])), "adamw")
+    assert reference == {250: math.inf, 500: 2.4, 1000: 2.2, 2000: 2.25}
+    assert extra_updates(1000, 2.3, reference) == pytest.approx(2**0.5 - 1)
+    recipe = Recipe("fr", 2, 1, "adamw", ())
+    outside = [is_beyond(Line(recipe, 1000, 0.1, {0: score}, {}), reference) for score in (2.5, 2.4, 2.2, 2.1)]
+    assert outside == [True, False, False, True]
 
 
 def test_updates_only(runs, tmp_path, capsys):
@@ -84,7 +127,8 @@ def test_updates_only(runs, tmp_path, capsys):
     assert fr["extra_updates"] == pytest.approx(2 ** (0.1 / 0.2) - 1)  # 0.2 bits are a factor of 2
     assert fr["extra_updates_deviation"] > 0 and result["steps"] == []
     text = (output / "time-to-loss.md").read_text()
-    assert text.rstrip() in capsys.readouterr().out and "0.1: diverged" in text and "41.4%" in text
+    assert text.rstrip() in capsys.readouterr().out and "0.1: diverged" in text and "| 41.4%" in text
+    assert fr["seeds"] == [0, 1] and not fr["beyond"] and "~-29.3%" in text  # DDG is beyond the curve
     assert (output / "time-to-loss.png").read_bytes().startswith(b"\x89PNG")
     assert program.main(["--runs", str(runs), "--updates-only", "--output", str(output)]) == 2
     assert "Add --overwrite" in capsys.readouterr().err
@@ -128,13 +172,20 @@ def test_no_memory_is_enough(runs, monkeypatch):
         (["--runs", "{empty}"], "holds no finished run: a run's folder has config.json and summary.json"),
         (["--runs", "{runs}", "--at", "0.5"], "--at 0.5 is not one of --ratios 0 0.003"),
         (["--runs", "{runs}", "{other}", "--updates-only"], "--width is 8 in {runs}/bp/1000 and 16 in {other}/one"),
+        (["--runs", "{bp}"], "has no method with K > 1 that can be compared with back-propagation"),
+        (["--runs", "{bp}", "{dni}"], "--runs has dni, and only fr, bp, ddg, gpipe, 2bw are timed"),
+        (["--runs", "{bp}", "{parts}"], "DDG, K = 3: 4 examples make no 3 equal parts. Leave the run out"),
         (["--runs", "{runs}", "--ratios", "0.1", "0"], "--ratios 0.1 0.0: give one or more increasing values"),
     ],
 )
 def test_bad_settings_end_with_2(arguments, message, runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "other", "one", 2.0, width=16)
-    places = {"runs": runs, "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    for steps, bits in ((500, 2.4), (1000, 2.2)):
+        write_run(tmp_path / "bp", str(steps), bits, steps=steps)
+    write_run(tmp_path / "dni", "one", 2.3, method="dni", K=2)
+    write_run(tmp_path / "parts", "one", 2.3, method="ddg", K=3)
+    places = {name: tmp_path / name for name in ("empty", "other", "bp", "dni", "parts")} | {"runs": runs}
     assert program.main([word.format(**places) for word in arguments]) == 2
     assert message.format(**places) in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import fr_jax as fr
 from fr_jax.diagnostics.memory.step_memory import step_memory
@@ -54,13 +55,7 @@ def problem_of(config: Mapping[str, Any], optimizer: str) -> Problem:
         defaults = MODEL_CARDS[model].defaults
         own = {name: default if config.get(name) is None else config[name] for name, default in defaults.items()}
     batch = random_batch(model, config["batch_size"], own.get("context"))
-    return Problem(fr.models.MODELS[model](**own), batch, optimizer)
-
-
-def own_of(method: str, M: int) -> dict[str, Any]:
-    """The method's own settings with M micro-batches, where it has some; a pipeline's schedule is 1F1B."""
-    defaults, wanted = METHODS[method].defaults, {"microbatches": M, "pipeline_schedule": "1f1b"}
-    return defaults | {name: value for name, value in wanted.items() if name in defaults}
+    return Problem(fr.models.MODELS[model](dtype=jnp.dtype(config.get("dtype", "float32")), **own), batch, optimizer)
 
 
 def measure_parts(problem: Problem, method: str, K: int, M: int, own: Mapping[str, Any], *, rounds: int) -> Parts:
@@ -72,7 +67,8 @@ def measure_parts(problem: Problem, method: str, K: int, M: int, own: Mapping[st
         part = jax.tree.map(lambda x: x[: len(x) // K], problem.batch)
         return measure_parts(problem._replace(batch=part), "bp", 1, 1, own, rounds=rounds)
     layers, batch, card = problem.layers, problem.batch, METHODS[method]
-    own = {**own_of(method, M), **own}
+    wanted = {"microbatches": M, "pipeline_schedule": "1f1b"}  # of the methods that have them
+    own = {name: wanted.get(name, default) for name, default in card.defaults.items()} | dict(own)
     inputs, cuts = batch.inputs, ()
     if K > 1:
         micro = jax.ShapeDtypeStruct((len(inputs) // M, *inputs.shape[1:]), inputs.dtype)

@@ -20,6 +20,7 @@ class Candidate(NamedTuple):
     Attributes:
       label: for people.
       method: a name, for its colour.
+      steps: updates of its runs; None for what makes back-propagation's.
       updates: how many it needs, over back-propagation's.
       seconds: of an update, by ratio.
       memory: bytes of the device with most.
@@ -27,6 +28,7 @@ class Candidate(NamedTuple):
 
     label: str
     method: str
+    steps: int | None
     updates: float
     seconds: Mapping[str, float]
     memory: int
@@ -54,28 +56,24 @@ def candidates(result: Mapping[str, Any], optimizer: str, K: int, M: int) -> lis
     """
     rows = [row for row in result["steps"] if row["optimizer"] == optimizer]
     steps = {(row["method"], row["K"], row["M"], row["remedies"]): row for row in rows}
-    pipeline, data_parallel = steps[PIPELINE, K, M, ""], steps[DATA_PARALLEL, K, M, ""]
+    titles = {PIPELINE: "1F1B", DATA_PARALLEL: REFERENCES[DATA_PARALLEL].title}
     found = [
-        Candidate("1F1B", PIPELINE, 1.0, pipeline["seconds"], pipeline["largest_device"]),
-        Candidate(
-            REFERENCES[DATA_PARALLEL].title,
-            DATA_PARALLEL,
-            1.0,
-            data_parallel["seconds"],
-            data_parallel["largest_device"],
-        ),
+        Candidate(title, name, None, 1.0, step["seconds"], step["largest_device"])
+        for name, title in titles.items()
+        for step in [steps[name, K, M if name == PIPELINE else 1, ""]]
     ]
     longest: dict[tuple, Mapping[str, Any]] = {}
     for row in result["lines"]:
-        here = (row["optimizer"], row["K"], beside_M(K, row["M"])) == (optimizer, K, M)
-        if here and row["method"] not in ("bp", PIPELINE) and row["extra_updates"] is not None:
-            key = (row["method"], row["M"], row["remedies"])
-            if key not in longest or row["steps"] > longest[key]["steps"]:
-                longest[key] = row
-    for row in longest.values():
-        step = steps[row["method"], K, row["M"], row["remedies"]]
+        key = (row["method"], K, row["M"], row["remedies"])
+        here = (row["optimizer"], row["K"], beside_M(K, row["M"])) == (optimizer, K, M) and key in steps
+        if here and row["method"] != PIPELINE and row["extra_updates"] is not None:
+            longest[key] = max(row, longest.get(key, row), key=lambda one: one["steps"])
+    for key, row in longest.items():
+        step = steps[key]
         extra = 1 + row["extra_updates"]
-        found.append(Candidate(row["label"], row["method"], extra, step["seconds"], step["largest_device"]))
+        found.append(
+            Candidate(row["label"], row["method"], row["steps"], extra, step["seconds"], step["largest_device"])
+        )
     return found
 
 
@@ -90,12 +88,13 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def updates_table(result: Mapping[str, Any]) -> str:
-    """Score and extra updates of every line, with the rates that were tried."""
+    """Score and extra updates of every line, with the rates that were tried; ``~``: extrapolated."""
     head = ("optimizer", "recipe", "updates", "rate (tried)", f"test {result['headline']}", "extra updates", "seeds")
     body = []
     for row in result["lines"]:
         tried = " ".join(f"{rate}: {_number(score)}" for rate, score in row["learning_rates"].items())
         lost = [score is None for score in row["scores"]]
+        seeds = [f"{seed}{' (diverged)' * gone}" for seed, gone in zip(row["seeds"], lost, strict=True)]
         extra, deviation = row["extra_updates"], row["extra_updates_deviation"]
         spread = "" if deviation is None else f" ± {deviation:.1%}"
         body.append(
@@ -105,8 +104,8 @@ def updates_table(result: Mapping[str, Any]) -> str:
                 f"{row['steps']:,}",
                 f"{row['learning_rate']:g} ({tried})",
                 mean_and_deviation(row["scores"], lost, 4),
-                "-" if extra is None else f"{extra:.1%}{spread}",
-                len(row["scores"]),
+                "-" if extra is None else f"{'~' * row['beyond']}{extra:.1%}{spread}",
+                ", ".join(seeds),
             )
         )
     return markdown_table(head, body)
@@ -117,8 +116,11 @@ def _number(score: float | None) -> str:
 
 
 def time_table(result: Mapping[str, Any], ratio: str) -> str:
-    """Updates, seconds per update, memory and time to the loss at one speed of the links; the last over 1F1B's."""
-    head = ("optimizer", "K", "M", "", "updates", "ms/update", "MB", "memory / 1F1B", "1F1B's time / time")
+    """Updates, seconds per update, memory and time to the loss at one speed of the links; the last over 1F1B's.
+
+    M is that of 1F1B; "of": updates of the runs from which those of the method are known.
+    """
+    head = ("optimizer", "K", "M", "", "updates / bp's", "of", "ms/update", "MB", "memory / 1F1B", "1F1B's time / time")
     body = []
     for optimizer, K, M in groups(result):
         found = candidates(result, optimizer, K, M)
@@ -131,6 +133,7 @@ def time_table(result: Mapping[str, Any], ratio: str) -> str:
                     M,
                     one.label,
                     f"{one.updates:.3f}",
+                    "" if one.steps is None else f"{one.steps:,}",
                     f"{1000 * one.seconds[ratio]:.1f}",
                     f"{one.memory / 1e6:.1f}",
                     f"{one.memory / pipeline.memory:.2f}",
