@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fr_jax.experiments._cli.command_line import Program
-from fr_jax.experiments._cli.settings import PRESETS, TrainSettings
+from fr_jax.experiments._cli.settings import BUBBLE_FREE, PRESETS, TrainSettings
 from fr_jax.experiments._run import program
 
 __all__ = ["LM", "main", "run"]
 
-# The recipe of experiments/time-to-loss: Muon, at least as many micro-batches as stages, and predicted weights, where
-# late gradients cost few updates, if any.
-RECIPE: dict[str, Any] = {"method": "ddg", "microbatches": 4, "weight_prediction": 1.0}
-LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"] | RECIPE))
+LM = Program("lm", dataset="python", defaults=TrainSettings(**PRESETS["lm"] | BUBBLE_FREE))
 
 
 def run(settings: TrainSettings) -> int:

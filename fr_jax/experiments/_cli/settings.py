@@ -14,6 +14,7 @@ from fr_jax.experiments._models import MODEL_CARDS, ModelCard
 from fr_jax.models import MODELS
 
 __all__ = [
+    "BUBBLE_FREE",
     "PRESETS",
     "CommonSettings",
     "ModelSettings",
@@ -32,6 +33,9 @@ __all__ = [
     "owners",
     "titled",
 ]
+
+BUBBLE_FREE: dict[str, Any] = {"method": "ddg", "microbatches": 4, "weight_prediction": 1.0}
+"""The recipe of experiments/time-to-loss: as many micro-batches as the usual K, and predicted weights."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -53,11 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "penalty": 1.0,
         "h_steps": 4,
     },
-    # The recipe of experiments/time-to-loss.
-    "bubble-free": {
-        "method": "ddg",
-        "microbatches": 4,
-        "weight_prediction": 1.0,
+    "bubble-free": BUBBLE_FREE
+    | {
         "model": "resnet20",
         "dataset": "cifar10",
         "epochs": 12,
